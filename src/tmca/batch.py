@@ -1,0 +1,235 @@
+"""Many images: find them, give each its sentence, segment, write; one bad case never ends the batch."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import re
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tmca.checkpoints import resolve_checkpoint, weights_hash
+from tmca.data.manifest import read_rows
+from tmca.environment import describe_environment
+from tmca.errors import DataError, StorageError, TMCAError
+from tmca.files import sha256_of, write_json
+from tmca.imaging.overlay import draw_overlay
+from tmca.imaging.raster import IMAGE_SUFFIXES, read_image, write_image, write_mask, write_probability
+from tmca.inference import Predictor
+from tmca.progress import track
+
+INTENDED_USE = "research only; not a medical device"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image with one sentence.
+
+    Attributes:
+        image: The file.
+        text: The sentence, or ``None`` for none.
+        name: Name of the output files, without ending.
+    """
+
+    image: Path
+    text: str | None
+    name: str
+
+
+@dataclass
+class BatchReport:
+    """What became of a batch; :meth:`as_dict` is ``run_report.json``."""
+
+    cases: list[dict[str, Any]] = field(default_factory=list)
+    failures: list[dict[str, str]] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def as_dict(self, predictor: Predictor, model: str) -> dict[str, Any]:
+        """Return the report with versions, hashes and intended use."""
+        return {
+            "intended_use": INTENDED_USE,
+            "model": {
+                "id": model,
+                "preset": predictor.experiment.name,
+                "sha256": weights_hash(resolve_checkpoint(model)),
+                "reads_text": predictor.model.reads_text,
+            },
+            "device": str(predictor.device),
+            "precision": "float32",
+            "environment": describe_environment(),
+            "cases": self.cases,
+            "failures": self.failures,
+            "seconds": round(self.seconds, 3),
+        }
+
+
+def find_images(inputs: Sequence[str | Path]) -> list[Path]:
+    """Return the image files behind files, folders (searched through and through) and globs, sorted, each once.
+
+    Raises:
+        DataError: An input does not exist, or nothing was found.
+    """
+    found: dict[Path, None] = {}
+    for item in inputs:
+        path = Path(item)
+        if path.is_dir():
+            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+            if not files:
+                raise DataError(f"Folder {path} holds no image", hint=f"known endings: {', '.join(IMAGE_SUFFIXES)}")
+        elif path.exists():
+            files = [path]
+        else:
+            files = sorted(Path(match) for match in glob.glob(str(item), recursive=True))  # noqa: PTH207
+            files = [file for file in files if file.is_file()]
+            if not files:
+                raise DataError(f"There is no file, folder or match for {str(item)!r}", hint="check the path")
+        found.update(dict.fromkeys(files))
+    return list(found)
+
+
+def make_jobs(images: Iterable[Path], text: str | None) -> list[Job]:
+    """Return one job an image, all with one sentence; equal stems are told apart by their folders."""
+    paths = list(images)
+    return [Job(path, text, name) for path, name in zip(paths, _names(paths), strict=True)]
+
+
+def read_jobs(path: Path, images: Sequence[Path]) -> list[Job]:
+    """Read sentences from a CSV or JSONL with the columns ``image`` and ``text`` (or ``prompt``).
+
+    Args:
+        path: The file; ``image`` is a path relative to it, or the name or stem of one of ``images``.
+        images: What ``--input`` named; empty takes the paths of the file. An image may stand on several lines.
+
+    Raises:
+        DataError: A column is missing, or a line names an image that is not there.
+    """
+    by_name: dict[str, Path] = {}
+    for image in images:
+        by_name[image.stem] = by_name[image.name] = by_name[str(image)] = image
+    chosen, texts = [], []
+    for line, row in read_rows(path, required=("image",)):
+        text = (row.get("text") or row.get("prompt") or "").strip()
+        name = row["image"]
+        known = by_name.get(name) or by_name.get(Path(name).name) or by_name.get(Path(name).stem)
+        if known is None and images:
+            raise DataError(f"{path}, line {line}: image {name!r} is not among the inputs", hint="check -i and the file")
+        chosen.append(known or path.parent / name)
+        texts.append(text or None)
+    unique = list(dict.fromkeys(chosen))
+    base = dict(zip(unique, _names(unique), strict=True))
+    return [
+        Job(image, text, base[image] if chosen.count(image) == 1 else f"{base[image]}_{slug(text)}")
+        for image, text in zip(chosen, texts, strict=True)
+    ]
+
+
+def slug(text: str | None) -> str:
+    """Return a sentence as part of a file name: its first words, and a few digits of its hash."""
+    if not text:
+        return "no-text"
+    words = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40].strip("-")
+    return f"{words}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+
+
+def predict_batch(
+    predictor: Predictor,
+    jobs: Sequence[Job],
+    folder: Path,
+    *,
+    model: str,
+    threshold: float = 0.5,
+    save_probabilities: bool = False,
+    overwrite: bool = False,
+) -> BatchReport:
+    """Segment every job and write masks, overlays and ``run_report.json``.
+
+    An image that stands in several jobs one after the other is encoded once. A case that fails is reported and the
+    batch goes on; only a folder that cannot be written ends it.
+
+    Args:
+        predictor: The model.
+        jobs: Images and sentences.
+        folder: Where to write.
+        model: The model's folder or id, for the report.
+        threshold: Probability above which a pixel belongs to the mask.
+        save_probabilities: Also write 16-bit probability maps (65535 is 1).
+        overwrite: Replace masks that are there.
+
+    Raises:
+        StorageError: The folder cannot be written, or holds one of the masks already.
+    """
+    existing = [job.name for job in jobs if (folder / f"{job.name}.png").exists()]
+    if existing and not overwrite:
+        raise StorageError(
+            f"{folder} holds {existing[0]}.png already" + (f" and {len(existing) - 1} more" if existing[1:] else ""),
+            hint="replace with --overwrite, or choose another folder",
+        )
+    report = BatchReport()
+    started = time.monotonic()
+    encoded: Path | None = None
+    for job in track(jobs, "Segmenting", len(jobs)):
+        try:
+            clock = time.monotonic()
+            image = read_image(job.image)
+            if encoded != job.image:
+                encoded = None
+                predictor.set_image(image)
+                encoded = job.image
+            seconds = {"read_and_encode": time.monotonic() - clock}
+            clock = time.monotonic()
+            probability = predictor.probability(job.text)
+            mask = probability > threshold
+            seconds["segment"] = time.monotonic() - clock
+            clock = time.monotonic()
+            outputs = {"mask": f"{job.name}.png", "overlay": f"overlays/{job.name}.png"}
+            write_mask(folder / outputs["mask"], mask)
+            write_image(folder / outputs["overlay"], draw_overlay(image, mask))
+            if save_probabilities:
+                outputs["probability"] = f"{job.name}_prob.png"
+                write_probability(folder / outputs["probability"], probability)
+            seconds["write"] = time.monotonic() - clock
+        except StorageError:
+            raise
+        except TMCAError as error:
+            report.failures.append(
+                {"image": str(job.image), "code": error.code, "message": error.message, "hint": error.hint}
+            )
+            continue
+        count, is_cut = predictor.count_tokens(job.text)
+        report.cases.append(
+            {
+                "image": str(job.image),
+                "sha256": sha256_of(job.image),
+                "shape": [int(side) for side in mask.shape],
+                "prompt": job.text,
+                "setting": "guided" if job.text and predictor.model.reads_text else "no text",
+                "tokens": count,
+                "truncated": is_cut,
+                "foreground_share": round(float(mask.mean()), 6),
+                "region_found": bool(mask.any()),
+                "outputs": outputs,
+                "seconds": {name: round(value, 4) for name, value in seconds.items()},
+            }
+        )
+    report.seconds = time.monotonic() - started
+    write_json(folder / "run_report.json", report.as_dict(predictor, model))
+    return report
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """Return a name for each path: its stem, with as many of its folders in front as it takes to be unique."""
+    names = [path.stem for path in paths]
+    depth = 1
+    while len(set(names)) < len(names) and depth < 8:
+        depth += 1
+        taken = {name for name in names if names.count(name) > 1}
+        names = [
+            "_".join((*path.absolute().parts[-depth:-1], path.stem)) if name in taken else name
+            for path, name in zip(paths, names, strict=True)
+        ]
+    if len(set(names)) < len(names):  # same folder and stem, other ending
+        names = [path.name.replace(".", "_") if names.count(name) > 1 else name for path, name in zip(paths, names, strict=True)]
+    return names

@@ -1,0 +1,374 @@
+"""The list of a dataset's cases: image, mask, sentence, split, patient; read, written, checked and hashed.
+
+A manifest is a CSV or JSON Lines file next to its images. Only the column ``image`` is required; paths are relative to
+the manifest's folder and use forward slashes.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import difflib
+import hashlib
+import io
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+
+from tmca.errors import ConfigError, DataError, StorageError
+from tmca.files import sha256_of, write_text
+from tmca.imaging.raster import image_size
+
+_NAMED = 3
+"""How many offending cases an error message names."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One case of a dataset.
+
+    Attributes:
+        id: Name, unique in its manifest; the image's stem where the file gives none.
+        image: Path relative to the manifest's root, with forward slashes.
+        mask: Path of the ground truth, or ``None``.
+        text: The sentence, or ``None``.
+        split: ``train``, ``val``, ``test`` or any other name; empty where there are no splits.
+        patient_id: Whom the image shows; cases of one patient must stay in one split.
+        modality: Kind of image, e.g. ``endoscopy``.
+        language: Language of the sentence.
+        text_provenance: ``human``, ``from_mask``, ``model`` or ``llm``.
+        spacing: Size of a pixel in millimetres as ``row,column``; empty where unknown.
+    """
+
+    id: str
+    image: str
+    mask: str | None = None
+    text: str | None = None
+    split: str = ""
+    patient_id: str = ""
+    modality: str = ""
+    language: str = "en"
+    text_provenance: str = "human"
+    spacing: str = ""
+
+
+COLUMNS = tuple(item.name for item in dataclasses.fields(Record))
+"""Columns of a manifest file; others are ignored."""
+
+_DEFAULTS = {"language": "en", "text_provenance": "human"}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The cases of a dataset in order.
+
+    Attributes:
+        root: Folder to which the records' paths are relative.
+        records: The cases; their ids are distinct.
+        name: Name of the dataset, for messages and results.
+    """
+
+    root: Path
+    records: tuple[Record, ...]
+    name: str
+
+    def __post_init__(self) -> None:
+        counts = Counter(record.id for record in self.records)
+        repeated = [name for name, count in counts.items() if count > 1]
+        if repeated:
+            raise DataError(
+                f"{self.name} names {len(repeated)} ids more than once: {_listed(repeated)}",
+                hint="give every row its own id",
+            )
+
+    @classmethod
+    def read(cls, path: Path | str) -> Manifest:
+        """Read a manifest file.
+
+        Args:
+            path: A ``.csv`` or ``.jsonl`` file in UTF-8.
+
+        Returns:
+            The manifest, with the file's folder as its root.
+
+        Raises:
+            DataError: The file is missing, empty or malformed, or a row has no image or repeats an id.
+        """
+        path = Path(path).absolute()
+        records = tuple(_record(path, line, row) for line, row in read_rows(path, required=("image",)))
+        name = path.parent.name if path.stem == "manifest" else path.stem
+        try:
+            return cls(path.parent, records, name)
+        except DataError as error:
+            raise DataError(f"{path}: {error.message}", hint=error.hint) from error
+
+    def write(self, path: Path | str) -> None:
+        """Write the manifest as CSV or JSON Lines in one step, its paths relative to the new place.
+
+        Args:
+            path: File ending in ``.csv`` or ``.jsonl``.
+
+        Raises:
+            StorageError: The ending is unknown or the file could not be written.
+        """
+        path = Path(path).absolute()
+        rows = [self._row(record, path.parent) for record in self.records]
+        if path.suffix == ".csv":
+            # The csv module leaves a lone carriage return unquoted and would then read it as the end of the row.
+            fragile = any("\r" in value for row in rows for value in row.values())
+            stream = io.StringIO(newline="")
+            writer = csv.DictWriter(
+                stream, COLUMNS, lineterminator="\n", quoting=csv.QUOTE_ALL if fragile else csv.QUOTE_MINIMAL
+            )
+            writer.writeheader()
+            writer.writerows(rows)
+            write_text(path, stream.getvalue())
+        elif path.suffix == ".jsonl":
+            lines = (json.dumps({key: value for key, value in row.items() if value}) for row in rows)
+            write_text(path, "".join(line + "\n" for line in lines))
+        else:
+            raise StorageError(
+                f"Cannot write {path}: a manifest is CSV or JSON Lines", hint="let the name end in .csv or .jsonl"
+            )
+
+    def image_path(self, record: Record) -> Path:
+        """Return where a record's image lies."""
+        return self.root / record.image
+
+    def mask_path(self, record: Record) -> Path | None:
+        """Return where a record's mask lies, or ``None`` where it has none."""
+        return None if record.mask is None else self.root / record.mask
+
+    @property
+    def splits(self) -> dict[str, int]:
+        """Number of cases in each split, in order of appearance."""
+        return dict(Counter(record.split for record in self.records))
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """The distinct sentences, in order of appearance."""
+        return tuple(dict.fromkeys(record.text for record in self.records if record.text is not None))
+
+    def split(self, name: str) -> Manifest:
+        """Return the cases of one split.
+
+        Raises:
+            DataError: No case belongs to it.
+        """
+        chosen = [record for record in self.records if record.split == name]
+        if not chosen:
+            known = ", ".join(f"{split or '(none)'} ({count})" for split, count in self.splits.items())
+            raise DataError(
+                f"{self.name} has no split {name!r}; it has {known or 'no cases'}", hint="fill the column split"
+            )
+        return self.with_records(chosen)
+
+    def select(self, ids: Iterable[str]) -> Manifest:
+        """Return the cases with the given ids, in the manifest's order.
+
+        Raises:
+            DataError: An id does not exist.
+        """
+        wanted = set(ids)
+        unknown = sorted(wanted - {record.id for record in self.records})
+        if unknown:
+            raise DataError(f"{self.name} has no case {_listed(unknown)}", hint="see the column id")
+        return self.with_records(record for record in self.records if record.id in wanted)
+
+    def with_records(self, records: Iterable[Record]) -> Manifest:
+        """Return a manifest of the same root and name with other records."""
+        return replace(self, records=tuple(records))
+
+    def fraction(self, share: float, seed: int) -> Manifest:
+        """Return a random share of the cases, in the manifest's order.
+
+        The shares of one seed are nested: every case of the 25 % is also in the 50 %.
+
+        Args:
+            share: In (0, 1]; at least one case remains.
+            seed: Decides which cases.
+
+        Raises:
+            ConfigError: The share is not in (0, 1].
+        """
+        if not 0 < share <= 1:
+            raise ConfigError(f"The fraction is {share!r}, expected a share in (0, 1]", hint="0.25 takes a quarter")
+        count = max(1, round(share * len(self.records)))
+        ranked = sorted(self.records, key=lambda record: seeded_number(seed, record.id))
+        return self.select(record.id for record in ranked[:count])
+
+    def content_hash(self) -> str:
+        """Return a SHA-256 over ids, splits, sentences and the bytes of images and masks.
+
+        It does not depend on the order of the rows or on where the files lie.
+
+        Raises:
+            DataError: A file cannot be read.
+        """
+        digest = hashlib.sha256()
+        for record in sorted(self.records, key=lambda record: record.id):
+            mask_path = self.mask_path(record)
+            mask_hash = None if mask_path is None else sha256_of(mask_path)
+            row = [record.id, record.split, record.text, sha256_of(self.image_path(record)), mask_hash]
+            digest.update(json.dumps(row).encode())
+        return digest.hexdigest()
+
+    def check(self, require_text: bool, require_mask: bool) -> None:
+        """Refuse a manifest that cannot be used, before any work starts on it; reads the files' headers only.
+
+        Args:
+            require_text: Every case needs a sentence.
+            require_mask: Every case needs a mask of its image's size.
+
+        Raises:
+            DataError: Names the first cases that lack something and how many do.
+        """
+        hint = "check the column image and that the files were copied"
+        self._refuse("no image file", lambda record: not self.image_path(record).is_file(), hint)
+        if require_text:
+            hint = "fill the column text, or allow missing sentences where the method can do without"
+            self._refuse("no sentence", lambda record: record.text is None, hint)
+        if require_mask:
+            hint = "check the column mask and that the files were copied"
+            self._refuse("no mask file", lambda record: not self._has_mask(record), hint)
+            self._refuse("a mask of another size than its image", self._sizes_differ, "export the masks again")
+
+    def _has_mask(self, record: Record) -> bool:
+        mask_path = self.mask_path(record)
+        return mask_path is not None and mask_path.is_file()
+
+    def _sizes_differ(self, record: Record) -> bool:
+        mask_path = self.mask_path(record)
+        return mask_path is not None and image_size(self.image_path(record)) != image_size(mask_path)
+
+    def _refuse(self, what: str, is_wrong: Callable[[Record], bool], hint: str) -> None:
+        wrong = [f"{record.id} ({record.image})" for record in self.records if is_wrong(record)]
+        if wrong:
+            raise DataError(
+                f"{len(wrong)} of {len(self.records)} cases of {self.name} have {what}: {_listed(wrong)}", hint=hint
+            )
+
+    def _row(self, record: Record, folder: Path) -> dict[str, str]:
+        row = {name: getattr(record, name) or "" for name in COLUMNS}
+        if folder != self.root.absolute():
+            for name in ("image", "mask"):
+                if row[name] and not PurePosixPath(row[name]).is_absolute():
+                    row[name] = Path(os.path.relpath(self.root.absolute() / row[name], folder)).as_posix()
+        return row
+
+
+def read_rows(path: Path, required: Iterable[str]) -> list[tuple[int, dict[str, str]]]:
+    """Read a CSV or JSON Lines file as rows of strings.
+
+    Args:
+        path: A ``.csv`` or ``.jsonl`` file in UTF-8, with or without byte order mark.
+        required: Columns that must be there.
+
+    Returns:
+        Line number and cells of each row; a missing or null cell is an empty string.
+
+    Raises:
+        DataError: Names the file and the line.
+    """
+    readers = {".csv": _csv_rows, ".jsonl": _jsonl_rows}
+    if path.suffix not in readers:
+        hint = "let it be a .csv or .jsonl file"
+        if path.suffix == ".parquet":
+            hint = f"convert it: pandas.read_parquet({path.name!r}).to_csv('manifest.csv', index=False)"
+        raise DataError(f"{path} is not a manifest that can be read", hint=hint)
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8 (byte {error.start} is 0x{error.object[error.start]:02x})",
+            hint="save it as UTF-8, in Excel: 'CSV UTF-8'",
+        ) from error
+    except OSError as error:
+        raise DataError(f"Cannot read {path}: {error.strerror}", hint="check the path and its permissions") from error
+    if not text.strip():
+        raise DataError(f"{path} is empty", hint="expected a header line and one row an image")
+    rows = readers[path.suffix](path, text, tuple(required))
+    if not rows:
+        raise DataError(f"{path} has no rows", hint="expected one row an image")
+    return rows
+
+
+def seeded_number(seed: int, name: str) -> int:
+    """Return a number that looks random but depends on seed and name only, not on the other names or their order."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest())
+
+
+def _csv_rows(path: Path, text: str, required: tuple[str, ...]) -> list[tuple[int, dict[str, str]]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    rows: list[tuple[int, dict[str, str]]] = []
+    try:
+        header = [name.strip() for name in reader.fieldnames or ()]
+        reader.fieldnames = header
+        for name in required:
+            if name not in header:
+                raise _missing_column(path, name, header)
+        for row in reader:
+            if None in row:
+                raise DataError(
+                    f"{path}, line {reader.line_num}: {len(header)} cells expected, more were found",
+                    hint='put a sentence that holds commas in double quotes: "one polyp, located in top"',
+                )
+            rows.append((reader.line_num, {name: value or "" for name, value in row.items()}))
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: {error}", hint="check the quotes around the cells") from error
+    return rows
+
+
+def _jsonl_rows(path: Path, text: str, required: tuple[str, ...]) -> list[tuple[int, dict[str, str]]]:
+    rows: list[tuple[int, dict[str, str]]] = []
+    # Not splitlines(): JSON strings may hold the other line ends of Unicode.
+    for line, content in enumerate(text.split("\n"), start=1):
+        if not content.strip():
+            continue
+        try:
+            values = json.loads(content)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}, line {line}: not JSON: {error}", hint="one JSON object a line") from error
+        if not isinstance(values, dict):
+            raise DataError(f"{path}, line {line}: expected a JSON object", hint='e.g. {"image": "images/1.png"}')
+        for name in required:
+            if name not in values:
+                raise _missing_column(f"{path}, line {line}", name, list(values))
+        nested = [key for key in COLUMNS if isinstance(values.get(key), dict | list)]
+        if nested:
+            raise DataError(f"{path}, line {line}: {nested[0]} holds several values", hint="expected one string")
+        rows.append((line, {key: "" if value is None else str(value) for key, value in values.items()}))
+    return rows
+
+
+def _missing_column(where: Path | str, name: str, columns: list[str]) -> DataError:
+    if len(columns) == 1 and any(mark in columns[0] for mark in ";\t"):
+        return DataError(f"{where} has one column {columns[0]!r}", hint="separate the cells by commas")
+    nearest = difflib.get_close_matches(name.lower(), [column.lower() for column in columns], n=1, cutoff=0.5)
+    hint = "add it to the first line"
+    if nearest:
+        original = next(column for column in columns if column.lower() == nearest[0])
+        hint = f"rename {original!r} to {name!r}"
+    return DataError(f"{where} has no column {name!r}; it has {', '.join(map(repr, columns))}", hint=hint)
+
+
+def _record(path: Path, line: int, row: dict[str, str]) -> Record:
+    cells = {name: row.get(name, "") for name in COLUMNS}
+    text = cells.pop("text")
+    values = {name: value.strip() or _DEFAULTS.get(name, "") for name, value in cells.items()}
+    if not values["image"]:
+        raise DataError(f"{path}, line {line}: the cell image is blank", hint="every row needs the path of an image")
+    values["id"] = values["id"] or PurePosixPath(values["image"]).stem
+    if "/" in values["id"] or "\\" in values["id"]:
+        raise DataError(
+            f"{path}, line {line}: the id {values['id']!r} holds a slash", hint="ids become the names of written files"
+        )
+    mask = values.pop("mask")
+    return Record(**values, mask=mask or None, text=text if text.strip() else None)
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (", …" if len(names) > _NAMED else "")

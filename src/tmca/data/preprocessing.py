@@ -1,0 +1,142 @@
+"""From decoded images to what a model sees, random changes for training, and the way back to the original size.
+
+One code serves training, evaluation and prediction. Images are decoded upright and converted to RGB by
+:mod:`tmca.imaging`; here they are resized (bicubic; masks nearest) and normalised.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, UInt8
+from PIL import Image
+from torch import Tensor
+
+from tmca.config import AugmentationConfig, PreprocessingConfig
+from tmca.data.describe import mirror
+from tmca.errors import DataError
+
+ImageArray = UInt8[np.ndarray, "height width 3"]
+MaskArray = Bool[np.ndarray, "height width"]
+
+
+def prepare_image(image: ImageArray, config: PreprocessingConfig) -> Float[Tensor, "3 size size"]:
+    """Resize and normalise one upright RGB image.
+
+    Args:
+        image: uint8, any size.
+        config: Size and normalisation; ``encoder`` normalisation must have been resolved to ``fixed``.
+    """
+    return normalise(to_tensor(resize_image(image, config.image_size)), config)
+
+
+def resize_image(image: ImageArray, size: int) -> UInt8[np.ndarray, "size size 3"]:
+    """Resize to a square, bicubic with antialiasing; the aspect ratio is not kept (as in the paper)."""
+    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def resize_mask(mask: MaskArray, height: int, width: int) -> Bool[np.ndarray, "rows cols"]:
+    """Resize a mask, nearest neighbour."""
+    return np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
+
+
+def to_tensor(image: ImageArray) -> Float[Tensor, "3 height width"]:
+    """Return an image as float32 in [0, 1], channels first."""
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float().div_(255)
+
+
+def normalise(image: Float[Tensor, "3 height width"], config: PreprocessingConfig) -> Float[Tensor, "3 height width"]:
+    """Normalise an image in [0, 1].
+
+    ``per_image`` gives each channel mean 0 and standard deviation 1 (a constant channel becomes 0); ``fixed``
+    subtracts ``config.mean`` and divides by ``config.std``.
+    """
+    if config.normalisation == "per_image":
+        mean = image.mean(dim=(1, 2), keepdim=True)
+        std = image.std(dim=(1, 2), keepdim=True, correction=0)
+        return (image - mean) / torch.where(std > 0, std, torch.ones_like(std))
+    if config.normalisation == "encoder":
+        raise DataError(
+            "normalisation 'encoder' has not been resolved to the encoder's mean and std",
+            hint="build the experiment with tmca.training.resolve, or set fixed with mean and std",
+        )
+    mean, std = torch.tensor(config.mean).view(3, 1, 1), torch.tensor(config.std).view(3, 1, 1)
+    return (image - mean) / std
+
+
+def restore(
+    probability: Float[Tensor, "rows cols"], height: int, width: int
+) -> Float[np.ndarray, "height width"]:
+    """Return a probability map at the size of the original image: the inverse of the resize (bilinear)."""
+    resized = torch.nn.functional.interpolate(
+        probability[None, None].float(), size=(height, width), mode="bilinear", align_corners=False
+    )
+    restored: np.ndarray = resized[0, 0].cpu().numpy()
+    return restored
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """An image with its mask and sentence on the way through the random changes."""
+
+    image: ImageArray
+    mask: MaskArray
+    text: str | None
+
+
+def augment(drawn: Drawn, config: AugmentationConfig, rng: np.random.Generator) -> Drawn:
+    """Change a training case at random: zoom and mirror image and mask together, brightness and contrast, text dropout.
+
+    The same draws are made whatever the settings, so that switching one change off does not alter the others.
+    """
+    share = rng.random(4)
+    factor = float(rng.uniform(*config.zoom_range))
+    tone = rng.uniform(-1, 1, size=2)
+    if share[0] < config.zoom_probability:
+        drawn = zoom(drawn, factor)
+    if share[1] < config.mirror_probability:
+        drawn = mirrored(drawn, horizontally=True)
+    if share[2] < config.mirror_probability:
+        drawn = mirrored(drawn, horizontally=False)
+    if config.brightness or config.contrast:
+        drawn = Drawn(_retone(drawn.image, tone * (config.brightness, config.contrast)), drawn.mask, drawn.text)
+    if share[3] < config.text_dropout:
+        drawn = Drawn(drawn.image, drawn.mask, None)
+    return drawn
+
+
+def zoom(drawn: Drawn, factor: float) -> Drawn:
+    """Zoom about the centre, image bicubic and mask nearest; below 1 the border is repeated outwards."""
+    height, width = drawn.mask.shape
+    image, mask = drawn.image, drawn.mask
+    if factor < 1:
+        rows, cols = round(height * (1 / factor - 1) / 2), round(width * (1 / factor - 1) / 2)
+        image = np.pad(image, ((rows, rows), (cols, cols), (0, 0)), mode="edge")
+        mask = np.pad(mask, ((rows, rows), (cols, cols)), mode="edge")
+        box = None
+    else:
+        rows, cols = round(height * (1 - 1 / factor) / 2), round(width * (1 - 1 / factor) / 2)
+        box = (cols, rows, width - cols, height - rows)
+    zoomed = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC, box=box)
+    zoomed_mask = Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST, box=box)
+    return Drawn(np.asarray(zoomed), np.asarray(zoomed_mask), drawn.text)
+
+
+def mirrored(drawn: Drawn, *, horizontally: bool) -> Drawn:
+    """Mirror image and mask and exchange the sides in the sentence; unchanged if no true sentence can be made."""
+    text = drawn.text
+    if text is not None:
+        text = mirror(text, "horizontal" if horizontally else "vertical")
+        if text is None:
+            return drawn
+    axis = 1 if horizontally else 0
+    return Drawn(np.flip(drawn.image, axis), np.flip(drawn.mask, axis), text)
+
+
+def _retone(image: ImageArray, changes: Float[np.ndarray, " 2"]) -> ImageArray:
+    brightness, contrast = 1 + changes
+    values = image.astype(np.float32) * brightness
+    middle = values.mean()
+    return np.clip((values - middle) * contrast + middle, 0, 255).astype(np.uint8)

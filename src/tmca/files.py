@@ -1,0 +1,132 @@
+"""Safe writing: a file or folder is either the old one or the new one, never half of it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tmca.errors import DataError, StorageError
+
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+_NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+def write_bytes(path: Path | str, data: bytes) -> None:
+    """Write a file in one step; missing parent folders are created.
+
+    The bytes go to a temporary file in the same folder that then takes the name, so a reader never sees a partial file
+    and a failure leaves the old one.
+
+    Args:
+        path: File to write or replace.
+        data: Its new content.
+
+    Raises:
+        StorageError: The file could not be written.
+    """
+    target = Path(path)
+    temporary = _sibling(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(data)
+            temporary.replace(target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise _storage_error(target, error) from error
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write a UTF-8 text file in one step; line ends are written as they are. See :func:`write_bytes`."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path | str, value: Any) -> None:  # noqa: ANN401
+    """Write a value as indented JSON in one step. See :func:`write_bytes`."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def replace_folder(path: Path | str) -> Iterator[Path]:
+    """Fill a new folder that takes the place of ``path`` when the block ends without an exception.
+
+    The old folder is renamed aside, the new one takes its name, then the old one is deleted; after an exception the old
+    folder is as it was.
+
+    Args:
+        path: Folder to create or replace.
+
+    Yields:
+        An empty temporary folder next to ``path``.
+
+    Raises:
+        StorageError: ``path`` is a file, or the folder could not be written.
+    """
+    target = Path(path).resolve()
+    if target.exists() and not target.is_dir():
+        raise StorageError(f"{target} is a file, expected a folder", hint="choose another folder")
+    temporary = _sibling(target)
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise _storage_error(target, error) from error
+    try:
+        yield temporary
+        _exchange(temporary, target)
+    except OSError as error:
+        if error.filename is None or str(error.filename).startswith((str(temporary), str(target))):
+            raise _storage_error(target, error) from error
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sha256_of(path: Path | str) -> str:
+    """Return the SHA-256 of a file's bytes as hexadecimal digits.
+
+    Raises:
+        DataError: The file cannot be read.
+    """
+    try:
+        with Path(path).open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"Cannot read {path}: {error.strerror}", hint="check the path and its permissions") from error
+
+
+def _sibling(target: Path) -> Path:
+    return target.parent / f".tmp-{uuid.uuid4().hex}"
+
+
+def _exchange(new: Path, target: Path) -> None:
+    if not target.exists():
+        new.rename(target)
+        return
+    aside = _sibling(target)
+    target.rename(aside)
+    try:
+        new.rename(target)
+    except BaseException:
+        aside.rename(target)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _storage_error(path: Path, error: OSError) -> StorageError:
+    if error.errno in _DISK_FULL:
+        hint = "the disk is full: free space or choose another folder"
+    elif error.errno in _NO_PERMISSION:
+        hint = "no permission to write there: change it or choose another folder"
+    else:
+        hint = "check the path or choose another folder"
+    return StorageError(f"Cannot write {path}: {error.strerror or error}", hint=hint)

@@ -1,0 +1,1 @@
+"""Files to upright arrays and back, with their geometry."""

@@ -1,0 +1,110 @@
+"""Pictures of masks on images: filled prediction, outlined truth, several panels under their captions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+PREDICTION_COLOUR = (255, 200, 0)
+"""Yellow: what the model marked."""
+TRUTH_COLOUR = (0, 220, 255)
+"""Cyan: the outline of the reference mask."""
+FILL = 0.35
+SHORTEST_PANEL = 224
+CAPTION_SIZE = 14
+MARGIN = 6
+PAPER = (255, 255, 255)
+INK = (30, 30, 30)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One picture of a strip.
+
+    Attributes:
+        caption: Words above it.
+        prediction: Predicted mask, bool ``(height, width)``; ``None`` shows the image alone.
+    """
+
+    caption: str
+    prediction: NDArray[np.bool_] | None = None
+
+
+def draw_overlay(
+    image: NDArray[np.uint8], prediction: NDArray[np.bool_] | None, truth: NDArray[np.bool_] | None = None
+) -> NDArray[np.uint8]:
+    """Return the image with the prediction filled and outlined in yellow and the truth outlined in cyan.
+
+    Args:
+        image: uint8 ``(height, width, 3)``.
+        prediction: bool ``(height, width)``.
+        truth: bool ``(height, width)``.
+    """
+    drawn = image.astype(np.float32)
+    thickness = max(1, round(min(image.shape[:2]) / 200))
+    if prediction is not None:
+        drawn[prediction] = (1 - FILL) * drawn[prediction] + FILL * np.array(PREDICTION_COLOUR, np.float32)
+        drawn[outline(prediction, thickness)] = PREDICTION_COLOUR
+    if truth is not None:
+        drawn[outline(truth, thickness)] = TRUTH_COLOUR
+    return np.clip(drawn, 0, 255).astype(np.uint8)
+
+
+def outline(mask: NDArray[np.bool_], thickness: int = 1) -> NDArray[np.bool_]:
+    """Return the pixels of a mask that lie within ``thickness`` of its border."""
+    inner = np.pad(mask, thickness, mode="constant")
+    for _ in range(thickness):
+        neighbours = (np.roll(inner, shift, axis) for axis in (0, 1) for shift in (-1, 1))
+        inner = np.logical_and.reduce([inner, *neighbours])
+    height, width = mask.shape
+    kept: NDArray[np.bool_] = inner[thickness : thickness + height, thickness : thickness + width]
+    return mask & ~kept
+
+
+def draw_strip(
+    image: NDArray[np.uint8], panels: Sequence[Panel], truth: NDArray[np.bool_] | None = None
+) -> NDArray[np.uint8]:
+    """Return the panels side by side, each under its caption, small images enlarged.
+
+    Args:
+        image: uint8 ``(height, width, 3)``.
+        panels: Captions and predictions.
+        truth: Outlined in every panel.
+    """
+    scale = max(1, round(SHORTEST_PANEL / min(image.shape[:2])))
+    if scale > 1:
+        image, truth = _enlarged(image, scale), None if truth is None else _enlarged(truth, scale)
+    font = ImageFont.load_default(size=CAPTION_SIZE)
+    height, width = image.shape[:2]
+    captions = [_wrapped(panel.caption, font, width) for panel in panels]
+    top = MARGIN + (CAPTION_SIZE + 4) * max(len(lines) for lines in captions)
+    strip = Image.new("RGB", (len(panels) * (width + MARGIN) + MARGIN, top + height + MARGIN), PAPER)
+    pen = ImageDraw.Draw(strip)
+    for number, (panel, lines) in enumerate(zip(panels, captions, strict=True)):
+        left = MARGIN + number * (width + MARGIN)
+        for row, line in enumerate(lines):
+            pen.text((left, MARGIN / 2 + row * (CAPTION_SIZE + 4)), line, INK, font)
+        prediction = panel.prediction
+        if prediction is not None and scale > 1:
+            prediction = _enlarged(prediction, scale)
+        strip.paste(Image.fromarray(draw_overlay(image, prediction, truth)), (left, top))
+    return np.asarray(strip)
+
+
+def _enlarged(array: NDArray[np.generic], scale: int) -> NDArray[np.generic]:
+    return np.repeat(np.repeat(array, scale, axis=0), scale, axis=1)
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines

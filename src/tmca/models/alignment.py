@@ -1,0 +1,61 @@
+"""Alignment heads: one projection of the sentence into the space of each aligned image level (TSDM, MAS).
+
+The heads give vectors; comparing them, and the targets from the masks, is the business of :mod:`tmca.losses`. The
+target enhancement reuses the heads, so that the text it compares with the image is the aligned text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tmca.types import GLOBAL_LEVEL, ImageFeatures, LevelEmbeddings, TextFeatures
+
+
+class ProjectionHead(nn.Sequential):
+    """Linear, LayerNorm, GELU, Linear: from the text's width to an image level's.
+
+    Source:
+        Li et al., TMCA, Sec. 3.2 ("projected text features into the dimension of image features"); the shape of the
+        head is ours.
+    """
+
+    def __init__(self, text_dim: int, image_dim: int) -> None:
+        super().__init__(
+            nn.Linear(text_dim, text_dim), nn.LayerNorm(text_dim), nn.GELU(), nn.Linear(text_dim, image_dim)
+        )
+
+
+class AlignmentHeads(nn.Module):
+    """The projection heads of all levels.
+
+    Args:
+        text_dim: Width of the sentence embedding.
+        level_dims: Level name (``"8"``, …, ``"global"``) → width of the image feature there.
+        aligned: The levels whose embeddings go into the alignment loss; other heads serve the enhancement only.
+    """
+
+    def __init__(self, text_dim: int, level_dims: Mapping[str, int], aligned: Iterable[str]) -> None:
+        super().__init__()
+        self.heads = nn.ModuleDict({level: ProjectionHead(text_dim, dim) for level, dim in level_dims.items()})
+        self.aligned = tuple(aligned)
+
+    def project(self, text: TextFeatures) -> dict[str, Float[Tensor, "batch dim"]]:
+        """Return the sentence embedding in the space of each level."""
+        return {level: head(text.sentence_embedding) for level, head in self.heads.items()}
+
+    def forward(
+        self, images: ImageFeatures, projected: Mapping[str, Tensor], present: Tensor
+    ) -> dict[str, LevelEmbeddings]:
+        """Return the embeddings of the aligned levels, of the images that have a sentence.
+
+        The image feature of a level is the average of its map over positions; that of the global level is the
+        encoder's pooled embedding.
+        """
+        embeddings = {}
+        for level in self.aligned:
+            image = images.image_embedding if level == GLOBAL_LEVEL else images.feature_maps[int(level)].mean((2, 3))
+            embeddings[level] = LevelEmbeddings(image[present], projected[level][present])
+        return embeddings

@@ -1,0 +1,317 @@
+"""Text encoder: sentences → one vector a word and one a sentence.
+
+Two kinds behind one contract: a BERT read from a folder or the hub (CXR-BERT in the paper, frozen), and ``scratch``,
+a small BERT that is trained with the segmentation and whose WordPiece vocabulary is learned from the training
+sentences. Word features are the mean of the last three layers (Sec. 3.1).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
+from tokenizers.processors import TemplateProcessing
+from tokenizers.trainers import WordPieceTrainer
+from torch import Tensor, nn
+
+from tmca.config import TextEncoderConfig
+from tmca.errors import ConfigError, WeightsError
+from tmca.models.weights import load_config, load_state_dict, locate
+from tmca.types import TextFeatures, TextTokens
+
+if TYPE_CHECKING:
+    from transformers import BertModel
+
+SCRATCH = "scratch"
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+CACHE_SIZE = 20_000
+
+
+class SentenceTokenizer:
+    """WordPiece tokenizer that pads every sentence to one length and counts what it cuts.
+
+    Args:
+        tokenizer: A ``tokenizers`` tokenizer that adds its own special tokens.
+        max_tokens: Length of every row.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, max_tokens: int) -> None:
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self._last_id = tokenizer.encode("").ids[-1]
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of entries of the vocabulary."""
+        return int(self.tokenizer.get_vocab_size())
+
+    def __call__(self, texts: Sequence[str | None]) -> TextTokens:
+        """Tokenize sentences.
+
+        A sentence over the limit keeps its first tokens and the closing ``[SEP]``; its full length stands in
+        ``token_counts``. ``None`` and blank sentences become rows without a real token.
+        """
+        input_ids = torch.zeros(len(texts), self.max_tokens, dtype=torch.int64)
+        attention_mask = torch.zeros(len(texts), self.max_tokens, dtype=torch.bool)
+        counts = []
+        for row, text in enumerate(texts):
+            ids = self.tokenizer.encode(text).ids if text and text.strip() else []
+            counts.append(len(ids))
+            if len(ids) > self.max_tokens:
+                ids = [*ids[: self.max_tokens - 1], self._last_id]
+            input_ids[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
+            attention_mask[row, : len(ids)] = True
+        return TextTokens(input_ids, attention_mask, tuple(counts))
+
+    def save(self, path: Path) -> None:
+        """Write ``tokenizer.json``."""
+        self.tokenizer.save(str(path))
+
+    @classmethod
+    def read(cls, folder: Path, max_tokens: int) -> SentenceTokenizer:
+        """Read ``tokenizer.json`` or a BERT ``vocab.txt`` from a folder.
+
+        Raises:
+            WeightsError: Neither file is there, or it cannot be read.
+        """
+        try:
+            if (folder / "tokenizer.json").is_file():
+                return cls(Tokenizer.from_file(str(folder / "tokenizer.json")), max_tokens)
+            if (folder / "vocab.txt").is_file():
+                words = (folder / "vocab.txt").read_text("utf-8").splitlines()
+                settings_path = folder / "tokenizer_config.json"
+                settings = json.loads(settings_path.read_text("utf-8")) if settings_path.is_file() else {}
+                vocabulary = {word: index for index, word in enumerate(words)}
+                return cls(_wordpiece(vocabulary, lowercase=settings.get("do_lower_case", True)), max_tokens)
+        except Exception as error:  # tokenizers raises bare Exception
+            raise WeightsError(f"The tokenizer in {folder} cannot be read: {error}", hint="copy it again") from error
+        raise WeightsError(
+            f"{folder} has neither tokenizer.json nor vocab.txt", hint="add one, or set text_encoder.tokenizer"
+        )
+
+    @classmethod
+    def learn(cls, sentences: Iterable[str], *, vocabulary_size: int, max_tokens: int) -> SentenceTokenizer:
+        """Learn a lower-case WordPiece vocabulary from sentences.
+
+        Single letters and digits are always in it, so that an unseen word is spelled, not lost.
+        """
+        tokenizer = _wordpiece({token: index for index, token in enumerate(SPECIAL_TOKENS)}, lowercase=True)
+        trainer = WordPieceTrainer(
+            vocab_size=vocabulary_size,
+            special_tokens=list(SPECIAL_TOKENS),
+            initial_alphabet=list("abcdefghijklmnopqrstuvwxyz0123456789,.-"),
+            show_progress=False,
+        )
+        # Sorted, because the trainer breaks ties between equally frequent pieces by the order it meets them.
+        tokenizer.train_from_iterator(sorted(sentences), trainer)
+        # The trainer numbers ties by a randomised hash; renumbering makes the vocabulary a function of the sentences.
+        learned = sorted(set(tokenizer.get_vocab()) - set(SPECIAL_TOKENS))
+        vocabulary = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *learned))}
+        return cls(_wordpiece(vocabulary, lowercase=True), max_tokens)
+
+
+def _wordpiece(vocabulary: dict[str, int], *, lowercase: bool) -> Tokenizer:
+    tokenizer = Tokenizer(WordPiece(vocabulary, unk_token="[UNK]"))  # noqa: S106
+    tokenizer.normalizer = BertNormalizer(lowercase=lowercase)
+    tokenizer.pre_tokenizer = BertPreTokenizer()
+    tokenizer.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")]
+    )
+    return tokenizer
+
+
+class TextEncoder(nn.Module):
+    """A BERT behind the contract a guided decoder needs.
+
+    Args:
+        bert: Model whose hidden states are averaged.
+        tokenizer: The tokenizer that belongs to it.
+        config: Layers to average, pooling, and whether the weights are frozen.
+
+    Attributes:
+        text_dim: Width of the features.
+        max_tokens: Tokens a row.
+    """
+
+    def __init__(self, bert: BertModel, tokenizer: SentenceTokenizer, config: TextEncoderConfig) -> None:
+        super().__init__()
+        depth = bert.config.num_hidden_layers
+        if config.word_layers > depth:
+            raise ConfigError(
+                f"text_encoder.word_layers is {config.word_layers}, but the encoder has {depth} layers",
+                hint=f"set it to {depth} or less",
+            )
+        if tokenizer.vocabulary_size > bert.config.vocab_size:
+            raise ConfigError(
+                f"The tokenizer has {tokenizer.vocabulary_size} entries, the encoder {bert.config.vocab_size}",
+                hint="use the tokenizer that belongs to the weights",
+            )
+        self.bert = bert
+        self.tokenizer = tokenizer
+        self.config = config
+        self.text_dim: int = bert.config.hidden_size
+        self.max_tokens = tokenizer.max_tokens
+        if config.freeze:
+            self.requires_grad_(requires_grad=False)
+            self.eval()
+        self._cache: OrderedDict[str, Tensor] = OrderedDict()
+
+    def train(self, mode: bool = True) -> TextEncoder:
+        """Set training mode; a frozen encoder stays in evaluation mode, so that its dropout is off."""
+        super().train(mode and not self.config.freeze)
+        return self
+
+    def forward(self, tokens: TextTokens) -> TextFeatures:
+        """Encode tokenized sentences.
+
+        Differs from the paper in:
+            1. The sentence embedding is the mean over real tokens; the paper leaves the pooling open.
+            2. Features at padding are zeroed.
+
+        Source:
+            Li et al., TMCA, Sec. 3.1.
+        """
+        # Attention over a row of padding only is undefined; such a row reads its first token and is zeroed below.
+        readable = tokens.attention_mask.clone()
+        readable[:, 0] = True
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze):
+            output = self.bert(
+                input_ids=tokens.input_ids, attention_mask=readable.to(torch.int64), output_hidden_states=True
+            )
+            words = torch.stack(output.hidden_states[-self.config.word_layers :]).mean(dim=0)
+        words = words * tokens.attention_mask.unsqueeze(-1)
+        return self._features(words, tokens.attention_mask)
+
+    def encode(self, texts: Sequence[str | None]) -> TextFeatures:
+        """Encode sentences; a frozen encoder computes each distinct sentence once and remembers its features."""
+        device = next(self.bert.parameters()).device
+        tokens = self.tokenizer(texts).to(device)
+        if self.training or not self.config.freeze:
+            return self(tokens)
+        self._remember([text for text in texts if text and text.strip()])
+        nothing = torch.zeros(self.max_tokens, self.text_dim)
+        rows = [self._cache[text] if text and text.strip() else nothing for text in texts]
+        return self._features(torch.stack(rows).to(device), tokens.attention_mask)
+
+    def _remember(self, texts: Iterable[str]) -> None:
+        missing = [text for text in dict.fromkeys(texts) if text not in self._cache]
+        device = next(self.bert.parameters()).device
+        for start in range(0, len(missing), 64):
+            chunk = missing[start : start + 64]
+            # Autocast off: what is cached must not depend on the precision of the step that happened to ask first.
+            with torch.no_grad(), torch.autocast(device.type, enabled=False):
+                words = self(self.tokenizer(chunk).to(device)).word_features.float().cpu()
+            self._cache.update(zip(chunk, words, strict=True))
+        for text in texts:
+            self._cache.move_to_end(text)
+        while len(self._cache) > max(CACHE_SIZE, len(missing)):
+            self._cache.popitem(last=False)
+
+    def _features(
+        self,
+        words: Float[Tensor, "batch tokens text_dim"],
+        attention_mask: Tensor,
+    ) -> TextFeatures:
+        if self.config.sentence_pooling == "first":
+            sentence = words[:, 0]
+        else:
+            sentence = words.sum(dim=1) / attention_mask.sum(dim=1, keepdim=True).clamp(min=1)
+        return TextFeatures(words, attention_mask, sentence)
+
+
+def build_tokenizer(config: TextEncoderConfig, sentences: Iterable[str] = ()) -> SentenceTokenizer:
+    """Return the tokenizer of a text encoder: its own, a given one, or one learned from ``sentences``.
+
+    Raises:
+        WeightsError: The tokenizer folder cannot be found or read.
+        ConfigError: There is nothing to learn a vocabulary from.
+    """
+    if config.tokenizer or config.weights != SCRATCH:
+        return SentenceTokenizer.read(locate(config.tokenizer or config.weights), config.max_tokens)
+    distinct = sorted(set(sentences))
+    if not distinct:
+        raise ConfigError(
+            "A scratch text encoder needs training sentences or a tokenizer folder",
+            hint="set text_encoder.tokenizer, or train on a manifest with sentences",
+        )
+    return SentenceTokenizer.learn(distinct, vocabulary_size=config.vocabulary_size, max_tokens=config.max_tokens)
+
+
+def build_text_encoder(
+    config: TextEncoderConfig, tokenizer: SentenceTokenizer, *, bert_config: dict[str, Any] | None = None
+) -> TextEncoder:
+    """Build a text encoder, with its pretrained weights unless a checkpoint will fill it.
+
+    Args:
+        config: Which encoder.
+        tokenizer: See :func:`build_tokenizer`.
+        bert_config: The BERT's architecture as a checkpoint stored it; given, no pretrained weights are looked for.
+
+    Raises:
+        WeightsError: The weights are neither on disk nor reachable, or do not fit.
+    """
+    from transformers import BertConfig, BertModel
+
+    if bert_config is not None:
+        values, state = bert_config, None
+    elif config.weights == SCRATCH:
+        values, state = scratch_bert_config(config, tokenizer), None
+    else:
+        folder = locate(config.weights)
+        values, state = load_config(folder), bert_weights(load_state_dict(folder))
+    accepted = BertConfig().to_dict()
+    options = {key: value for key, value in values.items() if key in accepted and key != "model_type"}
+    bert = BertModel(BertConfig(**options), add_pooling_layer=False)
+    if state is not None:
+        wanted = bert.state_dict()
+        missing = [key for key in wanted if key not in state or state[key].shape != wanted[key].shape]
+        if missing:
+            raise WeightsError(
+                f"Weights {config.weights!r} do not fit a BERT of their config: {len(missing)} tensors missing or of "
+                f"another shape, first {missing[0]!r}",
+                hint="download the folder again, or correct its config.json",
+            )
+        bert.load_state_dict({key: state[key] for key in wanted})
+    return TextEncoder(bert, tokenizer, config)
+
+
+def scratch_bert_config(config: TextEncoderConfig, tokenizer: SentenceTokenizer) -> dict[str, Any]:
+    """Return the transformers configuration of the small BERT that is trained with the model."""
+    return {
+        "vocab_size": tokenizer.vocabulary_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.attention_heads,
+        "intermediate_size": 2 * config.hidden_size,
+        "max_position_embeddings": config.max_tokens,
+        "type_vocab_size": 1,
+        "hidden_dropout_prob": config.dropout,
+        "attention_probs_dropout_prob": config.dropout,
+    }
+
+
+def bert_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the plain BERT tensors of a checkpoint that may wrap them.
+
+    CXR-BERT stores its encoder under ``bert.`` beside heads that segmentation does not use (``cls.*``,
+    ``cls_projection_head.*``). Its own modelling code is remote code and does not run on transformers 5; the encoder
+    itself is an ordinary BERT.
+    """
+    if any(key.startswith("bert.") for key in state):
+        state = {key.removeprefix("bert."): value for key, value in state.items() if key.startswith("bert.")}
+    # Checkpoints from before transformers 2 name the LayerNorm parameters gamma and beta.
+    return {
+        key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): value
+        for key, value in state.items()
+    }

@@ -1,0 +1,233 @@
+"""Image encoder: images → feature maps at strides 4, 8, 16, 32 and one pooled embedding.
+
+Any transformers vision model serves whose hidden states contain maps at the four strides: ConvNeXt (the paper),
+MobileNetV2, ResNet, Swin, … Which hidden state holds which stride is found by looking, not by a table of names.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tmca.config import STRIDES, ImageEncoderConfig
+from tmca.errors import ConfigError, DataError, WeightsError, unknown_name
+from tmca.models.weights import load_config, load_state_dict, locate
+from tmca.types import ImageFeatures
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+PROBE_SIZE = 64
+USUAL_BATCHNORM_MOMENTUM = 0.1
+
+
+class ImageEncoder(nn.Module):
+    """A transformers vision model behind the contract a decoder needs.
+
+    Args:
+        backbone: Model that returns ``hidden_states``.
+        pooled: Whether the pooled embedding will be used; if not, parameters that serve only it are frozen, so that
+            every trainable parameter gets a gradient.
+
+    Attributes:
+        out_channels: Stride → channels of its feature map.
+        embedding_dim: Width of the pooled embedding.
+
+    Raises:
+        ConfigError: The backbone lacks one of the strides 4, 8, 16, 32.
+    """
+
+    def __init__(self, backbone: PreTrainedModel, *, pooled: bool = True) -> None:
+        super().__init__()
+        self.backbone = backbone
+        _use_running_statistics(backbone)
+        self._index_by_stride = _find_strides(backbone)
+        with torch.no_grad():
+            maps, embedding = self._run(_probe_images())
+        self.out_channels = {stride: maps[stride].shape[1] for stride in STRIDES}
+        self.embedding_dim = embedding.shape[1]
+        _freeze_unused(self, pooled=pooled)
+
+    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> ImageFeatures:
+        """Encode a batch of images of any size.
+
+        Images whose sides are no multiple of 32 are padded at the right and bottom by repeating their border.
+
+        Args:
+            images: Normalised images, float.
+        """
+        height, width = images.shape[-2:]
+        padding = (0, -width % STRIDES[-1], 0, -height % STRIDES[-1])
+        padded = nn.functional.pad(images, padding, mode="replicate") if any(padding) else images
+        maps, embedding = self._run(padded)
+        return ImageFeatures(maps, embedding, (height, width))
+
+    def _run(self, images: Tensor) -> tuple[dict[int, Tensor], Tensor]:
+        output = self.backbone(pixel_values=images, output_hidden_states=True)
+        states = _spatial_states(output)
+        maps = {stride: states[index] for stride, index in self._index_by_stride.items()}
+        pooled = getattr(output, "pooler_output", None)
+        embedding = maps[STRIDES[-1]].mean(dim=(2, 3)) if pooled is None else pooled.flatten(1)
+        return maps, embedding
+
+
+def build_image_encoder(config: ImageEncoderConfig, *, pooled: bool = True, load_weights: bool = True) -> ImageEncoder:
+    """Build an image encoder, with pretrained weights unless told otherwise.
+
+    Args:
+        config: Which backbone, and where its weights are.
+        pooled: See :class:`ImageEncoder`.
+        load_weights: False builds the architecture only (a checkpoint will fill it).
+
+    Raises:
+        WeightsError: The weights are neither on disk nor reachable, or do not fit.
+        ConfigError: The architecture is unknown or lacks a stride.
+    """
+    from transformers import AutoModel
+
+    backbone_config = image_backbone_config(config)
+    try:
+        backbone = AutoModel.from_config(backbone_config)
+    except (ValueError, KeyError) as error:
+        raise ConfigError(f"Cannot build the image encoder {config.weights!r}: {error}", hint="choose a vision backbone")
+    if load_weights and config.weights != "none":
+        state = load_state_dict(locate(config.weights))
+        _load_backbone(backbone, state, config.weights)
+    return ImageEncoder(backbone, pooled=pooled)
+
+
+def image_backbone_config(config: ImageEncoderConfig) -> Any:  # noqa: ANN401
+    """Return the transformers configuration of an image encoder without building it.
+
+    Raises:
+        ConfigError: The architecture or one of its options is unknown.
+        WeightsError: The weights' folder cannot be found.
+    """
+    from transformers import CONFIG_MAPPING
+
+    if config.weights != "none":
+        values = load_config(locate(config.weights))
+        architecture = str(values.pop("model_type", ""))
+    else:
+        values = dict(config.options)
+        architecture = config.architecture
+    if architecture not in CONFIG_MAPPING:
+        raise unknown_name("image encoder architecture", architecture, ENCODERS)
+    backbone_config = CONFIG_MAPPING[architecture]()
+    if config.weights == "none":
+        for name in values:
+            if not hasattr(backbone_config, name):
+                known = [key for key in vars(backbone_config) if not key.startswith("_")]
+                raise unknown_name(f"option of {architecture}", name, known)
+    return CONFIG_MAPPING[architecture](**values)
+
+
+ENCODERS = ("convnext", "convnextv2", "mobilenet_v2", "resnet", "swin", "focalnet", "poolformer", "pvt_v2")
+"""Architectures known to have the four strides; others of transformers may work too."""
+
+
+def encoder_normalisation(config: ImageEncoderConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation an encoder was trained with, for images scaled to [0, 1].
+
+    Raises:
+        ConfigError: There is no ``preprocessor_config.json`` to tell.
+    """
+    if config.weights != "none":
+        path = locate(config.weights) / "preprocessor_config.json"
+        if path.is_file():
+            values = json.loads(path.read_text("utf-8"))
+            return tuple(values["image_mean"]), tuple(values["image_std"])
+    raise ConfigError(
+        f"normalisation is 'encoder' but {config.weights!r} has no preprocessor_config.json",
+        hint="set preprocessing.normalisation to per_image, or to fixed with mean and std",
+    )
+
+
+def _load_backbone(backbone: nn.Module, state: dict[str, Tensor], name: str) -> None:
+    """Copy weights, forgiving a task head and the prefix transformers gives a backbone inside a task model."""
+    wanted = backbone.state_dict()
+    prefix = str(getattr(backbone, "base_model_prefix", ""))
+    stripped = {key.removeprefix(f"{prefix}."): value for key, value in state.items()}
+    missing = [key for key in wanted if key not in stripped and not key.endswith("num_batches_tracked")]
+    wrong = [key for key, value in wanted.items() if key in stripped and stripped[key].shape != value.shape]
+    if missing or wrong:
+        raise WeightsError(
+            f"Weights {name!r} do not fit their config: {len(missing)} tensors missing, {len(wrong)} of another shape, "
+            f"first {(missing + wrong)[0]!r}",
+            hint="download the folder again, or correct its config.json",
+        )
+    backbone.load_state_dict({key: stripped[key].to(wanted[key].dtype) for key in wanted if key in stripped}, strict=False)
+
+
+def _probe_images(height: int = PROBE_SIZE, width: int = PROBE_SIZE) -> Tensor:
+    return torch.zeros(1, 3, height, width)
+
+
+def _spatial_states(output: Any) -> list[Tensor]:  # noqa: ANN401
+    reshaped = getattr(output, "reshaped_hidden_states", None)
+    return list(reshaped if reshaped is not None else output.hidden_states)
+
+
+@torch.no_grad()
+def _find_strides(backbone: nn.Module) -> dict[int, int]:
+    """Return stride → index of the last hidden state with that stride."""
+    was_training = backbone.training
+    backbone.eval()
+    output = backbone(pixel_values=_probe_images(), output_hidden_states=True)
+    backbone.train(was_training)
+    strides: dict[int, int] = {}
+    for index, state in enumerate(_spatial_states(output)):
+        if state.ndim == 4 and PROBE_SIZE % state.shape[-1] == 0 and state.shape[-1] == state.shape[-2]:
+            strides[PROBE_SIZE // state.shape[-1]] = index
+    missing = [stride for stride in STRIDES if stride not in strides]
+    if missing:
+        raise ConfigError(
+            f"Image encoder {type(backbone).__name__} has no feature map at stride {missing[0]}; "
+            f"its maps have strides {sorted(strides)}",
+            hint="use a hierarchical backbone such as convnext, mobilenet_v2, resnet or swin",
+        )
+    return {stride: strides[stride] for stride in STRIDES}
+
+
+def _use_running_statistics(backbone: nn.Module) -> None:
+    """Give BatchNorm the usual momentum.
+
+    transformers builds MobileNetV2 with 0.997, the TensorFlow convention; in PyTorch that makes evaluation depend on
+    the very last training batch.
+    """
+    for module in backbone.modules():
+        if isinstance(module, nn.BatchNorm2d) and (module.momentum or 0) > 0.5:
+            module.momentum = USUAL_BATCHNORM_MOMENTUM
+
+
+def _freeze_unused(encoder: ImageEncoder, *, pooled: bool) -> None:
+    was_training = encoder.training
+    encoder.eval()
+    maps, embedding = encoder._run(_probe_images())
+    encoder.train(was_training)
+    used = [*maps.values(), embedding] if pooled else list(maps.values())
+    parameters = list(encoder.parameters())
+    gradients = torch.autograd.grad(sum(value.sum() for value in used), parameters, allow_unused=True)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.requires_grad_(gradient is not None)
+
+
+def check_images(images: Tensor) -> None:
+    """Refuse what cannot be a batch of images.
+
+    Raises:
+        DataError: Not four dimensions, or not three channels.
+    """
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise DataError(
+            f"Images have shape {tuple(images.shape)}, expected (batch, 3, height, width)",
+            hint="preprocess files with tmca.data.preprocessing, which repeats grey images to three channels",
+        )

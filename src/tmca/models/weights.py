@@ -1,0 +1,121 @@
+"""Finding and reading pretrained weights: a local folder in Hugging Face layout, or a hub id.
+
+Nothing is unpickled: safetensors are preferred, ``pytorch_model.bin`` is read with ``weights_only``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tmca.errors import WeightsError
+
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+FILE_PATTERNS = ["*.json", "*.txt", "model.safetensors", "pytorch_model.bin"]
+
+
+def locate(name: str) -> Path:
+    """Return the folder that holds the files of a model.
+
+    Looked for, in this order: a folder of that path; ``$TMCA_HOME/models/<name>``; the Hugging Face cache; the hub,
+    unless ``TMCA_OFFLINE`` or ``HF_HUB_OFFLINE`` is set.
+
+    Args:
+        name: Local folder or hub id (``organisation/model``).
+
+    Raises:
+        WeightsError: Nothing was found; says what to download and where to put it.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    own = tmca_home() / "models" / name
+    if own.is_dir():
+        return own
+    advice = f"download the files of {name!r} on a connected machine and put them into {own}, or give a local folder"
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise WeightsError(f"No model folder {name!r}", hint="give a folder in Hugging Face layout or a hub id")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    offline = is_offline()
+    try:
+        path = snapshot_download(name, allow_patterns=FILE_PATTERNS, local_files_only=offline)
+    except HFValidationError as error:
+        raise WeightsError(f"{name!r} is neither a folder nor a hub id", hint=str(error).splitlines()[0]) from error
+    except HfHubHTTPError as error:
+        raise WeightsError(f"The hub has no model {name!r} for you", hint=f"check the id; or {advice}") from error
+    except (LocalEntryNotFoundError, OSError, RuntimeError) as error:
+        why = "offline mode is on" if offline else "the hub cannot be reached"
+        raise WeightsError(f"Weights {name!r} are not on this machine and {why}", hint=advice) from error
+    return Path(path)
+
+
+def tmca_home() -> Path:
+    """Return the folder of models and caches: ``$TMCA_HOME``, or ``~/.cache/tmca``."""
+    return Path(os.environ.get("TMCA_HOME", "") or Path.home() / ".cache" / "tmca")
+
+
+def is_offline() -> bool:
+    """Whether the user forbade network access by ``TMCA_OFFLINE`` or ``HF_HUB_OFFLINE``."""
+    return any(os.environ.get(name, "").lower() in {"1", "true", "yes"} for name in ("TMCA_OFFLINE", "HF_HUB_OFFLINE"))
+
+
+def load_config(folder: Path) -> dict[str, Any]:
+    """Read ``config.json`` of a model folder.
+
+    Raises:
+        WeightsError: The file is missing or is no JSON object.
+    """
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise WeightsError(f"{folder} has no config.json", hint="give a folder in Hugging Face layout") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise WeightsError(f"{path} is no JSON: {error}", hint="download it again") from error
+    if not isinstance(values, dict):
+        raise WeightsError(f"{path} holds no JSON object", hint="download it again")
+    return values
+
+
+def load_state_dict(folder: Path) -> dict[str, Tensor]:
+    """Read the tensors of a model folder.
+
+    Raises:
+        WeightsError: There is no weight file, or it is truncated or corrupt.
+    """
+    for name in WEIGHT_FILES:
+        path = folder / name
+        if path.is_file():
+            return load_tensors(path)
+    raise WeightsError(f"{folder} holds none of {', '.join(WEIGHT_FILES)}", hint="download the weights into it")
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read one weight file.
+
+    Raises:
+        WeightsError: The file is truncated or corrupt.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises pickle, zip, EOF and runtime errors for the same damage
+        if isinstance(error, MemoryError | KeyboardInterrupt):
+            raise
+        kind = "safetensors" if isinstance(error, SafetensorError) else "weight"
+        raise WeightsError(f"{path} is no readable {kind} file: {_first_line(error)}", hint="download it again") from error
+    return state
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,240 @@
+"""Named experiments. A row of a paper's table is one ``replace()`` of the row above it.
+
+Values the paper leaves open are Ariadne's (schedule, stopping) or explained in ``docs/decisions.md``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from tmca.config import (
+    AlignmentConfig,
+    AugmentationConfig,
+    DecoderConfig,
+    EnhancementConfig,
+    Experiment,
+    ImageEncoderConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimiserConfig,
+    PreprocessingConfig,
+    TextEncoderConfig,
+    TrainerConfig,
+)
+from tmca.errors import unknown_name
+
+NO_ALIGNMENT = AlignmentConfig(strides=(), align_global=False)
+NO_ENHANCEMENT = EnhancementConfig(mode="off")
+
+
+def change(experiment: Experiment, name: str, **sections: dict[str, Any]) -> Experiment:
+    """Return ``experiment`` under a new name with some fields of some sections replaced.
+
+    >>> change(tmca(), "tmca-hard", objective={"targets": "identity"}).objective.targets
+    'identity'
+    """
+    replaced = {section: replace(getattr(experiment, section), **fields) for section, fields in sections.items()}
+    return replace(experiment, name=name, **replaced)
+
+
+def tmca() -> Experiment:
+    """The paper's model: ConvNeXt-Tiny and frozen CXR-BERT, alignment at four levels, target enhancement."""
+    return Experiment(name="tmca")
+
+
+# Table 2 removes one component after the other, Table 3 adds one aligned level after the other.
+
+
+def tmca_without_tsdm() -> Experiment:
+    """Table 2, -TSDM: each sentence matches its own image only."""
+    return change(tmca(), "tmca-without-tsdm", objective={"targets": "identity"})
+
+
+def tmca_without_ltem() -> Experiment:
+    """Table 2, -LTEM: additionally no target enhancement."""
+    return change(tmca_without_tsdm(), "tmca-without-ltem", model={"enhancement": NO_ENHANCEMENT})
+
+
+def tmca_without_mas() -> Experiment:
+    """Table 2, -MAS: additionally aligned at the global level only."""
+    return change(tmca_without_ltem(), "tmca-without-mas", model={"alignment": AlignmentConfig(strides=())})
+
+
+def ariadne() -> Experiment:
+    """The language-guided baseline (Ariadne): no alignment, no enhancement. Last row of Table 2, first of Table 3."""
+    return change(tmca(), "ariadne", model={"alignment": NO_ALIGNMENT, "enhancement": NO_ENHANCEMENT})
+
+
+def tmca_levels_g() -> Experiment:
+    """Table 3, +TSDM-G: aligned at the global level only, with target enhancement."""
+    return change(tmca(), "tmca-levels-g", model={"alignment": AlignmentConfig(strides=())})
+
+
+def tmca_levels_g_32() -> Experiment:
+    """Table 3, +TSDM-G/32."""
+    return change(tmca(), "tmca-levels-g-32", model={"alignment": AlignmentConfig(strides=(32,))})
+
+
+def tmca_levels_g_32_16() -> Experiment:
+    """Table 3, +TSDM-G/32/16."""
+    return change(tmca(), "tmca-levels-g-32-16", model={"alignment": AlignmentConfig(strides=(16, 32))})
+
+
+def image_only() -> Experiment:
+    """The same network without language."""
+    image_only_model = {"guidance": False, "alignment": NO_ALIGNMENT, "enhancement": NO_ENHANCEMENT}
+    return change(tmca(), "image-only", model=image_only_model)
+
+
+def kvasir_mobile() -> Experiment:
+    """TMCA for two CPU cores: MobileNetV2 encoder, a small text encoder learned from the sentences, under an hour."""
+    return Experiment(
+        name="kvasir-mobile",
+        preprocessing=PreprocessingConfig(image_size=224, normalisation="encoder"),
+        augmentation=AugmentationConfig(
+            zoom_probability=0.5,
+            zoom_range=(0.9, 1.3),
+            mirror_probability=0.5,
+            brightness=0.15,
+            contrast=0.15,
+            text_dropout=0.1,
+        ),
+        model=ModelConfig(
+            image_encoder=ImageEncoderConfig(weights="google/mobilenet_v2_1.0_224", architecture="mobilenet_v2"),
+            text_encoder=TextEncoderConfig(weights="scratch", freeze=False),
+            decoder=DecoderConfig(channels=(48, 64, 96)),
+        ),
+        optimiser=OptimiserConfig(
+            learning_rate=1e-3, encoder_factor=0.5, warmup_steps=50, schedule_epochs=None, gradient_clip=1.0
+        ),
+        trainer=TrainerConfig(
+            batch_size=16, evaluation_batch_size=20, max_epochs=45, min_epochs=20, patience=20, max_train_seconds=3300
+        ),
+    )
+
+
+def kvasir_mobile_ariadne() -> Experiment:
+    """The language-guided baseline under the recipe of kvasir-mobile."""
+    return change(
+        kvasir_mobile(),
+        "kvasir-mobile-ariadne",
+        model={"alignment": NO_ALIGNMENT, "enhancement": NO_ENHANCEMENT},
+    )
+
+
+def kvasir_mobile_image_only() -> Experiment:
+    """The same network without language under the recipe of kvasir-mobile."""
+    return change(kvasir_mobile_ariadne(), "kvasir-mobile-image-only", model={"guidance": False})
+
+
+def qata_mobile() -> Experiment:
+    """The recipe of kvasir-mobile for chest films: no change of brightness, no mirroring top to bottom."""
+    return change(
+        kvasir_mobile(),
+        "qata-mobile",
+        augmentation={"brightness": 0.0, "contrast": 0.0},
+        trainer={"batch_size": 32, "max_epochs": 20, "min_epochs": 5, "patience": 5},
+    )
+
+
+def demo() -> Experiment:
+    """A small TMCA that learns to read sentences on phantoms in two to three minutes on two cores."""
+    return Experiment(
+        name="demo",
+        preprocessing=PreprocessingConfig(image_size=96, normalisation="fixed"),
+        augmentation=AugmentationConfig(zoom_probability=0.0, text_dropout=0.05),
+        model=ModelConfig(
+            image_encoder=ImageEncoderConfig(
+                weights="none",
+                architecture="convnext",
+                options={"hidden_sizes": [32, 64, 128, 256], "depths": [1, 1, 2, 1]},
+            ),
+            text_encoder=TextEncoderConfig(weights="scratch", freeze=False, hidden_size=128, layers=3, dropout=0.0),
+        ),
+        optimiser=OptimiserConfig(learning_rate=1e-3, warmup_steps=30, schedule_epochs=None, gradient_clip=1.0),
+        trainer=TrainerConfig(
+            batch_size=32, evaluation_batch_size=32, max_epochs=12, min_epochs=12, patience=12, max_train_seconds=150
+        ),
+    )
+
+
+def tiny() -> Experiment:
+    """The smallest complete TMCA, for tests: 64 pixels, random encoders."""
+    return Experiment(
+        name="tiny",
+        preprocessing=PreprocessingConfig(image_size=64, normalisation="fixed"),
+        model=ModelConfig(
+            image_encoder=ImageEncoderConfig(
+                weights="none",
+                architecture="convnext",
+                options={"hidden_sizes": [16, 32, 64, 128], "depths": [1, 1, 1, 1]},
+            ),
+            text_encoder=TextEncoderConfig(
+                weights="scratch", freeze=False, hidden_size=32, layers=3, attention_heads=2, dropout=0.0
+            ),
+        ),
+        optimiser=OptimiserConfig(learning_rate=1e-3, schedule_epochs=None),
+        trainer=TrainerConfig(
+            batch_size=4, evaluation_batch_size=4, max_epochs=2, min_epochs=1, patience=2, precision="32"
+        ),
+    )
+
+
+_ALL: tuple[Callable[[], Experiment], ...] = (
+    tmca,
+    tmca_without_tsdm,
+    tmca_without_ltem,
+    tmca_without_mas,
+    ariadne,
+    tmca_levels_g,
+    tmca_levels_g_32,
+    tmca_levels_g_32_16,
+    image_only,
+    kvasir_mobile,
+    kvasir_mobile_ariadne,
+    kvasir_mobile_image_only,
+    qata_mobile,
+    demo,
+    tiny,
+)
+
+PRESETS: dict[str, Callable[[], Experiment]] = {build.__name__.replace("_", "-"): build for build in _ALL}
+
+TABLE_2 = ("tmca", "tmca-without-tsdm", "tmca-without-ltem", "tmca-without-mas", "ariadne")
+"""Rows of the paper's Table 2, top to bottom."""
+TABLE_3 = ("ariadne", "tmca-levels-g", "tmca-levels-g-32", "tmca-levels-g-32-16", "tmca")
+"""Rows of the paper's Table 3, top to bottom."""
+
+
+def get_preset(name: str) -> Experiment:
+    """Return a named experiment.
+
+    Raises:
+        ConfigError: There is no such preset; the known ones and the nearest are listed.
+    """
+    if name not in PRESETS:
+        raise unknown_name("preset", name, PRESETS)
+    return PRESETS[name]()
+
+
+def describe_preset(name: str) -> str:
+    """Return the first line of a preset's description."""
+    get_preset(name)
+    return (PRESETS[name].__doc__ or "").strip().splitlines()[0]
+
+
+def differences(first: Experiment, second: Experiment) -> dict[str, tuple[Any, Any]]:
+    """Return the fields in which two experiments differ, as ``section.field`` → (first, second)."""
+    return _differences(first, second, "")
+
+
+def _differences(first: Any, second: Any, path: str) -> dict[str, tuple[Any, Any]]:  # noqa: ANN401
+    if not dataclasses.is_dataclass(first):
+        return {} if first == second else {path.removeprefix("."): (first, second)}
+    found: dict[str, tuple[Any, Any]] = {}
+    for item in dataclasses.fields(first):
+        found |= _differences(getattr(first, item.name), getattr(second, item.name), f"{path}.{item.name}")
+    return found

@@ -1,0 +1,525 @@
+"""Training: one shared step, a run folder that can always be resumed, nothing hidden.
+
+A run folder holds ``experiment.json``, ``splits.json``, ``environment.json``, ``metrics.csv`` (a row an epoch),
+``curves.png``, ``tensorboard/`` and ``checkpoints/{best,last}``. ``last`` also holds the state of optimiser and loops,
+so that a resumed run gives the same numbers as an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import math
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.progress import TaskID
+from torch import Tensor
+
+from tmca.checkpoints import load_checkpoint, write_checkpoint
+from tmca.config import Experiment, from_dict, to_dict
+from tmca.data.loading import SegmentationDataset, make_loader
+from tmca.data.manifest import Manifest
+from tmca.devices import computes_bfloat16, resolve_device
+from tmca.environment import describe_environment
+from tmca.errors import CheckpointError, ConfigError, DataError, OutOfMemoryError, StorageError, TMCAError
+from tmca.files import replace_folder, write_bytes, write_json, write_text
+from tmca.losses import objective
+from tmca.metrics import Counts, confusion_counts, per_case_mean, pooled_scores
+from tmca.models import TMCA, build_model
+from tmca.models.text import SentenceTokenizer
+from tmca.models.vision import encoder_normalisation
+from tmca.presets import differences
+from tmca.progress import make_progress, say, track
+from tmca.types import Batch
+
+MONITOR = "val_segmentation_loss"
+TRAINER_STATE = "trainer_state.ckpt"
+LENGTH_FIELDS = {
+    "trainer.max_epochs",
+    "trainer.min_epochs",
+    "trainer.patience",
+    "trainer.max_train_seconds",
+    "trainer.num_workers",
+}
+"""Fields that may change when a run is resumed."""
+MINIMUM_CONTRAST = 8
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """How a training run ended.
+
+    Attributes:
+        folder: The run folder.
+        epochs: Epochs trained, over all resumes.
+        best_epoch: Epoch of the best validation segmentation loss, from 1.
+        best_loss: That loss.
+        seconds: Spent training, over all resumes.
+        stopped: Why it ended.
+    """
+
+    folder: Path
+    epochs: int
+    best_epoch: int
+    best_loss: float
+    seconds: float
+    stopped: str
+
+
+class SegmentationTask(pl.LightningModule):
+    """Model, losses and optimiser joined for Lightning; one step serves training and validation."""
+
+    def __init__(self, model: TMCA, experiment: Experiment) -> None:
+        super().__init__()
+        self.model = model
+        self.experiment = experiment
+        self.strict_loading = False
+        self._counts: list[Counts] = []
+
+    def shared_step(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the losses by name and the mask logits of a batch."""
+        images = batch.images.contiguous(memory_format=torch.channels_last)
+        features = self.model.encode_image(images)
+        output = self.model.segment(features, self.model.encode_text(batch.texts))
+        return objective(output, batch.masks, self.experiment.objective), output.mask_logits
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
+        """Seed dropout by (seed, epoch, batch), so that a resumed run draws what an uninterrupted one would."""
+        sequence = np.random.SeedSequence((self.experiment.seed, self.current_epoch, batch_idx))
+        torch.manual_seed(int(sequence.generate_state(1)[0]))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002
+        """Return the loss of a training batch."""
+        losses, _ = self.shared_step(batch)
+        self._log(losses, "train", batch.batch_size)
+        loss = losses["loss"]
+        if not torch.isfinite(loss):
+            raise TMCAError(
+                f"The loss became {float(loss)} in epoch {self.current_epoch + 1}",
+                hint="lower optimiser.learning_rate, set optimiser.gradient_clip, or use trainer.precision=32",
+            )
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the counts of the epoch before."""
+        self._counts = []
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
+        """Log the losses and count the pixels of a validation batch."""
+        losses, mask_logits = self.shared_step(batch)
+        self._log(losses, "val", batch.batch_size)
+        self._counts.append(confusion_counts(mask_logits > 0, batch.masks))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log pooled and per-case Dice of the validation split."""
+        counts = Counts.concatenate(self._counts)
+        self.log("val_pooled_dice", pooled_scores(counts)["dice"])
+        self.log("val_per_case_dice", per_case_mean(counts)["dice"])
+
+    def configure_optimizers(self) -> Any:  # noqa: ANN401
+        """Return AdamW and a cosine schedule with linear warm-up, stepped every batch."""
+        config = self.experiment.optimiser
+        encoder = [value for value in self.model.image_encoder.parameters() if value.requires_grad]
+        chosen = {id(value) for value in encoder}
+        others = [value for value in self.model.parameters() if value.requires_grad and id(value) not in chosen]
+        groups = [
+            {"params": encoder, "lr": config.learning_rate * config.encoder_factor},
+            {"params": others, "lr": config.learning_rate},
+        ]
+        optimiser = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
+        steps = int(self.trainer.estimated_stepping_batches)
+        epochs = config.schedule_epochs or self.experiment.trainer.max_epochs
+        total = max(1, steps * epochs // self.experiment.trainer.max_epochs)
+        floor = config.min_learning_rate / config.learning_rate
+
+        def factor(step: int) -> float:
+            return learning_rate_factor(step, total, config.warmup_steps, floor)
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
+        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: ARG002
+        """Clip the gradient norm; Lightning's own clipping refuses the fused AdamW."""
+        if self.experiment.optimiser.gradient_clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.experiment.optimiser.gradient_clip)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the weights out of the trainer's state: they lie beside it as safetensors."""
+        checkpoint["state_dict"] = {}
+
+    def _log(self, losses: dict[str, Tensor], stage: str, batch_size: int) -> None:
+        named = {f"{stage}_{name}": value.detach() for name, value in losses.items()}
+        self.log_dict(named, on_step=False, on_epoch=True, batch_size=batch_size)
+
+
+def learning_rate_factor(step: int, total: int, warmup: int, floor: float) -> float:
+    """Return the factor on the peak learning rate: linear warm-up, then a cosine down to ``floor`` at ``total``."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2
+
+
+class RunWriter(Checkpoint):
+    """Writes history, curves and checkpoints at the end of every epoch, and stops at the time limit."""
+
+    def __init__(self, task: SegmentationTask, folder: Path) -> None:
+        self.task = task
+        self.folder = folder
+        self.history: list[dict[str, float]] = []
+        self.best_loss = math.inf
+        self.best_epoch = 0
+        self.seconds = 0.0
+        self.out_of_time = False
+        self._started = 0.0
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+        """Start the epoch's clock."""
+        self._started = time.monotonic()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+        """Record the epoch; validation has run by now."""
+        now = time.monotonic()
+        # After a resume the first epoch's start hook may have been skipped by the loop.
+        self.seconds += now - (self._started or now)
+        self._started = now
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        rate = float(trainer.optimizers[0].param_groups[-1]["lr"])
+        row = {"epoch": trainer.current_epoch + 1, "seconds": round(self.seconds, 1), "learning_rate": rate}
+        self.history.append(row | {name: metrics[name] for name in sorted(metrics)})
+        is_best = metrics[MONITOR] < self.best_loss
+        if is_best:
+            self.best_loss, self.best_epoch = metrics[MONITOR], trainer.current_epoch + 1
+        limit = self.task.experiment.trainer.max_train_seconds
+        if limit is not None and self.seconds >= limit:
+            self.out_of_time = True
+            trainer.fit_loop.min_epochs = None
+            trainer.should_stop = True
+        self._write(trainer, is_best=is_best)
+
+    def _write(self, trainer: pl.Trainer, *, is_best: bool) -> None:
+        checkpoints = self.folder / "checkpoints"
+        last, best = checkpoints / "last", checkpoints / "best"
+        scores = {name: value for name, value in self.history[-1].items() if name.endswith("_dice")}
+        with replace_folder(last) as place:
+            write_checkpoint(self.task.model, self.task.experiment, place, metrics=scores, link_from=last)
+            trainer.save_checkpoint(place / TRAINER_STATE)
+        if is_best:
+            with replace_folder(best) as place:
+                write_checkpoint(self.task.model, self.task.experiment, place, metrics=scores, link_from=last)
+        write_history(self.history, self.folder / "metrics.csv")
+        draw_curves(self.history, self.folder / "curves.png")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run must know."""
+        names = ("history", "best_loss", "best_epoch", "seconds")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from another run's state."""
+        for name, value in state_dict.items():
+            setattr(self, name, value)
+
+
+class EpochProgress(Callback):
+    """A bar within the epoch on a terminal, and one line after each epoch everywhere."""
+
+    def __init__(self, writer: RunWriter, epochs: int) -> None:
+        self.writer = writer
+        self.epochs = epochs
+        self._progress = make_progress()
+        self._task: TaskID | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+        """Show the bar."""
+        self._progress.start()
+        self._task = self._progress.add_task("Training", total=trainer.num_training_batches)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *arguments: Any, **options: Any) -> None:  # noqa: ANN401, ARG002
+        """Move the bar."""
+        if self._task is not None:
+            description = f"Epoch {trainer.current_epoch + 1} of {self.epochs}"
+            self._progress.update(self._task, completed=arguments[-1] + 1, description=description)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+        """Print the epoch's line."""
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        line = f"epoch {trainer.current_epoch + 1:>3} of {self.epochs}"
+        line += f" · train loss {metrics['train_loss']:.3f} · validation loss {metrics[MONITOR]:.3f}"
+        line += f", pooled Dice {metrics['val_pooled_dice']:.3f}"
+        if self._progress.disable:
+            say(line)
+        else:
+            self._progress.console.print(line, highlight=False)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+        """Remove the bar."""
+        self._progress.stop()
+
+    def on_exception(self, *arguments: Any) -> None:  # noqa: ANN401, ARG002
+        """Remove the bar."""
+        self._progress.stop()
+
+
+def fit(
+    experiment: Experiment,
+    manifest: Manifest,
+    folder: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str = "auto",
+) -> RunRecord:
+    """Train a model on the ``train`` split of a manifest, choosing the best epoch on its ``val`` split.
+
+    Args:
+        experiment: What to train; see :mod:`tmca.presets`.
+        manifest: Cases with splits ``train`` and ``val``.
+        folder: The run folder.
+        resume: Continue the run in ``folder`` from its last finished epoch.
+        overwrite: Replace a run that is there; without it and ``resume`` an existing run is refused.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
+
+    Returns:
+        How the run ended; an interrupted run raises KeyboardInterrupt and can be resumed.
+
+    Raises:
+        DataError: The data cannot be trained on.
+        ConfigError: The experiment does not fit the data, or not the run to resume.
+        CheckpointError: There is nothing to resume.
+        WeightsError: Pretrained weights are missing.
+        StorageError: The run folder cannot be written, or holds a run already.
+        OutOfMemoryError: The batch does not fit the device.
+    """
+    experiment = resolve(experiment)
+    training, validation = _splits(experiment, manifest)
+    folder = Path(folder)
+    last = folder / "checkpoints" / "last"
+    data = {"hash": manifest.content_hash(), "train": [r.id for r in training.records]}
+    data |= {"val": [r.id for r in validation.records]}
+    pl.seed_everything(experiment.seed, verbose=False)
+    if resume:
+        experiment = _resumed(experiment, folder, data)
+        model = load_checkpoint(last)
+        model.train()
+    else:
+        _start_folder(folder, overwrite=overwrite)
+        model = build_model(experiment.model, training.sentences)
+    model.experiment = experiment
+    _report_tokens(model, training, validation)
+
+    loaders = []
+    for split, name in ((training, "train"), (validation, "val")):
+        augmentation = experiment.augmentation if name == "train" else None
+        dataset = SegmentationDataset(split, experiment.preprocessing, augmentation, seed=experiment.seed)
+        for _ in track(dataset.warm(), f"Reading {name} images", len(dataset)):
+            pass
+        config = experiment.trainer
+        size = config.batch_size if name == "train" else config.evaluation_batch_size
+        loaders.append(make_loader(dataset, size, training=name == "train", num_workers=config.num_workers))
+    if not resume:
+        write_json(folder / "experiment.json", to_dict(experiment))
+        write_json(folder / "splits.json", data)
+        write_json(folder / "environment.json", describe_environment())
+
+    task = SegmentationTask(model.to(memory_format=torch.channels_last), experiment)
+    writer = RunWriter(task, folder)
+    trainer = _make_trainer(experiment, writer, device)
+    with _readable_failures(trainer):
+        state = last / TRAINER_STATE if resume else None
+        trainer.fit(task, loaders[0], loaders[1], ckpt_path=state, weights_only=True)
+    stopped = "all epochs done"
+    if writer.out_of_time:
+        stopped = "time limit reached"
+    elif writer.history and writer.history[-1]["epoch"] < experiment.trainer.max_epochs:
+        stopped = f"no better validation loss for {experiment.trainer.patience} epochs"
+    return RunRecord(folder, len(writer.history), writer.best_epoch, writer.best_loss, writer.seconds, stopped)
+
+
+def resolve(experiment: Experiment) -> Experiment:
+    """Return the experiment with ``encoder`` normalisation replaced by the encoder's own mean and std.
+
+    Raises:
+        ConfigError: The image encoder does not say how its images were normalised.
+        WeightsError: Its weights cannot be found.
+    """
+    if experiment.preprocessing.normalisation != "encoder":
+        return experiment
+    mean, std = encoder_normalisation(experiment.model.image_encoder)
+    fixed = replace(
+        experiment.preprocessing,
+        normalisation="fixed",
+        mean=(mean[0], mean[1], mean[2]),
+        std=(std[0], std[1], std[2]),
+    )
+    return replace(experiment, preprocessing=fixed)
+
+
+def _splits(experiment: Experiment, manifest: Manifest) -> tuple[Manifest, Manifest]:
+    training, validation = manifest.split("train"), manifest.split("val")
+    training = training.fraction(experiment.trainer.train_fraction, experiment.seed)
+    for split in (training, validation):
+        split.check(require_text=experiment.model.guidance, require_mask=True)
+    batch = experiment.trainer.batch_size
+    aligned = experiment.model.alignment.strides or experiment.model.alignment.align_global
+    if aligned and min(batch, len(training.records)) < MINIMUM_CONTRAST:
+        say(
+            f"warning: batches of {min(batch, len(training.records))} images give the alignment loss little to "
+            f"contrast; {MINIMUM_CONTRAST} or more are better"
+        )
+    return training, validation
+
+
+def _report_tokens(model: TMCA, *splits: Manifest) -> None:
+    if model.text_encoder is None:
+        return
+    tokenizer: SentenceTokenizer = model.text_encoder.tokenizer
+    texts = [record.text for split in splits for record in split.records if record.text]
+    counts = tokenizer(texts).token_counts
+    over = [(count, text) for count, text in zip(counts, texts, strict=True) if count > tokenizer.max_tokens]
+    if over:
+        longest = max(over)
+        say(
+            f"warning: {len(over)} of {len(texts)} sentences exceed {tokenizer.max_tokens} tokens and are cut, the "
+            f"longest has {longest[0]}: {longest[1]!r}; raise model.text_encoder.max_tokens to keep them whole"
+        )
+
+
+def _start_folder(folder: Path, *, overwrite: bool) -> None:
+    if (folder / "experiment.json").exists() and not overwrite:
+        raise StorageError(
+            f"{folder} holds a training run already", hint="continue it with --resume last, or replace it: --overwrite"
+        )
+    if folder.exists() and not folder.is_dir():
+        raise StorageError(f"{folder} is a file", hint="choose another output folder")
+    with replace_folder(folder) as place:
+        (place / "checkpoints").mkdir()
+
+
+def _resumed(experiment: Experiment, folder: Path, data: dict[str, Any]) -> Experiment:
+    try:
+        before = from_dict(Experiment, json.loads((folder / "experiment.json").read_text("utf-8")))
+        split_before = json.loads((folder / "splits.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} holds no run to resume: {error}", hint="start it without --resume") from error
+    if not (folder / "checkpoints" / "last" / TRAINER_STATE).is_file():
+        raise CheckpointError(
+            f"The run in {folder} has not finished an epoch yet", hint="start again with --overwrite"
+        )
+    changed = {name: values for name, values in differences(before, experiment).items() if name not in LENGTH_FIELDS}
+    if changed:
+        name, (old, new) = next(iter(changed.items()))
+        raise ConfigError(
+            f"The run in {folder} was started with {name} {old!r}, not {new!r}",
+            hint="resume with the same settings, or start another run",
+        )
+    if split_before != data:
+        raise DataError(
+            f"The data is not what the run in {folder} was started on (data hash or split differs)",
+            hint="resume on the same data, or start another run",
+        )
+    return experiment
+
+
+def _make_trainer(experiment: Experiment, writer: RunWriter, device: str) -> pl.Trainer:
+    config = experiment.trainer
+    place = resolve_device(device)
+    bfloat16 = config.precision == "bf16" or (config.precision == "auto" and computes_bfloat16(place))
+    callbacks = [
+        EarlyStopping(MONITOR, patience=config.patience, mode="min", check_finite=True),
+        EpochProgress(writer, config.max_epochs),
+        writer,
+    ]
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return pl.Trainer(
+        accelerator="gpu" if place.type == "cuda" else place.type,
+        devices=1 if place.index is None else [place.index],
+        precision="bf16-mixed" if bfloat16 else "32-true",
+        max_epochs=config.max_epochs,
+        min_epochs=min(config.min_epochs, config.max_epochs),
+        accumulate_grad_batches=config.accumulate_batches,
+        callbacks=callbacks,
+        logger=TensorBoardLogger(writer.folder, name="tensorboard", version=""),
+        log_every_n_steps=1_000_000_000,
+        num_sanity_val_steps=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=writer.folder,
+    )
+
+
+@contextmanager
+def _readable_failures(trainer: pl.Trainer) -> Iterator[None]:
+    """Turn Lightning's exit on Ctrl-C and running out of memory into our errors; silence its advice."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists.*")
+        warnings.filterwarnings("ignore", message=".*number of training batches.*")
+        warnings.filterwarnings("ignore", category=FutureWarning, module="lightning.*")
+        warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
+        try:
+            yield
+        except SystemExit as error:
+            if trainer.interrupted:
+                raise KeyboardInterrupt from error
+            raise
+        except torch.cuda.OutOfMemoryError as error:
+            raise OutOfMemoryError("The device ran out of memory", hint="lower trainer.batch_size") from error
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+
+
+def write_history(history: list[dict[str, float]], path: Path) -> None:
+    """Write one CSV row an epoch; columns are the union over epochs."""
+    columns = list(dict.fromkeys(name for row in history for name in row))
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    write_text(path, buffer.getvalue())
+
+
+def draw_curves(history: list[dict[str, float]], path: Path) -> None:
+    """Draw losses and validation Dice over epochs."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    epochs = [row["epoch"] for row in history]
+    names = {
+        "train_segmentation_loss": "training: segmentation",
+        "val_segmentation_loss": "validation: segmentation",
+        "train_alignment_excess": "training: alignment above its floor",
+        "val_alignment_excess": "validation: alignment above its floor",
+    }
+    for name, label in names.items():
+        if any(name in row for row in history):
+            style = "--" if name.startswith("val") else "-"
+            color = "tab:blue" if "segmentation" in name else "tab:orange"
+            left.plot(epochs, [row.get(name, math.nan) for row in history], style, color=color, label=label)
+    left.set(xlabel="epoch", ylabel="loss")
+    for name, label in {"val_pooled_dice": "pooled", "val_per_case_dice": "per case"}.items():
+        right.plot(epochs, [row[name] for row in history], label=label)
+    best = min(history, key=lambda row: row[MONITOR])
+    right.axvline(best["epoch"], color="0.7", zorder=0, label=f"best epoch: {best['epoch']:.0f}")
+    right.set(xlabel="epoch", ylabel="validation Dice", ylim=(0, 1))
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    write_bytes(path, buffer.getvalue())

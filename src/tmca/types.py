@@ -1,0 +1,187 @@
+"""Tensor aliases and the frozen dataclasses that flow through the package.
+
+A layout becomes a manifest, its records become ``Sample``s, these collate into a ``Batch``; a model turns a batch into
+``ImageFeatures``, ``TextFeatures`` and a ``ModelOutput``. Names and shapes are those of ``docs/architecture.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+GLOBAL_LEVEL = "global"
+"""Name of the alignment level behind the image encoder's pooling (the paper's TSDM-G)."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One preprocessed image with its mask and sentence.
+
+    Attributes:
+        id: Case name, unique in its manifest.
+        image: Normalised image, float32 ``(3, height, width)``.
+        mask: Ground-truth foreground, bool ``(1, height, width)``.
+        text: The sentence, or ``None`` where the case has none.
+    """
+
+    id: str
+    image: Float[Tensor, "3 height width"]
+    mask: Bool[Tensor, "1 height width"]
+    text: str | None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one size stacked along the first dimension.
+
+    Attributes:
+        ids: Case names, one an image.
+        images: Normalised images, float32.
+        masks: Ground-truth foreground, bool.
+        texts: One sentence an image; ``None`` where a case has none or where it was dropped in training.
+    """
+
+    ids: tuple[str, ...]
+    images: Float[Tensor, "batch 3 height width"]
+    masks: Bool[Tensor, "batch 1 height width"]
+    texts: tuple[str | None, ...]
+
+    @classmethod
+    def collate(cls, samples: Sequence[Sample]) -> Self:
+        """Stack samples of equal size into one batch."""
+        return cls(
+            ids=tuple(sample.id for sample in samples),
+            images=torch.stack([sample.image for sample in samples]),
+            masks=torch.stack([sample.mask for sample in samples]),
+            texts=tuple(sample.text for sample in samples),
+        )
+
+    @property
+    def batch_size(self) -> int:
+        """Number of images."""
+        return len(self.ids)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
+        """Return the batch with its tensors on ``device``."""
+        return type(self)(
+            self.ids,
+            self.images.to(device, non_blocking=non_blocking),
+            self.masks.to(device, non_blocking=non_blocking),
+            self.texts,
+        )
+
+    def __repr__(self) -> str:
+        return f"Batch({self.batch_size} images of {tuple(self.images.shape[2:])}, {self.ids[0]} …)"
+
+
+@dataclass(frozen=True)
+class TextTokens:
+    """Token ids of a batch of sentences, padded to one length.
+
+    A row whose ``attention_mask`` is false everywhere stands for "no sentence".
+
+    Attributes:
+        input_ids: Token ids, int64.
+        attention_mask: True at real tokens.
+        token_counts: Tokens of each sentence *before* the cut to the limit, special tokens included.
+    """
+
+    input_ids: Int[Tensor, "batch tokens"]
+    attention_mask: Bool[Tensor, "batch tokens"]
+    token_counts: tuple[int, ...]
+
+    @property
+    def limit(self) -> int:
+        """Number of tokens a row can hold."""
+        return self.input_ids.shape[1]
+
+    @property
+    def truncated(self) -> tuple[bool, ...]:
+        """Whether each sentence was longer than the limit."""
+        return tuple(count > self.limit for count in self.token_counts)
+
+    def to(self, device: torch.device | str) -> Self:
+        """Return the tokens on ``device``."""
+        return type(self)(self.input_ids.to(device), self.attention_mask.to(device), self.token_counts)
+
+
+@dataclass(frozen=True)
+class TextFeatures:
+    """What a text encoder says of a batch of sentences.
+
+    Attributes:
+        word_features: One vector a token; zeros at padding, so that padding changes nothing downstream.
+        attention_mask: True at real tokens; a row of false stands for "no sentence".
+        sentence_embedding: Mean of the real tokens' vectors (or the first token's, by config).
+    """
+
+    word_features: Float[Tensor, "batch tokens text_dim"]
+    attention_mask: Bool[Tensor, "batch tokens"]
+    sentence_embedding: Float[Tensor, "batch text_dim"]
+
+    @property
+    def present(self) -> Bool[Tensor, " batch"]:
+        """Which images have a sentence."""
+        return self.attention_mask.any(dim=1)
+
+    def expand(self, batch_size: int) -> Self:
+        """Return the features of one sentence repeated for ``batch_size`` images, without a copy."""
+        return type(self)(
+            self.word_features.expand(batch_size, -1, -1),
+            self.attention_mask.expand(batch_size, -1),
+            self.sentence_embedding.expand(batch_size, -1),
+        )
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """What an image encoder says of a batch of images; it has not seen any sentence.
+
+    Attributes:
+        feature_maps: Stride (4, 8, 16, 32) → ``(batch, channels, rows, cols)``.
+        image_embedding: Pooled global feature ``(batch, dim)``.
+        size: Height and width of the images before padding to a multiple of 32, in pixels.
+    """
+
+    feature_maps: dict[int, Float[Tensor, "batch _ _ _"]]
+    image_embedding: Float[Tensor, "batch dim"]
+    size: tuple[int, int]
+
+    def expand(self, batch_size: int) -> Self:
+        """Return the features of one image repeated for ``batch_size`` sentences, without a copy."""
+        return type(self)(
+            {stride: maps.expand(batch_size, -1, -1, -1) for stride, maps in self.feature_maps.items()},
+            self.image_embedding.expand(batch_size, -1),
+            self.size,
+        )
+
+
+@dataclass(frozen=True)
+class LevelEmbeddings:
+    """The image and text vectors of one aligned level, in one space but not yet normalised."""
+
+    image_embedding: Float[Tensor, "batch dim"]
+    text_embedding: Float[Tensor, "batch dim"]
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """What every method of the registry returns.
+
+    Attributes:
+        mask_logits: Before the sigmoid, at the size of the input images.
+        alignments: Level name (``"8"``, ``"16"``, ``"32"``, ``"global"``) → embeddings of the images that have a sentence; empty for methods that do not align or when no image has one.
+        present: Which images of the batch have a sentence, in the order of the batch.
+    """
+
+    mask_logits: Float[Tensor, "batch 1 height width"]
+    alignments: dict[str, LevelEmbeddings]
+    present: Bool[Tensor, " batch"]

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from tmca.errors import DataError, StorageError
+from tmca.files import replace_folder, sha256_of, write_bytes, write_json, write_text
+
+
+def _names(folder: Path) -> set[str]:
+    return {entry.name for entry in folder.iterdir()}
+
+
+def _fail_with(number: int):
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+def test_write_creates_parents_and_replaces(tmp_path: Path):
+    path = tmp_path / "a" / "b" / "note.txt"
+    write_text(path, "old")
+    write_text(path, "über\r\n")
+    assert path.read_bytes() == "über\r\n".encode()
+    assert _names(path.parent) == {"note.txt"}
+
+
+def test_a_written_file_has_ordinary_permissions(tmp_path: Path):
+    (tmp_path / "ordinary").write_bytes(b"")
+    write_bytes(tmp_path / "written", b"")
+    assert (tmp_path / "written").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+
+
+def test_write_json_is_readable_text(tmp_path: Path):
+    write_json(tmp_path / "value.json", {"name": "größe", "values": [1, 2]})
+    text = (tmp_path / "value.json").read_text(encoding="utf-8")
+    assert "größe" in text
+    assert json.loads(text) == {"name": "größe", "values": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("number", "hint"),
+    [(errno.ENOSPC, "disk is full"), (errno.EACCES, "permission"), (errno.EROFS, "permission"), (errno.EIO, "check")],
+)
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, hint: str):
+    path = tmp_path / "value.bin"
+    write_bytes(path, b"old")
+    monkeypatch.setattr(Path, "replace", _fail_with(number))
+    with pytest.raises(StorageError, match=hint) as caught:
+        write_bytes(path, b"new")
+    assert str(path) in caught.value.message
+    assert path.read_bytes() == b"old"
+    assert _names(tmp_path) == {"value.bin"}
+
+
+def test_an_interrupted_write_leaves_no_temporary_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_bytes(tmp_path / "value.bin", b"new")
+    assert _names(tmp_path) == set()
+
+
+def test_a_parent_that_is_a_file_is_named(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=r"file/value\.bin"):
+        write_bytes(tmp_path / "file" / "value.bin", b"")
+
+
+def test_replace_folder_replaces_the_whole_folder(tmp_path: Path):
+    target = tmp_path / "parent" / "model"
+    for name in ("first", "second"):
+        with replace_folder(target) as folder:
+            assert folder.parent == target.parent
+            (folder / name).write_text(name)
+    assert _names(target) == {"second"}
+    assert _names(target.parent) == {"model"}
+
+
+def test_replace_folder_keeps_the_old_one_after_an_exception(tmp_path: Path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "old").write_text("")
+    with pytest.raises(ZeroDivisionError), replace_folder(tmp_path / "model") as folder:
+        (folder / "new").write_text(str(1 / 0))
+    assert _names(tmp_path) == {"model"}
+    assert _names(tmp_path / "model") == {"old"}
+
+
+def test_replace_folder_restores_the_old_one_when_the_exchange_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "old").write_text("")
+    rename = Path.rename
+
+    def fail_for_the_new_folder(source: Path, destination: Path) -> Path:
+        if (source / "new").exists():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return rename(source, destination)
+
+    monkeypatch.setattr(Path, "rename", fail_for_the_new_folder)
+    with pytest.raises(StorageError, match="disk is full"), replace_folder(target) as folder:
+        (folder / "new").write_text("")
+    assert _names(tmp_path) == {"model"}
+    assert _names(target) == {"old"}
+
+
+def test_replace_folder_explains_a_full_disk_inside_the_block(tmp_path: Path):
+    with pytest.raises(StorageError, match="disk is full"), replace_folder(tmp_path / "model"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert _names(tmp_path) == set()
+
+
+def test_replace_folder_leaves_errors_about_other_files_alone(tmp_path: Path):
+    with pytest.raises(FileNotFoundError), replace_folder(tmp_path / "model"):
+        (tmp_path / "source").read_bytes()
+
+
+def test_replace_folder_refuses_a_file(tmp_path: Path):
+    (tmp_path / "model").write_text("precious")
+    with pytest.raises(StorageError, match="is a file"), replace_folder(tmp_path / "model"):
+        pytest.fail("the block must not run")
+    assert (tmp_path / "model").read_text() == "precious"
+
+
+def test_replace_folder_writes_through_a_link(tmp_path: Path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with replace_folder(tmp_path / "link") as folder:
+        (folder / "new").write_text("")
+    assert (tmp_path / "link").is_symlink()
+    assert _names(tmp_path / "real") == {"new"}
+
+
+def test_sha256_of(tmp_path: Path):
+    (tmp_path / "a").write_bytes(b"abc")
+    assert sha256_of(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()
+    with pytest.raises(DataError, match="missing"):
+        sha256_of(tmp_path / "missing")
