@@ -115,7 +115,9 @@ def read_jobs(path: Path, images: Sequence[Path]) -> list[Job]:
         name = row["image"]
         known = by_name.get(name) or by_name.get(Path(name).name) or by_name.get(Path(name).stem)
         if known is None and images:
-            raise DataError(f"{path}, line {line}: image {name!r} is not among the inputs", hint="check -i and the file")
+            raise DataError(
+                f"{path}, line {line}: image {name!r} is not among the inputs", hint="check -i and the file"
+            )
         chosen.append(known or path.parent / name)
         texts.append(text or None)
     unique = list(dict.fromkeys(chosen))
@@ -231,5 +233,8 @@ def _names(paths: Sequence[Path]) -> list[str]:
             for path, name in zip(paths, names, strict=True)
         ]
     if len(set(names)) < len(names):  # same folder and stem, other ending
-        names = [path.name.replace(".", "_") if names.count(name) > 1 else name for path, name in zip(paths, names, strict=True)]
+        names = [
+            path.name.replace(".", "_") if names.count(name) > 1 else name
+            for path, name in zip(paths, names, strict=True)
+        ]
     return names

@@ -37,7 +37,11 @@ TEXT_ENCODER_PREFIX = "text_encoder.bert."
 
 
 def save_checkpoint(
-    model: TMCA, experiment: Experiment, folder: Path, *, metrics: dict[str, Any] | None = None,
+    model: TMCA,
+    experiment: Experiment,
+    folder: Path,
+    *,
+    metrics: dict[str, Any] | None = None,
     link_from: Path | None = None,
 ) -> None:
     """Write a model folder; an older one at this place is replaced only when the new one is complete.
@@ -57,7 +61,11 @@ def save_checkpoint(
 
 
 def write_checkpoint(
-    model: TMCA, experiment: Experiment, place: Path, *, metrics: dict[str, Any] | None = None,
+    model: TMCA,
+    experiment: Experiment,
+    place: Path,
+    *,
+    metrics: dict[str, Any] | None = None,
     link_from: Path | None = None,
 ) -> None:
     """Write the files of a model folder into ``place``, which the caller has made; see :func:`save_checkpoint`."""

@@ -45,7 +45,9 @@ class Demo:
         evaluation, result = run_demo(self.output, seed=self.seed)
         _print(score_table(evaluation, "Held-out phantoms"))
         took = sum(result["seconds"].values())
-        _print(f"{took:.0f} seconds. Report with pictures: {self.output / 'report.html'}; trained model: {result['run']}")
+        _print(
+            f"{took:.0f} seconds. Report with pictures: {self.output / 'report.html'}; trained model: {result['run']}"
+        )
 
 
 @dataclass(frozen=True)
@@ -339,7 +341,10 @@ def usage() -> str:
     lines = ["Language-guided medical image segmentation.", "", "usage: tmca VERB [flags]", ""]
     for verb, command in VERBS.items():
         lines.append(f"  {verb:14} {(command.__doc__ or '').splitlines()[0].partition(': `')[0].rstrip('.')}")
-    lines += ["", "`tmca VERB --help` lists the flags of a verb. Everywhere: -q/--quiet, --offline, --debug, --version."]
+    lines += [
+        "",
+        "`tmca VERB --help` lists the flags of a verb. Everywhere: -q/--quiet, --offline, --debug, --version.",
+    ]
     lines += ["Research only; not a medical device."]
     return "\n".join(lines)
 

@@ -112,7 +112,11 @@ class Evaluation:
     def text_ablation(self) -> dict[str, Any]:
         """Return the scores with the wrong sentences and with none."""
         return {
-            variant: {"pooled": self.pooled(variant), "per_case_mean": self.per_case(variant), "n": len(self.cases[variant])}
+            variant: {
+                "pooled": self.pooled(variant),
+                "per_case_mean": self.per_case(variant),
+                "n": len(self.cases[variant]),
+            }
             for variant in self.counts
             if variant != RIGHT
         }
@@ -288,9 +292,7 @@ def case_table(evaluation: Evaluation) -> str:
     return buffer.getvalue()
 
 
-def write_ledger(
-    evaluation: Evaluation, run: Path, manifest: Manifest, dataset: str, path: Path
-) -> None:
+def write_ledger(evaluation: Evaluation, run: Path, manifest: Manifest, dataset: str, path: Path) -> None:
     """Write a run's entry of the results ledger, and its per-case scores beside it as CSV.
 
     Args:

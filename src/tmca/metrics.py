@@ -103,7 +103,11 @@ def per_case_mean(counts: Counts, empty_policy: EmptyPolicy = "one") -> dict[str
 
 
 def bootstrap_intervals(
-    counts: Counts, *, groups: list[str] | None = None, empty_policy: EmptyPolicy = "one", resamples: int = 1000,
+    counts: Counts,
+    *,
+    groups: list[str] | None = None,
+    empty_policy: EmptyPolicy = "one",
+    resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, tuple[float, float]]:
     """Return 95 % percentile bootstrap intervals of pooled and per-case Dice and Jaccard.
@@ -144,5 +148,6 @@ def bootstrap_intervals(
         "per_case_jaccard": total["jaccard"] / cases,
     }
     return {
-        name: (float(np.percentile(values, 2.5)), float(np.percentile(values, 97.5))) for name, values in samples.items()
+        name: (float(np.percentile(values, 2.5)), float(np.percentile(values, 97.5)))
+        for name, values in samples.items()
     }

@@ -18,7 +18,6 @@ from tmca.config import (
     Experiment,
     ImageEncoderConfig,
     ModelConfig,
-    ObjectiveConfig,
     OptimiserConfig,
     PreprocessingConfig,
     TextEncoderConfig,
@@ -100,7 +99,7 @@ def kvasir_mobile() -> Experiment:
             mirror_probability=0.5,
             brightness=0.15,
             contrast=0.15,
-            text_dropout=0.1,
+            text_dropout=0.05,
         ),
         model=ModelConfig(
             image_encoder=ImageEncoderConfig(weights="google/mobilenet_v2_1.0_224", architecture="mobilenet_v2"),
@@ -108,10 +107,10 @@ def kvasir_mobile() -> Experiment:
             decoder=DecoderConfig(channels=(48, 64, 96)),
         ),
         optimiser=OptimiserConfig(
-            learning_rate=1e-3, encoder_factor=0.5, warmup_steps=50, schedule_epochs=None, gradient_clip=1.0
+            learning_rate=1e-3, encoder_factor=0.3, warmup_steps=50, schedule_epochs=None, gradient_clip=1.0
         ),
         trainer=TrainerConfig(
-            batch_size=16, evaluation_batch_size=20, max_epochs=45, min_epochs=20, patience=20, max_train_seconds=3300
+            batch_size=16, evaluation_batch_size=20, max_epochs=40, min_epochs=20, patience=20, max_train_seconds=3300
         ),
     )
 

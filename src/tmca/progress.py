@@ -19,7 +19,7 @@ _quiet = False
 
 def set_quiet(*, quiet: bool) -> None:
     """Switch all progress output off or on."""
-    global _quiet  # noqa: PLW0603
+    global _quiet
     _quiet = quiet
 
 

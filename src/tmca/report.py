@@ -76,7 +76,9 @@ def write_report(
         {"title": "Worst cases", "cases": [pictures[index] for index in worst]},
         {"title": "Best cases", "cases": [pictures[index] for index in best]},
     ]
-    environment = Environment(loader=PackageLoader("tmca", "templates"), autoescape=select_autoescape(["html.j2", "html"]))
+    environment = Environment(
+        loader=PackageLoader("tmca", "templates"), autoescape=select_autoescape(["html.j2", "html"])
+    )
     environment.autoescape = True
     path = folder / "report.html"
     facts = describe_environment()
@@ -199,6 +201,8 @@ def _histogram(dice: NDArray[np.float64]) -> dict[str, Any]:
         tall = (height - base - 18) * count / tallest
         title = f"{edges[number]:.2f} to {edges[number + 1]:.2f}: {count} cases"
         x, y = round(number * step + 1, 1), round(height - base - tall, 1)
-        bars.append({"x": x, "y": y, "width": round(step - 2, 1), "height": round(tall, 1), "count": count, "title": title})
+        bars.append(
+            {"x": x, "y": y, "width": round(step - 2, 1), "height": round(tall, 1), "count": count, "title": title}
+        )
     ticks = [{"x": min(max(width * value, 8), width - 10), "label": f"{value:.1f}"} for value in np.linspace(0, 1, 6)]
     return {"width": width, "height": height, "bars": bars, "ticks": ticks}

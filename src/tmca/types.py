@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 GLOBAL_LEVEL = "global"
 """Name of the alignment level behind the image encoder's pooling (the paper's TSDM-G)."""

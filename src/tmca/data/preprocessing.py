@@ -66,9 +66,7 @@ def normalise(image: Float[Tensor, "3 height width"], config: PreprocessingConfi
     return (image - mean) / std
 
 
-def restore(
-    probability: Float[Tensor, "rows cols"], height: int, width: int
-) -> Float[np.ndarray, "height width"]:
+def restore(probability: Float[Tensor, "rows cols"], height: int, width: int) -> Float[np.ndarray, "height width"]:
     """Return a probability map at the size of the original image: the inverse of the resize (bilinear)."""
     resized = torch.nn.functional.interpolate(
         probability[None, None].float(), size=(height, width), mode="bilinear", align_corners=False

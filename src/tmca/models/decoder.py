@@ -57,9 +57,7 @@ class TextSummary(nn.Module):
         self.mix = nn.Conv1d(max_tokens, summary_tokens, kernel_size=1)
         self.project = nn.Linear(text_dim, channels)
 
-    def forward(
-        self, word_features: Float[Tensor, "batch tokens text_dim"]
-    ) -> Float[Tensor, "batch summary channels"]:
+    def forward(self, word_features: Float[Tensor, "batch tokens text_dim"]) -> Float[Tensor, "batch summary channels"]:
         mixed = nn.functional.gelu(self.mix(word_features))
         return nn.functional.leaky_relu(self.project(mixed), LEAKY_SLOPE)
 

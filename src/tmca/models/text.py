@@ -122,7 +122,7 @@ class SentenceTokenizer:
 
 
 def _wordpiece(vocabulary: dict[str, int], *, lowercase: bool) -> Tokenizer:
-    tokenizer = Tokenizer(WordPiece(vocabulary, unk_token="[UNK]"))  # noqa: S106
+    tokenizer = Tokenizer(WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = BertNormalizer(lowercase=lowercase)
     tokenizer.pre_tokenizer = BertPreTokenizer()
     tokenizer.post_processor = TemplateProcessing(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -97,7 +96,9 @@ def build_image_encoder(config: ImageEncoderConfig, *, pooled: bool = True, load
     try:
         backbone = AutoModel.from_config(backbone_config)
     except (ValueError, KeyError) as error:
-        raise ConfigError(f"Cannot build the image encoder {config.weights!r}: {error}", hint="choose a vision backbone")
+        raise ConfigError(
+            f"Cannot build the image encoder {config.weights!r}: {error}", hint="choose a vision backbone"
+        )
     if load_weights and config.weights != "none":
         state = load_state_dict(locate(config.weights))
         _load_backbone(backbone, state, config.weights)
@@ -164,7 +165,9 @@ def _load_backbone(backbone: nn.Module, state: dict[str, Tensor], name: str) -> 
             f"first {(missing + wrong)[0]!r}",
             hint="download the folder again, or correct its config.json",
         )
-    backbone.load_state_dict({key: stripped[key].to(wanted[key].dtype) for key in wanted if key in stripped}, strict=False)
+    backbone.load_state_dict(
+        {key: stripped[key].to(wanted[key].dtype) for key in wanted if key in stripped}, strict=False
+    )
 
 
 def _probe_images(height: int = PROBE_SIZE, width: int = PROBE_SIZE) -> Tensor:

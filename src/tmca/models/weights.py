@@ -113,7 +113,9 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         if isinstance(error, MemoryError | KeyboardInterrupt):
             raise
         kind = "safetensors" if isinstance(error, SafetensorError) else "weight"
-        raise WeightsError(f"{path} is no readable {kind} file: {_first_line(error)}", hint="download it again") from error
+        raise WeightsError(
+            f"{path} is no readable {kind} file: {_first_line(error)}", hint="download it again"
+        ) from error
     return state
 
 
