@@ -126,7 +126,8 @@ def load_checkpoint(name: str | Path) -> TMCA:
     try:
         experiment = from_dict(Experiment, values["experiment"], where="experiment")
     except ConfigError as error:
-        raise CheckpointError(f"{folder / 'config.json'}: {error.message}", hint="was it written by a newer tmca?")
+        problem = f"{folder / 'config.json'}: {error.message}"
+        raise CheckpointError(problem, hint="was it written by a newer tmca?") from error
     model = _build(folder, experiment, values)
     try:
         state = load_tensors(folder / MODEL_FILE)
@@ -203,8 +204,8 @@ tags: [medical-image-segmentation, language-guided, tmca]
 ---
 # {experiment.name}
 
-A language-guided segmentation model trained with [tmca](https://pypi.org/project/tmca), after Li et al., *Language-guided
-Medical Image Segmentation with Target-informed Multi-level Contrastive Alignments*.
+A language-guided segmentation model trained with tmca, after Li et al., *Language-guided Medical Image Segmentation
+with Target-informed Multi-level Contrastive Alignments*.
 {trained:,} trained parameters, {total - trained:,} frozen ones; images are resized to {size} × {size} pixels.
 
 ## Use
@@ -248,7 +249,7 @@ def _build(folder: Path, experiment: Experiment, values: dict[str, Any]) -> TMCA
         built = from_dict(type(experiment.model), config, where="model")
         return build_model(built, tokenizer=tokenizer, bert_config=values["text_encoder"], load_weights=False)
     except (TMCAError, TypeError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} describes no model: {error}", hint="copy the folder again")
+        raise CheckpointError(f"{folder / 'config.json'} describes no model: {error}", hint="copy it again") from error
 
 
 def _fill(model: TMCA, state: dict[str, Tensor], folder: Path) -> None:

@@ -53,7 +53,8 @@ class AugmentationConfig:
     zoom_range: tuple[float, float] = (0.95, 1.2)
     """Smallest and largest zoom factor; above 1 zooms in."""
     mirror_probability: float = 0.0
-    """Share of training images mirrored left to right *with the sentence's sides exchanged*, and, drawn separately, top to bottom; a sentence whose place words are not known is left as it is."""
+    """Share of training images mirrored left to right *with the sentence's sides exchanged*, and, drawn separately, top
+    to bottom; an image whose sentence cannot be mirrored truthfully stays as it is."""
     brightness: float = 0.0
     """Largest relative change of brightness, drawn for each image; 0.2 means a factor of 0.8 to 1.2."""
     contrast: float = 0.0

@@ -158,7 +158,8 @@ def evaluate(
     """
     if not 0 < threshold < 1:
         raise ConfigError(f"The threshold is {threshold}, expected a value between 0 and 1", hint="0.5 is usual")
-    if model.experiment is None:
+    experiment = model.experiment
+    if experiment is None:
         raise ConfigError("This model does not know its preprocessing", hint="load it with from_pretrained")
     started = time.monotonic()
     chosen = manifest.split(split)
@@ -167,7 +168,7 @@ def evaluate(
     model = model.to(place).eval()
     own = [record.text for record in chosen.records]
     texts = sentence_variants(own, seed) if model.reads_text else {RIGHT: tuple(own)}
-    dataset = SegmentationDataset(chosen, model.experiment.preprocessing, cache_bytes=0)
+    dataset = SegmentationDataset(chosen, experiment.preprocessing, cache_bytes=0)
     loader = make_loader(dataset, batch_size, training=False)
     parts: dict[str, list[Counts]] = {variant: [] for variant in texts}
     first = 0
@@ -190,7 +191,7 @@ def evaluate(
         cases=cases,
         threshold=threshold,
         space=space,
-        image_size=model.experiment.preprocessing.image_size,
+        image_size=experiment.preprocessing.image_size,
         empty_policy=empty_policy,
         seconds=time.monotonic() - started,
         over_limit=_over_limit(model, own),
@@ -236,19 +237,12 @@ def write_evaluation(evaluation: Evaluation, model: str | Path, manifest: Manife
     chosen = manifest.split(evaluation.split)
     cases = case_scores(evaluation.counts[RIGHT], evaluation.empty_policy)
     counts = evaluation.counts[RIGHT]
-    rows = []
-    for index, record in enumerate(chosen.records):
-        rows.append(
-            {
-                "reference_file": record.mask,
-                "prediction_file": None,
-                "metrics": {"1": _nnunet_scores(counts.select(np.array([index])), cases, index)},
-            }
-        )
-    mean = {
-        name: float(np.nanmean([row["metrics"]["1"][name] for row in rows]))  # type: ignore[index]
-        for name in ("Dice", "IoU", "TP", "FP", "FN", "TN", "n_pred", "n_ref")
-    }
+    scores = [_nnunet_scores(counts.select(np.array([index])), cases, index) for index in range(len(counts))]
+    rows = [
+        {"reference_file": record.mask, "prediction_file": None, "metrics": {"1": values}}
+        for record, values in zip(chosen.records, scores, strict=True)
+    ]
+    mean = {name: float(np.nanmean([values[name] for values in scores])) for name in scores[0]}
     write_json(
         folder / "summary.json",
         {

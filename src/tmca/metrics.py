@@ -16,7 +16,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 EmptyPolicy = Literal["one", "zero", "skip"]
-"""Score of a case whose mask and prediction are both empty: 1 (TGANet, medvlsm), 0 (LViT's test), or left out (nnU-Net)."""
+"""Score of a case whose mask and prediction are both empty.
+
+1 (TGANet, medvlsm, LViT's validation), 0 (LViT's test), or left out of the mean (nnU-Net).
+"""
 
 SCORES = ("dice", "jaccard", "accuracy")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, select_autoescape
+from jinja2 import Environment, PackageLoader
 from numpy.typing import NDArray
 from PIL import Image
 from rich.table import Table
@@ -76,10 +76,7 @@ def write_report(
         {"title": "Worst cases", "cases": [pictures[index] for index in worst]},
         {"title": "Best cases", "cases": [pictures[index] for index in best]},
     ]
-    environment = Environment(
-        loader=PackageLoader("tmca", "templates"), autoescape=select_autoescape(["html.j2", "html"])
-    )
-    environment.autoescape = True
+    environment = Environment(loader=PackageLoader("tmca", "templates"), autoescape=True)
     path = folder / "report.html"
     facts = describe_environment()
     page = environment.get_template("report.html.j2").render(

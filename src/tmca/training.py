@@ -165,6 +165,14 @@ class SegmentationTask(pl.LightningModule):
         self.log_dict(named, on_step=False, on_epoch=True, batch_size=batch_size)
 
 
+def channels_last(model: TMCA) -> TMCA:
+    """Lay convolution weights out with the channels last, which is faster on CPUs and GPUs and changes no value."""
+    for parameter in model.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return model
+
+
 def learning_rate_factor(step: int, total: int, warmup: int, floor: float) -> float:
     """Return the factor on the peak learning rate: linear warm-up, then a cosine down to ``floor`` at ``total``."""
     if step < warmup:
@@ -335,7 +343,7 @@ def fit(
         write_json(folder / "splits.json", data)
         write_json(folder / "environment.json", describe_environment())
 
-    task = SegmentationTask(model.to(memory_format=torch.channels_last), experiment)
+    task = SegmentationTask(channels_last(model), experiment)
     writer = RunWriter(task, folder)
     trainer = _make_trainer(experiment, writer, device)
     with _readable_failures(trainer):

@@ -178,7 +178,8 @@ class ModelOutput:
 
     Attributes:
         mask_logits: Before the sigmoid, at the size of the input images.
-        alignments: Level name (``"8"``, ``"16"``, ``"32"``, ``"global"``) → embeddings of the images that have a sentence; empty for methods that do not align or when no image has one.
+        alignments: Level name (``"8"``, ``"16"``, ``"32"``, ``"global"``) → embeddings of the images that have a
+            sentence; empty for methods that do not align or when no image has one.
         present: Which images of the batch have a sentence, in the order of the batch.
     """
 

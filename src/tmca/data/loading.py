@@ -136,7 +136,7 @@ def make_loader(
         num_workers: Processes that load; 0 loads in this one.
     """
     return DataLoader(
-        dataset,
+        dataset,  # type: ignore[arg-type]  # collating turns its samples into batches
         batch_size=batch_size,
         sampler=EpochSampler(len(dataset), shuffle=training, seed=dataset.seed),
         collate_fn=Batch.collate,

@@ -137,4 +137,5 @@ def _retone(image: ImageArray, changes: Float[np.ndarray, " 2"]) -> ImageArray:
     brightness, contrast = 1 + changes
     values = image.astype(np.float32) * brightness
     middle = values.mean()
-    return np.clip((values - middle) * contrast + middle, 0, 255).astype(np.uint8)
+    retoned: ImageArray = np.clip((values - middle) * contrast + middle, 0, 255).astype(np.uint8)
+    return retoned

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+
+Value = TypeVar("Value", bound=np.generic)
 
 PREDICTION_COLOUR = (255, 200, 0)
 """Yellow: what the model marked."""
@@ -95,7 +98,7 @@ def draw_strip(
     return np.asarray(strip)
 
 
-def _enlarged(array: NDArray[np.generic], scale: int) -> NDArray[np.generic]:
+def _enlarged(array: NDArray[Value], scale: int) -> NDArray[Value]:
     return np.repeat(np.repeat(array, scale, axis=0), scale, axis=1)
 
 

@@ -58,6 +58,7 @@ class TextSummary(nn.Module):
         self.project = nn.Linear(text_dim, channels)
 
     def forward(self, word_features: Float[Tensor, "batch tokens text_dim"]) -> Float[Tensor, "batch summary channels"]:
+        """Return the summary tokens."""
         mixed = nn.functional.gelu(self.mix(word_features))
         return nn.functional.leaky_relu(self.project(mixed), LEAKY_SLOPE)
 
@@ -98,6 +99,7 @@ class LanguageGuide(nn.Module):
         image_features: Float[Tensor, "batch channels rows cols"],
         word_features: Float[Tensor, "batch tokens text_dim"],
     ) -> Float[Tensor, "batch channels rows cols"]:
+        """Return the image features with the sentence mixed in (the paper's f_s)."""
         rows, cols = image_features.shape[2:]
         sequence = image_features.flatten(2).transpose(1, 2)
         channels = sequence.shape[2]
@@ -113,7 +115,8 @@ class LanguageGuide(nn.Module):
         located = self.cross_attention_norm(sequence) + positions
         attended, _ = self.cross_attention(located, keys, summary, need_weights=False)
         sequence = sequence + self.gate * self.cross_attention_output_norm(attended)
-        return sequence.transpose(1, 2).unflatten(2, (rows, cols))
+        guided: Tensor = sequence.transpose(1, 2).reshape(-1, channels, rows, cols)
+        return guided
 
 
 class UpsampleBlock(nn.Module):
@@ -131,6 +134,7 @@ class UpsampleBlock(nn.Module):
         features: Float[Tensor, "batch channels rows cols"],
         skip: Float[Tensor, "batch skip height width"],
     ) -> Float[Tensor, "batch out height width"]:
+        """Return the map at twice the resolution."""
         refined: Tensor = self.refine(torch.cat([self.upsample(features), skip], dim=1))
         return refined
 
@@ -190,9 +194,16 @@ class SubpixelHead(nn.Module):
         self.classify = nn.Conv2d(channels, 1, kernel_size=1)
 
     def forward(self, features: Float[Tensor, "batch channels rows cols"]) -> Float[Tensor, "batch 1 height width"]:
+        """Return the logits, before the sigmoid."""
         weights = self.classify.weight.flatten()
-        subpixels = (len(weights), -1)
-        kernel = torch.einsum("cskij,c->skij", self.expand.weight.unflatten(0, subpixels), weights)
-        offset = torch.einsum("cs,c->s", self.expand.bias.unflatten(0, subpixels), weights)
-        logits: Tensor = self.smooth(self.shuffle(nn.functional.conv2d(features, kernel, offset, padding=1)))
-        return logits + self.classify.bias.view(1, 1, 1, 1)
+        by_channel = (len(weights), self.shuffle.upscale_factor**2)
+        kernel = torch.einsum("cskij,c->skij", self.expand.weight.reshape(*by_channel, -1, 3, 3), weights)
+        offset = weights @ _bias(self.expand).view(by_channel)
+        smooth: Tensor = self.smooth(self.shuffle(nn.functional.conv2d(features, kernel, offset, padding=1)))
+        return smooth + _bias(self.classify)
+
+
+def _bias(convolution: nn.Conv2d) -> Tensor:
+    if convolution.bias is None:
+        raise TypeError("the head's convolutions have biases")
+    return convolution.bias

@@ -198,7 +198,8 @@ class TextEncoder(nn.Module):
         device = next(self.bert.parameters()).device
         tokens = self.tokenizer(texts).to(device)
         if self.training or not self.config.freeze:
-            return self(tokens)
+            features: TextFeatures = self(tokens)
+            return features
         self._remember([text for text in texts if text and text.strip()])
         nothing = torch.zeros(self.max_tokens, self.text_dim)
         rows = [self._cache[text] if text and text.strip() else nothing for text in texts]

@@ -94,11 +94,11 @@ def build_image_encoder(config: ImageEncoderConfig, *, pooled: bool = True, load
 
     backbone_config = image_backbone_config(config)
     try:
-        backbone = AutoModel.from_config(backbone_config)
-    except (ValueError, KeyError) as error:
+        backbone = AutoModel.from_config(backbone_config)  # type: ignore[no-untyped-call]
+    except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"Cannot build the image encoder {config.weights!r}: {error}", hint="choose a vision backbone"
-        )
+            f"Cannot build an image encoder of {backbone_config.model_type!r}: {error}", hint="choose a vision backbone"
+        ) from error
     if load_weights and config.weights != "none":
         state = load_state_dict(locate(config.weights))
         _load_backbone(backbone, state, config.weights)
@@ -218,7 +218,7 @@ def _freeze_unused(encoder: ImageEncoder, *, pooled: bool) -> None:
     encoder.train(was_training)
     used = [*maps.values(), embedding] if pooled else list(maps.values())
     parameters = list(encoder.parameters())
-    gradients = torch.autograd.grad(sum(value.sum() for value in used), parameters, allow_unused=True)
+    gradients = torch.autograd.grad([value.sum() for value in used], parameters, allow_unused=True)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.requires_grad_(gradient is not None)
 
