@@ -319,7 +319,7 @@ def run(arguments: list[str]) -> int:
     except TMCAError as error:
         if "debug" in flags:
             traceback.print_exc()
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {error}", markup=False)
+        _fail(str(error))
         return error.exit_code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
@@ -327,11 +327,21 @@ def run(arguments: list[str]) -> int:
         return 0
     except SystemExit as error:  # tyro prints its own help and usage errors
         return error.code if isinstance(error.code, int) else ConfigError.exit_code
+    except ModuleNotFoundError as error:
+        if "debug" in flags:
+            raise
+        _fail(f"This verb needs the package {error.name!r} (pip install 'tmca[train]')")
+        return TMCAError.exit_code
+    except OSError as error:
+        if "debug" in flags:
+            raise
+        _fail(f"{error.strerror or error}: {error.filename or ''} (check the path, its permissions and the free space)")
+        return TMCAError.exit_code
     except Exception as error:
         if "debug" in flags:
             raise
         message = (str(error).splitlines() or [""])[0]
-        say(f"error: {type(error).__name__}: {message} (this is a fault of tmca; --debug shows where)")
+        _fail(f"{type(error).__name__}: {message} (this is a fault of tmca; --debug shows where)")
         return TMCAError.exit_code
     return 0
 
@@ -389,6 +399,10 @@ def _prepare_environment(*, offline: bool) -> None:
 
 def _print(content: Any) -> None:  # noqa: ANN401
     Console(highlight=False, soft_wrap=isinstance(content, str)).print(content, markup=False)
+
+
+def _fail(message: str) -> None:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {message}", markup=False)
 
 
 def _version() -> str:

@@ -44,12 +44,12 @@ from tmca.progress import track
 Space = Literal["network", "original"]
 RIGHT = "right"
 VARIANTS = {
-    RIGHT: "its own sentence",
-    "shuffled": "another image's sentence",
-    "contradictory": "a contradictory sentence",
-    "none": "no sentence",
+    RIGHT: "the right one",
+    "shuffled": "another image's",
+    "contradictory": "a contradictory one",
+    "none": "none",
 }
-"""What each image is segmented with, in the order of every table."""
+"""Which sentence each image is segmented with, in the order of every table."""
 LEDGER_VERSION = 1
 
 

@@ -324,7 +324,7 @@ def fit(
         model = load_checkpoint(last)
         model.train()
     else:
-        _start_folder(folder, overwrite=overwrite)
+        _check_folder(folder, overwrite=overwrite)
         model = build_model(experiment.model, training.sentences)
     model.experiment = experiment
     _report_tokens(model, training, validation)
@@ -339,6 +339,9 @@ def fit(
         size = config.batch_size if name == "train" else config.evaluation_batch_size
         loaders.append(make_loader(dataset, size, training=name == "train", num_workers=config.num_workers))
     if not resume:
+        # Only now, when nothing can be wrong with weights and data any more, may an older run be given up.
+        with replace_folder(folder) as place:
+            (place / "checkpoints").mkdir()
         write_json(folder / "experiment.json", to_dict(experiment))
         write_json(folder / "splits.json", data)
         write_json(folder / "environment.json", describe_environment())
@@ -406,15 +409,17 @@ def _report_tokens(model: TMCA, *splits: Manifest) -> None:
         )
 
 
-def _start_folder(folder: Path, *, overwrite: bool) -> None:
+def _check_folder(folder: Path, *, overwrite: bool) -> None:
     if (folder / "experiment.json").exists() and not overwrite:
         raise StorageError(
             f"{folder} holds a training run already", hint="continue it with --resume last, or replace it: --overwrite"
         )
     if folder.exists() and not folder.is_dir():
         raise StorageError(f"{folder} is a file", hint="choose another output folder")
-    with replace_folder(folder) as place:
-        (place / "checkpoints").mkdir()
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "checkpoints").is_dir():
+        raise StorageError(
+            f"{folder} holds files that are no training run; they would be lost", hint="choose another output folder"
+        )
 
 
 def _resumed(experiment: Experiment, folder: Path, data: dict[str, Any]) -> Experiment:

@@ -18,7 +18,8 @@ TRUTH_COLOUR = (0, 220, 255)
 """Cyan: the outline of the reference mask."""
 FILL = 0.35
 SHORTEST_PANEL = 224
-CAPTION_SIZE = 14
+CAPTION_SHARE = 0.05
+"""Height of a caption's letters, as a share of the panel's width."""
 MARGIN = 6
 PAPER = (255, 255, 255)
 INK = (30, 30, 30)
@@ -48,7 +49,7 @@ def draw_overlay(
         truth: bool ``(height, width)``.
     """
     drawn = image.astype(np.float32)
-    thickness = max(1, round(min(image.shape[:2]) / 200))
+    thickness = max(1, round(min(image.shape[:2]) / 130))
     if prediction is not None:
         drawn[prediction] = (1 - FILL) * drawn[prediction] + FILL * np.array(PREDICTION_COLOUR, np.float32)
         drawn[outline(prediction, thickness)] = PREDICTION_COLOUR
@@ -81,16 +82,17 @@ def draw_strip(
     scale = max(1, round(SHORTEST_PANEL / min(image.shape[:2])))
     if scale > 1:
         image, truth = _enlarged(image, scale), None if truth is None else _enlarged(truth, scale)
-    font = ImageFont.load_default(size=CAPTION_SIZE)
     height, width = image.shape[:2]
+    size = max(12, round(CAPTION_SHARE * width))
+    font = ImageFont.load_default(size=size)
     captions = [_wrapped(panel.caption, font, width) for panel in panels]
-    top = MARGIN + (CAPTION_SIZE + 4) * max(len(lines) for lines in captions)
+    top = MARGIN + round(1.25 * size) * max(len(lines) for lines in captions)
     strip = Image.new("RGB", (len(panels) * (width + MARGIN) + MARGIN, top + height + MARGIN), PAPER)
     pen = ImageDraw.Draw(strip)
     for number, (panel, lines) in enumerate(zip(panels, captions, strict=True)):
         left = MARGIN + number * (width + MARGIN)
         for row, line in enumerate(lines):
-            pen.text((left, MARGIN / 2 + row * (CAPTION_SIZE + 4)), line, INK, font)
+            pen.text((left, MARGIN / 2 + row * round(1.25 * size)), line, INK, font)
         prediction = panel.prediction
         if prediction is not None and scale > 1:
             prediction = _enlarged(prediction, scale)
