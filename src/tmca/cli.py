@@ -308,42 +308,44 @@ def run(arguments: list[str]) -> int:
     _prepare_environment(offline="offline" in flags)
     set_quiet(quiet="quiet" in flags)
     try:
-        if not arguments or arguments[0] in ("-h", "--help"):
-            _print(usage())
-            return 0 if arguments else ConfigError.exit_code
-        if arguments[0] == "--version":
-            _print(_version())
-            return 0
-        verb, rest = _verb(arguments)
-        _parse(verb, rest).run()
-    except TMCAError as error:
-        if "debug" in flags:
-            traceback.print_exc()
-        _fail(str(error))
-        return error.exit_code
+        return _execute(arguments)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         return 0
     except SystemExit as error:  # tyro prints its own help and usage errors
         return error.code if isinstance(error.code, int) else ConfigError.exit_code
-    except ModuleNotFoundError as error:
-        if "debug" in flags:
-            raise
-        _fail(f"This verb needs the package {error.name!r} (pip install 'tmca[train]')")
-        return TMCAError.exit_code
-    except OSError as error:
-        if "debug" in flags:
-            raise
-        _fail(f"{error.strerror or error}: {error.filename or ''} (check the path, its permissions and the free space)")
-        return TMCAError.exit_code
     except Exception as error:
         if "debug" in flags:
-            raise
-        message = (str(error).splitlines() or [""])[0]
-        _fail(f"{type(error).__name__}: {message} (this is a fault of tmca; --debug shows where)")
-        return TMCAError.exit_code
+            traceback.print_exc()
+        message, code = _explain(error)
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {message}", markup=False)
+        return code
+
+
+def _execute(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        _print(usage())
+        return 0 if arguments else ConfigError.exit_code
+    if arguments[0] == "--version":
+        _print(_version())
+        return 0
+    verb, rest = _verb(arguments)
+    _parse(verb, rest).run()
     return 0
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    """Return the line a user reads and the exit code."""
+    if isinstance(error, TMCAError):
+        return str(error), error.exit_code
+    if isinstance(error, ModuleNotFoundError):
+        return f"This verb needs the package {error.name!r} (pip install 'tmca[train]')", TMCAError.exit_code
+    if isinstance(error, OSError):
+        what = f"{error.strerror or error}: {error.filename or ''}"
+        return f"{what} (check the path, its permissions and the free space)", TMCAError.exit_code
+    message = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {message} (this is a fault of tmca; --debug shows where)", TMCAError.exit_code
 
 
 def usage() -> str:
@@ -399,10 +401,6 @@ def _prepare_environment(*, offline: bool) -> None:
 
 def _print(content: Any) -> None:  # noqa: ANN401
     Console(highlight=False, soft_wrap=isinstance(content, str)).print(content, markup=False)
-
-
-def _fail(message: str) -> None:
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {message}", markup=False)
 
 
 def _version() -> str:
