@@ -6,6 +6,7 @@ import glob
 import hashlib
 import re
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,32 +101,38 @@ def read_jobs(path: Path, images: Sequence[Path]) -> list[Job]:
     """Read sentences from a CSV or JSONL with the columns ``image`` and ``text`` (or ``prompt``).
 
     Args:
-        path: The file; ``image`` is a path relative to it, or the name or stem of one of ``images``.
-        images: What ``--input`` named; empty takes the paths of the file. An image may stand on several lines.
+        path: The file; ``image`` is a path (relative to the file), or the name or stem of one of ``images``.
+        images: What ``--input`` named. An image may stand on several lines; equal lines count once.
 
     Raises:
-        DataError: A column is missing, or a line names an image that is not there.
+        DataError: A column is missing, or a line names an image that is not there, or not clearly.
     """
-    by_name: dict[str, Path] = {}
-    for image in images:
-        by_name[image.stem] = by_name[image.name] = by_name[str(image)] = image
-    chosen, texts = [], []
+    asked: dict[tuple[Path, str | None], None] = {}
     for line, row in read_rows(path, required=("image",)):
         text = (row.get("text") or row.get("prompt") or "").strip()
-        name = row["image"]
-        known = by_name.get(name) or by_name.get(Path(name).name) or by_name.get(Path(name).stem)
-        if known is None and images:
-            raise DataError(
-                f"{path}, line {line}: image {name!r} is not among the inputs", hint="check -i and the file"
-            )
-        chosen.append(known or path.parent / name)
-        texts.append(text or None)
-    unique = list(dict.fromkeys(chosen))
+        asked[_match(path, line, row["image"], images), text or None] = None
+    unique = list(dict.fromkeys(image for image, _ in asked))
     base = dict(zip(unique, _names(unique), strict=True))
+    lines = Counter(image for image, _ in asked)
     return [
-        Job(image, text, base[image] if chosen.count(image) == 1 else f"{base[image]}_{slug(text)}")
-        for image, text in zip(chosen, texts, strict=True)
+        Job(image, text, base[image] if lines[image] == 1 else f"{base[image]}_{slug(text)}") for image, text in asked
     ]
+
+
+def _match(path: Path, line: int, name: str, images: Sequence[Path]) -> Path:
+    """Return the input a line of a prompts file means: by path, else by name, else by stem."""
+    meant = (path.parent / name).resolve()
+    by_path = [image for image in images if image.resolve() == meant or str(image) == name]
+    by_name = [image for image in images if image.name == Path(name).name]
+    by_stem = [image for image in images if image.stem == Path(name).stem]
+    for found in (by_path, by_name, by_stem):
+        if len(found) > 1:
+            raise DataError(
+                f"{path}, line {line}: image {name!r} could be {found[0]} or {found[1]}", hint="write its path"
+            )
+        if found:
+            return found[0]
+    raise DataError(f"{path}, line {line}: image {name!r} is not among the inputs", hint="check --input")
 
 
 def slug(text: str | None) -> str:

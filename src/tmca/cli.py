@@ -55,8 +55,8 @@ class Train:
     """Train a model: `tmca train PRESET --data MANIFEST_OR_FOLDER`. Every field of the preset is a flag."""
 
     experiment: Annotated[Experiment, tyro.conf.arg(name="")]
-    data: Annotated[Path, tyro.conf.arg(metavar="MANIFEST|FOLDER")]
-    """Manifest file, or a dataset folder in a known layout."""
+    data: Annotated[Path | None, tyro.conf.arg(metavar="MANIFEST|FOLDER")] = None
+    """Manifest file, or a dataset folder in a known layout; always needed."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="FOLDER")] = None
     """Run folder; by default runs/PRESET."""
     resume: Literal["no", "last"] = "no"
@@ -73,6 +73,8 @@ class Train:
         from tmca.data.layouts import open_dataset
         from tmca.training import fit
 
+        if self.data is None:
+            raise ConfigError("`tmca train` needs --data", hint="name a manifest file or a dataset folder")
         folder = self.output or Path("runs") / self.experiment.name
         manifest = open_dataset(self.data, prompt=self.prompt_level)
         say(f"{manifest.name}: " + ", ".join(f"{count} {split}" for split, count in manifest.splits.items()))
@@ -379,8 +381,7 @@ def _parse(verb: str, rest: list[str]) -> Any:  # noqa: ANN401
     if verb != "train":
         return tyro.cli(VERBS[verb], args=rest, prog=f"tmca {verb}")
     preset, rest = _split_preset(rest)
-    default = Train(experiment=get_preset(preset), data=tyro.MISSING)
-    return tyro.cli(Train, args=rest, prog=f"tmca train {preset}", default=default)
+    return tyro.cli(Train, args=rest, prog=f"tmca train {preset}", default=Train(get_preset(preset)))
 
 
 def _split_preset(rest: list[str]) -> tuple[str, list[str]]:

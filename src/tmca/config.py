@@ -352,7 +352,7 @@ def _from_plain(hint: Any, value: Any, where: str) -> Any:  # noqa: ANN401
     expected = accepted.get(hint)
     if expected and (not isinstance(value, expected) or (hint is not bool and isinstance(value, bool))):
         raise ConfigError(f"{where} is {value!r}, expected {hint.__name__}", hint="see `tmca presets show NAME`")
-    return value
+    return float(value) if hint is float else value
 
 
 def config_hash(config: object) -> str:

@@ -123,7 +123,8 @@ class Evaluation:
 
     def by_dice(self) -> list[int]:
         """Return the case indices from the worst to the best Dice with the right sentence."""
-        return list(np.argsort(case_scores(self.counts[RIGHT], "one")["dice"], kind="stable"))
+        order: list[int] = np.argsort(case_scores(self.counts[RIGHT], "one")["dice"], kind="stable").tolist()
+        return order
 
 
 @torch.inference_mode()
@@ -301,6 +302,11 @@ def write_ledger(evaluation: Evaluation, run: Path, manifest: Manifest, dataset:
         StorageError: The entry cannot be written.
     """
     training = read_run(run)
+    # A folder's place on the machine that trained is nobody's business; its name tells which weights they were.
+    for encoder in ("image_encoder", "text_encoder"):
+        weights = training["experiment"]["model"][encoder]
+        if Path(weights["weights"]).is_dir():
+            weights["weights"] = Path(weights["weights"]).name
     write_json(
         path,
         {
@@ -311,6 +317,7 @@ def write_ledger(evaluation: Evaluation, run: Path, manifest: Manifest, dataset:
             "dataset": dataset,
             "split": evaluation.split,
             "n": len(evaluation.ids),
+            "n_train": training["n_train"],
             "data_hash": manifest.content_hash(),
             "commit": training["commit"],
             "evaluation_commit": source_commit(),
@@ -327,7 +334,7 @@ def write_ledger(evaluation: Evaluation, run: Path, manifest: Manifest, dataset:
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """Return what a run folder says of its training: experiment, commit, hardware, epochs, seconds.
+    """Return what a run folder says of its training: experiment, commit, hardware, images, epochs, seconds.
 
     Raises:
         CheckpointError: The folder is no run folder.
@@ -335,12 +342,14 @@ def read_run(folder: Path) -> dict[str, Any]:
     try:
         experiment = json.loads((folder / "experiment.json").read_text("utf-8"))
         environment = json.loads((folder / "environment.json").read_text("utf-8"))
+        splits = json.loads((folder / "splits.json").read_text("utf-8"))
         with (folder / "metrics.csv").open(encoding="utf-8", newline="") as stream:
             rows = list(csv.DictReader(stream))
         return {
             "experiment": experiment,
             "commit": environment["commit"],
             "hardware": environment["hardware"],
+            "n_train": len(splits["train"]),
             "epochs": len(rows),
             "seconds": float(rows[-1]["seconds"]) if rows else 0.0,
         }

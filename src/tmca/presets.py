@@ -110,7 +110,7 @@ def kvasir_mobile() -> Experiment:
             learning_rate=1e-3, encoder_factor=0.3, warmup_steps=50, schedule_epochs=None, gradient_clip=1.0
         ),
         trainer=TrainerConfig(
-            batch_size=16, evaluation_batch_size=20, max_epochs=40, min_epochs=20, patience=20, max_train_seconds=3300
+            batch_size=16, evaluation_batch_size=20, max_epochs=40, min_epochs=20, patience=20, max_train_seconds=3300.0
         ),
     )
 
@@ -155,7 +155,7 @@ def demo() -> Experiment:
         ),
         optimiser=OptimiserConfig(learning_rate=1e-3, warmup_steps=30, schedule_epochs=None, gradient_clip=1.0),
         trainer=TrainerConfig(
-            batch_size=32, evaluation_batch_size=32, max_epochs=12, min_epochs=12, patience=12, max_train_seconds=150
+            batch_size=32, evaluation_batch_size=32, max_epochs=12, min_epochs=12, patience=12, max_train_seconds=150.0
         ),
     )
 

@@ -45,6 +45,9 @@ from tmca.presets import differences
 from tmca.progress import make_progress, say, track
 from tmca.types import Batch
 
+Row = dict[str, float | int]
+"""What a run's ``metrics.csv`` says of one epoch."""
+
 MONITOR = "val_segmentation_loss"
 TRAINER_STATE = "trainer_state.ckpt"
 LENGTH_FIELDS = {
@@ -187,7 +190,7 @@ class RunWriter(Checkpoint):
     def __init__(self, task: SegmentationTask, folder: Path) -> None:
         self.task = task
         self.folder = folder
-        self.history: list[dict[str, float]] = []
+        self.history: list[Row] = []
         self.best_loss = math.inf
         self.best_epoch = 0
         self.seconds = 0.0
@@ -206,7 +209,7 @@ class RunWriter(Checkpoint):
         self._started = now
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         rate = float(trainer.optimizers[0].param_groups[-1]["lr"])
-        row = {"epoch": trainer.current_epoch + 1, "seconds": round(self.seconds, 1), "learning_rate": rate}
+        row: Row = {"epoch": trainer.current_epoch + 1, "seconds": round(self.seconds, 1), "learning_rate": rate}
         self.history.append(row | {name: metrics[name] for name in sorted(metrics)})
         is_best = metrics[MONITOR] < self.best_loss
         if is_best:
@@ -494,7 +497,7 @@ def _readable_failures(trainer: pl.Trainer) -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def write_history(history: list[dict[str, float]], path: Path) -> None:
+def write_history(history: list[Row], path: Path) -> None:
     """Write one CSV row an epoch; columns are the union over epochs."""
     columns = list(dict.fromkeys(name for row in history for name in row))
     buffer = io.StringIO()
@@ -504,7 +507,7 @@ def write_history(history: list[dict[str, float]], path: Path) -> None:
     write_text(path, buffer.getvalue())
 
 
-def draw_curves(history: list[dict[str, float]], path: Path) -> None:
+def draw_curves(history: list[Row], path: Path) -> None:
     """Draw losses and validation Dice over epochs."""
     from matplotlib.figure import Figure
 

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tmca.models.alignment import AlignmentHeads, ProjectionHead
+from tmca.types import ImageFeatures, TextFeatures
+
+TEXT_DIM = 6
+DIMS = {"8": 4, "16": 5, "32": 7, "global": 7}
+
+
+def _text(batch: int = 3) -> TextFeatures:
+    mask = torch.tensor([[True, True], [False, False], [True, False]])[:batch]
+    return TextFeatures(torch.randn(batch, 2, TEXT_DIM), mask, torch.randn(batch, TEXT_DIM))
+
+
+def _images(batch: int = 3) -> ImageFeatures:
+    maps = {
+        stride: torch.randn(batch, channels, 64 // stride, 96 // stride)
+        for stride, channels in {4: 3, 8: 4, 16: 5, 32: 7}.items()
+    }
+    return ImageFeatures(maps, torch.randn(batch, 7), (64, 96))
+
+
+def test_a_head_is_linear_norm_gelu_linear():
+    head = ProjectionHead(TEXT_DIM, 4)
+    assert [type(layer) for layer in head] == [nn.Linear, nn.LayerNorm, nn.GELU, nn.Linear]
+    text = torch.randn(3, TEXT_DIM)
+    hidden = text @ head[0].weight.T + head[0].bias
+    hidden = (hidden - hidden.mean(1, keepdim=True)) / (hidden.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
+    hidden = hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))
+    torch.testing.assert_close(head(text), hidden @ head[3].weight.T + head[3].bias)
+
+
+def test_the_sentence_is_projected_into_every_level():
+    heads = AlignmentHeads(TEXT_DIM, DIMS, ["32"])
+    text = _text()
+    projected = heads.project(text)
+    assert {level: tuple(vectors.shape) for level, vectors in projected.items()} == {
+        level: (3, dim) for level, dim in DIMS.items()
+    }
+    for level, vectors in projected.items():
+        assert torch.equal(vectors, heads.heads[level](text.sentence_embedding))
+
+
+def test_image_embeddings_are_averages_over_positions():
+    heads = AlignmentHeads(TEXT_DIM, DIMS, DIMS)
+    images = _images()
+    everyone = torch.ones(3, dtype=torch.bool)
+    embeddings = heads(images, heads.project(_text()), everyone)
+    assert list(embeddings) == list(DIMS)
+    for stride in (8, 16, 32):
+        expected = images.feature_maps[stride].flatten(2).sum(dim=2) / (64 // stride * 96 // stride)
+        torch.testing.assert_close(embeddings[str(stride)].image_embedding, expected)
+    assert torch.equal(embeddings["global"].image_embedding, images.image_embedding)
+
+
+def test_only_images_with_a_sentence_are_aligned():
+    heads = AlignmentHeads(TEXT_DIM, DIMS, DIMS)
+    text, images = _text(), _images()
+    projected = heads.project(text)
+    embeddings = heads(images, projected, text.present)
+    for level, level_embeddings in embeddings.items():
+        assert torch.equal(level_embeddings.text_embedding, projected[level][[0, 2]])
+        assert level_embeddings.image_embedding.shape == (2, DIMS[level])
+    assert torch.equal(embeddings["global"].image_embedding, images.image_embedding[[0, 2]])
+
+
+@pytest.mark.parametrize("aligned", [[], ["global"], ["16", "global"]])
+def test_heads_that_serve_the_enhancement_are_not_aligned(aligned: list[str]):
+    heads = AlignmentHeads(TEXT_DIM, DIMS, aligned)
+    text = _text()
+    assert list(heads(_images(), heads.project(text), text.present)) == aligned
+    assert set(heads.heads) == set(DIMS)

@@ -1,0 +1,411 @@
+"""What a user can get wrong: each time one line that names the file and the next step, and nothing is left behind."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tmca import cli
+from tmca.data.manifest import Manifest, Record
+from tmca.models import TMCA
+from tmca.progress import set_quiet
+
+
+class Refusal(NamedTuple):
+    code: int
+    line: str
+    """The line that explains it."""
+    err: str
+    """All of stderr."""
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in ("TMCA_OFFLINE", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "TOKENIZERS_PARALLELISM"):
+        monkeypatch.setenv(name, "")  # so that what the command line sets is taken back
+    yield
+    set_quiet(quiet=False)
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., Refusal]:
+    def call(*arguments: object) -> Refusal:
+        code = cli.run([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.out + captured.err
+        assert "fault of tmca" not in captured.err
+        (line,) = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+        assert line.endswith(")"), "an error ends with the next step in parentheses"
+        return Refusal(code, line, captured.err)
+
+    return call
+
+
+@pytest.fixture
+def data(phantoms: Manifest, tmp_path: Path) -> Manifest:
+    """A copy of the phantoms that a test may damage."""
+    folder = Path(shutil.copytree(phantoms.root, tmp_path / "data"))
+    return Manifest(folder, phantoms.records, phantoms.name)
+
+
+@pytest.fixture
+def train(refused: Callable[..., Refusal], data: Manifest, tmp_path: Path) -> Callable[..., Refusal]:
+    """Train on the damaged data, which must be refused before anything is written."""
+
+    def call(*flags: object) -> Refusal:
+        refusal = refused("train", "tiny", "--data", data.root, "-o", tmp_path / "run", *flags)
+        assert not (tmp_path / "run").exists()
+        return refusal
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def model_folder(tiny_model: Callable[..., TMCA], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bad") / "model"
+    tiny_model().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def predict(refused: Callable[..., Refusal], model_folder: Path, tmp_path: Path) -> Callable[..., Refusal]:
+    def call(image: Path, *flags: object) -> Refusal:
+        return refused("predict", "-i", image, "-o", tmp_path / "out", "-m", model_folder, *flags)
+
+    return call
+
+
+def _rewrite(data: Manifest, records: Iterable[Record]) -> None:
+    data.with_records(records).write(data.root / "manifest.csv")
+
+
+def _image(data: Manifest) -> Path:
+    """The image of a validation case: found only when everything is read."""
+    return data.image_path(data.split("val").records[-1])
+
+
+def _mask(data: Manifest) -> Path:
+    path = data.mask_path(data.split("val").records[-1])
+    assert path is not None
+    return path
+
+
+# Files that are no images ----------------------------------------------------------------------------------------
+
+
+def _remove(path: Path) -> None:
+    path.unlink()
+
+
+def _make_text(path: Path) -> None:
+    path.write_text("I am no image")
+
+
+def _empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def _cut(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) * 2 // 3])
+
+
+DAMAGES = [
+    (_remove, "no "),
+    (_make_text, "not an image"),
+    (_empty, "empty (0 bytes)"),
+    (_cut, "damaged or cut off"),
+]
+
+
+@pytest.mark.parametrize(("damage", "said"), DAMAGES)
+def test_a_damaged_image_in_the_data(
+    train: Callable[..., Refusal], data: Manifest, damage: Callable[[Path], None], said: str
+):
+    damage(_image(data))
+    refusal = train()
+    assert refusal.code == 3
+    assert said in refusal.line
+    assert _image(data).name in refusal.line
+
+
+@pytest.mark.parametrize(("damage", "said"), DAMAGES)
+def test_a_damaged_mask_in_the_data(
+    train: Callable[..., Refusal], data: Manifest, damage: Callable[[Path], None], said: str
+):
+    damage(_mask(data))
+    refusal = train()
+    assert refusal.code == 3
+    assert said in refusal.line
+    assert _mask(data).stem in refusal.line
+
+
+@pytest.mark.parametrize(("damage", "said"), DAMAGES)
+def test_a_damaged_image_to_segment(
+    predict: Callable[..., Refusal], data: Manifest, damage: Callable[[Path], None], said: str
+):
+    damage(_image(data))
+    refusal = predict(_image(data))
+    assert refusal.code == 3
+    assert said in refusal.err
+    assert str(_image(data)) in refusal.err
+
+
+@pytest.mark.parametrize("undefined", [np.nan, np.inf])
+def test_undefined_pixels(
+    train: Callable[..., Refusal], predict: Callable[..., Refusal], data: Manifest, undefined: float
+):
+    record = data.split("val").records[-1]
+    pixels = np.linspace(0, 1, 64 * 64, dtype=np.float32).reshape(64, 64)
+    pixels[3, 5] = undefined
+    image = (data.root / record.image).with_suffix(".tiff")
+    Image.fromarray(pixels).save(image)
+    _change(data, record.id, image=f"images/{image.name}")
+    refusal = train()
+    assert refusal.code == 3
+    assert f"{image.name} holds 1 of 4096 pixels that are not finite" in refusal.line
+    assert str(image) in predict(image).err
+
+
+def test_several_frames(predict: Callable[..., Refusal], tmp_path: Path):
+    frames = [Image.new("L", (40, 40), value) for value in (0, 90)]
+    frames[0].save(tmp_path / "stack.tif", save_all=True, append_images=frames[1:])
+    refusal = predict(tmp_path / "stack.tif")
+    assert refusal.code == 3
+    assert "stack.tif holds 2 frames" in refusal.err
+
+
+def test_an_image_without_permission(predict: Callable[..., Refusal], data: Manifest):
+    _image(data).chmod(0)
+    if os.access(_image(data), os.R_OK):
+        pytest.skip("this user may read everything")
+    refusal = predict(_image(data))
+    assert refusal.code == 3
+    assert "No permission" in refusal.err
+
+
+# Masks -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_mask_of_another_size(train: Callable[..., Refusal], data: Manifest):
+    Image.new("L", (64, 48), 255).save(_mask(data))
+    refusal = train()
+    assert refusal.code == 3
+    assert "a mask of another size than its image" in refusal.line
+    assert data.split("val").records[-1].id in refusal.line
+
+
+def test_a_mask_that_is_the_image_itself(train: Callable[..., Refusal], data: Manifest):
+    shutil.copyfile(_image(data), _mask(data))
+    refusal = train()
+    assert refusal.code == 3
+    assert f"{_mask(data)} holds grey values" in refusal.line
+
+
+def test_a_mask_of_several_classes(train: Callable[..., Refusal], data: Manifest):
+    classes = np.repeat(np.arange(4, dtype=np.uint8) * 3, 16 * 64).reshape(64, 64)
+    Image.fromarray(classes).save(_mask(data))
+    refusal = train()
+    assert refusal.code == 3
+    assert f"{_mask(data)} holds 4 classes" in refusal.line
+
+
+def test_a_case_without_a_mask(train: Callable[..., Refusal], data: Manifest):
+    record = data.split("train").records[2]
+    _change(data, record.id, mask=None)
+    refusal = train()
+    assert refusal.code == 3
+    assert "1 of 16 cases of" in refusal.line
+    assert f"no mask file: {record.id}" in refusal.line
+
+
+# The manifest ----------------------------------------------------------------------------------------------------
+
+
+def _change(data: Manifest, case: str, **fields: str | None) -> None:
+    _rewrite(data, [replace(record, **fields) if record.id == case else record for record in data.records])
+
+
+@pytest.mark.parametrize("text", [None, "", "   "])
+def test_a_missing_or_blank_sentence(train: Callable[..., Refusal], data: Manifest, text: str | None):
+    record = data.split("val").records[1]
+    _change(data, record.id, text=text)
+    refusal = train()
+    assert refusal.code == 3
+    assert f"no sentence: {record.id}" in refusal.line
+
+
+def test_a_blank_prompt(predict: Callable[..., Refusal], data: Manifest):
+    refusal = predict(_image(data), "-p", " \t ")
+    assert refusal.code == 2
+    assert "blank" in refusal.line
+
+
+def test_duplicate_ids(train: Callable[..., Refusal], data: Manifest):
+    first, second, *others = data.records
+    lines = (data.root / "manifest.csv").read_text("utf-8")
+    (data.root / "manifest.csv").write_text(lines.replace(f"\n{second.id},", f"\n{first.id},"), encoding="utf-8")
+    refusal = train()
+    assert refusal.code == 3
+    assert "manifest.csv" in refusal.line
+    assert f"more than once: {first.id}" in refusal.line
+    assert others
+
+
+@pytest.mark.parametrize("missing", ["train", "val"])
+def test_a_split_without_rows(train: Callable[..., Refusal], data: Manifest, missing: str):
+    _rewrite(data, [record for record in data.records if record.split != missing])
+    refusal = train()
+    assert refusal.code == 3
+    assert f"no split '{missing}'; it has " in refusal.line
+    assert "test (8)" in refusal.line
+
+
+def test_no_splits_at_all(train: Callable[..., Refusal], data: Manifest):
+    _rewrite(data, [replace(record, split="") for record in data.records])
+    refusal = train()
+    assert refusal.code == 3
+    assert "(none) (30)" in refusal.line
+
+
+def test_an_unknown_split_to_score(refused: Callable[..., Refusal], data: Manifest, model_folder: Path, tmp_path: Path):
+    refusal = refused("evaluate", "-m", model_folder, "--data", data.root, "--split", "tset", "-o", tmp_path / "out")
+    assert refusal.code == 3
+    assert "no split 'tset'; it has train (16), val (6), test (8)" in refusal.line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is empty"),
+        (b"image,text\n", "has no rows"),
+        (b"picture,text\na.png,one\n", "no column 'image'"),
+        (b"image;text\na.png;one\n", "separate the cells by commas"),
+        ("image,text\na.png,größe\n".encode("latin-1"), "not UTF-8"),
+        (b"image,text\na.png,one, two\n", "line 2"),
+    ],
+)
+def test_a_malformed_manifest(train: Callable[..., Refusal], data: Manifest, content: bytes, said: str):
+    (data.root / "manifest.csv").write_bytes(content)
+    refusal = train()
+    assert refusal.code == 3
+    assert "manifest.csv" in refusal.line
+    assert said in refusal.line
+
+
+def test_a_folder_in_no_known_layout(train: Callable[..., Refusal], data: Manifest):
+    (data.root / "manifest.csv").unlink()
+    refusal = train()
+    assert refusal.code == 3
+    assert str(data.root) in refusal.line
+    assert "manifest.csv" in refusal.line
+
+
+# Weights ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by_flag", [True, False])
+def test_weights_without_a_network(
+    train: Callable[..., Refusal], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_flag: bool
+):
+    monkeypatch.setenv("TMCA_HOME", str(tmp_path / "home"))
+    if not by_flag:
+        monkeypatch.setenv("TMCA_OFFLINE", "1")
+    flags = ("--model.image-encoder.weights", "someone/some-encoder", *(["--offline"] if by_flag else []))
+    refusal = train(*flags)
+    assert refusal.code == 5
+    assert "offline mode is on" in refusal.line
+    assert "download the files of 'someone/some-encoder'" in refusal.line
+    assert str(tmp_path / "home" / "models" / "someone" / "some-encoder") in refusal.line
+
+
+def test_a_model_of_the_hub_without_a_network(
+    refused: Callable[..., Refusal], data: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("TMCA_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("TMCA_OFFLINE", "1")
+    refusal = refused("predict", "-i", _image(data), "-o", tmp_path / "out", "-m", "someone/some-model")
+    assert refusal.code == 5
+    assert "download the files of 'someone/some-model'" in refusal.line
+
+
+def test_an_encoder_folder_without_weights(train: Callable[..., Refusal], tmp_path: Path):
+    (tmp_path / "weights").mkdir()
+    refusal = train("--model.image-encoder.weights", tmp_path / "weights")
+    assert refusal.code == 5
+    assert f"{tmp_path / 'weights'} has no config.json" in refusal.line
+
+
+def test_cut_weights_of_an_encoder(train: Callable[..., Refusal], tmp_path: Path, model_folder: Path):
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "convnext", "hidden_sizes": [16, 32, 64, 128]}')
+    (folder / "model.safetensors").write_bytes((model_folder / "model.safetensors").read_bytes()[:5000])
+    refusal = train("--model.image-encoder.weights", folder)
+    assert refusal.code == 5
+    assert str(folder / "model.safetensors") in refusal.line
+
+
+def test_a_changed_model(refused: Callable[..., Refusal], data: Manifest, model_folder: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(bytes(content))
+    refusal = refused("predict", "-i", _image(data), "-o", tmp_path / "out", "-m", folder)
+    assert refusal.code == 5
+    assert str(folder / "model.safetensors") in refusal.line
+
+
+# Writing ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path, _: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_a_full_disk_while_training(refused: Callable[..., Refusal], phantoms: Manifest, tmp_path: Path):
+    refusal = refused("train", "tiny", "--data", phantoms.root, "-o", tmp_path / "run", "--trainer.max-epochs", 1)
+    assert refusal.code == 1
+    assert "No space left" in refusal.line
+    assert "the disk is full" in refusal.line
+    assert str(tmp_path / "run") in refusal.line
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_a_full_disk_while_predicting(predict: Callable[..., Refusal], phantoms: Manifest, tmp_path: Path):
+    refusal = predict(phantoms.image_path(phantoms.records[0]))
+    assert refusal.code == 1
+    assert "the disk is full" in refusal.line
+    assert str(tmp_path / "out") in refusal.line
+
+
+@pytest.mark.parametrize("verb", ["predict", "evaluate", "train", "data phantom"])
+def test_an_output_folder_that_is_a_file(
+    refused: Callable[..., Refusal], phantoms: Manifest, model_folder: Path, tmp_path: Path, verb: str
+):
+    (tmp_path / "out").write_text("precious")
+    arguments = {
+        "predict": ("predict", "-i", phantoms.image_path(phantoms.records[0]), "-m", model_folder),
+        "evaluate": ("evaluate", "-m", model_folder, "--data", phantoms.root),
+        "train": ("train", "tiny", "--data", phantoms.root),
+        "data phantom": ("data", "phantom", "--train", 1, "--val", 1, "--test", 1),
+    }[verb]
+    refusal = refused(*arguments, "-o", tmp_path / "out")
+    assert refusal.code == 1
+    assert str(tmp_path / "out") in refusal.line
+    assert (tmp_path / "out").read_text() == "precious"

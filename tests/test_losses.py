@@ -1,0 +1,344 @@
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from monai.losses import DiceCELoss
+from torch import Tensor
+from torch.nn import functional
+
+from tmca.config import ObjectiveConfig
+from tmca.losses import (
+    alignment_loss,
+    contrastive_loss,
+    cross_entropy_loss,
+    dice_loss,
+    mask_dice_similarity,
+    objective,
+    segmentation_loss,
+    target_entropy,
+)
+from tmca.types import LevelEmbeddings, ModelOutput
+
+SEEDS = st.integers(0, 2**32)
+TEMPERATURES = st.sampled_from([0.05, 0.1, 0.5, 1.0])
+
+
+def _mask(*pixels: int) -> Tensor:
+    return torch.tensor(pixels, dtype=torch.bool).reshape(1, 1, 1, -1)
+
+
+def _random_masks(batch: int, size: int = 6) -> Tensor:
+    return torch.rand(batch, 1, size, size) < torch.rand(batch, 1, 1, 1)
+
+
+def _sigmoid(value: float) -> float:
+    return 1 / (1 + math.exp(-value))
+
+
+# --- segmentation -------------------------------------------------------------------------------------------------
+
+
+def test_dice_loss_by_hand():
+    # One half everywhere on four pixels of which two are foreground: 1 - 2 * 1 / (2 + 2).
+    assert float(dice_loss(torch.zeros(1, 1, 1, 4), _mask(1, 1, 0, 0))) == pytest.approx(0.5, abs=1e-5)
+    logits = torch.tensor([math.log(3.0), -math.log(3.0)]).reshape(1, 1, 1, 2)
+    assert float(dice_loss(logits, _mask(1, 0))) == pytest.approx(1 - 2 * 0.75 / (0.75 + 0.25 + 1), abs=1e-5)
+
+
+def test_dice_loss_is_averaged_over_images():
+    logits = torch.zeros(2, 1, 1, 4)
+    logits[1] = -100.0
+    masks = torch.cat([_mask(1, 1, 0, 0), _mask(0, 0, 0, 0)])
+    assert float(dice_loss(logits, masks)) == pytest.approx(0.25, abs=1e-5)
+
+
+def test_dice_loss_of_an_empty_mask_vanishes_with_the_foreground():
+    empty = _mask(0, 0, 0, 0)
+    assert float(dice_loss(torch.full((1, 1, 1, 4), -100.0), empty)) == pytest.approx(0, abs=1e-6)
+    assert float(dice_loss(torch.zeros(1, 1, 1, 4), empty)) == pytest.approx(1, abs=1e-4)
+
+
+def test_cross_entropy_loss_by_hand():
+    logits = torch.tensor([math.log(3.0), math.log(3.0), 0.0, 0.0]).reshape(1, 1, 1, 4)
+    expected = -(math.log(0.75) + math.log(0.25) + 2 * math.log(0.5)) / 4
+    assert float(cross_entropy_loss(logits, _mask(1, 0, 1, 0))) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("term", [dice_loss, cross_entropy_loss])
+def test_each_segmentation_term_has_its_own_gradient(term: Callable[[Tensor, Tensor], Tensor]):
+    masks = _random_masks(3)
+    logits = torch.randn(3, 1, 6, 6, requires_grad=True)
+    term(logits, masks).backward()
+    # Every pixel is pulled towards its truth.
+    assert (torch.where(masks, -logits.grad, logits.grad) > 0).all()
+
+
+@pytest.mark.parametrize("term", [dice_loss, cross_entropy_loss])
+def test_perfect_logits_cost_nothing(term: Callable[[Tensor, Tensor], Tensor]):
+    masks = torch.cat([_random_masks(3), torch.zeros(1, 1, 6, 6, dtype=torch.bool)])
+    logits = torch.where(masks, 40.0, -40.0)
+    assert float(term(logits, masks)) == pytest.approx(0, abs=1e-6)
+    assert float(term(-logits, masks)) > 0.9
+
+
+def test_extreme_logits_are_finite():
+    masks = _random_masks(2)
+    logits = (torch.randn(2, 1, 6, 6) * 1e4).requires_grad_()
+    losses = segmentation_loss(logits, masks, ObjectiveConfig())
+    losses["segmentation_loss"].backward()
+    assert all(value.isfinite() for value in losses.values())
+    assert logits.grad.isfinite().all()
+
+
+def test_segmentation_loss_equals_monai():
+    reference = DiceCELoss(sigmoid=True, smooth_nr=1e-5, smooth_dr=1e-5)
+    masks = torch.cat([_random_masks(5, 16), torch.zeros(1, 1, 16, 16, dtype=torch.bool)])
+    logits = 3 * torch.randn(6, 1, 16, 16)
+    losses = segmentation_loss(logits, masks, ObjectiveConfig())
+    torch.testing.assert_close(losses["segmentation_loss"], reference(logits, masks.float()))
+    torch.testing.assert_close(losses["dice_loss"], reference.dice(logits, masks.float()))
+
+
+def test_half_precision_logits_are_scored_in_float32():
+    logits, masks = torch.randn(2, 1, 64, 64).bfloat16(), _random_masks(2, 64)
+    for term in (dice_loss, cross_entropy_loss):
+        assert torch.equal(term(logits, masks), term(logits.float(), masks))
+
+
+# --- target similarity --------------------------------------------------------------------------------------------
+
+
+def test_mask_dice_similarity_by_hand():
+    masks = torch.cat([_mask(1, 1, 0, 0), _mask(0, 1, 1, 1), _mask(0, 0, 1, 1), _mask(0, 0, 0, 0), _mask(0, 0, 0, 0)])
+    expected = torch.tensor(
+        [
+            [1.0, 0.4, 0.0, 0.0, 0.0],
+            [0.4, 1.0, 0.8, 0.0, 0.0],
+            [0.0, 0.8, 1.0, 0.0, 0.0],
+            [0.0, 0.0, 0.0, 1.0, 1.0],
+            [0.0, 0.0, 0.0, 1.0, 1.0],
+        ]
+    )
+    torch.testing.assert_close(mask_dice_similarity(masks), expected)
+
+
+@given(SEEDS, st.integers(1, 6))
+def test_mask_dice_similarity_is_a_similarity(seed: int, batch: int):
+    torch.manual_seed(seed)
+    masks = _random_masks(batch)
+    masks[0] &= bool(seed % 2)
+    similarity = mask_dice_similarity(masks)
+    assert torch.equal(similarity, similarity.T)
+    assert torch.equal(similarity.diagonal(), torch.ones(batch))
+    assert (similarity >= 0).all()
+    assert (similarity <= 1).all()
+    order = torch.randperm(batch)
+    assert torch.equal(mask_dice_similarity(masks[order]), similarity[order][:, order])
+
+
+def test_mask_dice_similarity_counts_every_pixel_under_autocast():
+    masks = _random_masks(3, 224)
+    expected = mask_dice_similarity(masks)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(mask_dice_similarity(masks), expected)
+    first, second = masks[0], masks[1]
+    overlap, total = int((first & second).sum()), int(first.sum() + second.sum())
+    assert float(expected[0, 1]) == pytest.approx(2 * overlap / total, abs=1e-6)
+
+
+# --- alignment ----------------------------------------------------------------------------------------------------
+
+
+def _pairs(seed: int, batch: int, dim: int = 5) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(seed)
+    return torch.randn(batch, dim), torch.randn(batch, dim), mask_dice_similarity(_random_masks(batch))
+
+
+def test_contrastive_loss_by_hand():
+    images, texts = torch.tensor([[3.0, 0.0], [0.0, 5.0]]), torch.tensor([[0.0, 2.0], [7.0, 0.0]])
+    target, predicted = _sigmoid(1 / 0.5), _sigmoid(1 / 2.0)
+    temperatures = {"target_temperature": 0.5, "logit_temperature": 2.0}
+    # Each image is nearest to the other one's sentence, and the other way round once the texts are exchanged.
+    wrong = -(target * math.log(1 - predicted) + (1 - target) * math.log(predicted))
+    right = -(target * math.log(predicted) + (1 - target) * math.log(1 - predicted))
+    assert float(contrastive_loss(images, texts, torch.eye(2), **temperatures)) == pytest.approx(wrong)
+    assert float(contrastive_loss(images, texts.flip(0), torch.eye(2), **temperatures)) == pytest.approx(right)
+
+
+def test_contrastive_loss_averages_both_directions():
+    images, texts, similarity = _pairs(0, 4)
+    logits = functional.normalize(images) @ functional.normalize(texts).T / 0.3
+    targets = torch.softmax(similarity / 0.2, dim=1)
+    image_to_text = functional.cross_entropy(logits, targets)
+    text_to_image = functional.cross_entropy(logits.T, targets)
+    assert abs(float(image_to_text - text_to_image)) > 1e-3
+    loss = contrastive_loss(images, texts, similarity, target_temperature=0.2, logit_temperature=0.3)
+    torch.testing.assert_close(loss, (image_to_text + text_to_image) / 2)
+
+
+def test_contrastive_loss_moves_both_modalities():
+    images, texts, similarity = _pairs(0, 4)
+    images.requires_grad_()
+    texts.requires_grad_()
+    contrastive_loss(images, texts, similarity, target_temperature=0.1, logit_temperature=0.1).backward()
+    assert (images.grad.norm(dim=1) > 1e-4).all()
+    assert (texts.grad.norm(dim=1) > 1e-4).all()
+
+
+@given(SEEDS, st.integers(2, 6), TEMPERATURES, TEMPERATURES)
+def test_laws_of_the_contrastive_loss(seed: int, batch: int, target_temperature: float, logit_temperature: float):
+    images, texts, similarity = _pairs(seed, batch)
+    temperatures = {"target_temperature": target_temperature, "logit_temperature": logit_temperature}
+    loss = contrastive_loss(images, texts, similarity, **temperatures)
+    order = torch.randperm(batch)
+    permuted = contrastive_loss(images[order], texts[order], similarity[order][:, order], **temperatures)
+    torch.testing.assert_close(permuted, loss, rtol=1e-4, atol=1e-5)
+    exchanged = contrastive_loss(texts, images, similarity, **temperatures)
+    torch.testing.assert_close(exchanged, loss, rtol=1e-4, atol=1e-5)
+    assert float(loss) >= float(target_entropy(similarity, target_temperature)) - 1e-5
+    lengths = torch.rand(batch, 1) + 0.1
+    torch.testing.assert_close(contrastive_loss(images * lengths, texts, similarity, **temperatures), loss)
+
+
+@given(SEEDS, st.integers(2, 6), TEMPERATURES, TEMPERATURES)
+def test_identity_targets_give_the_loss_of_clip(
+    seed: int, batch: int, target_temperature: float, logit_temperature: float
+):
+    images, texts, similarity = _pairs(seed, batch)
+    logits = functional.normalize(images) @ functional.normalize(texts).T / logit_temperature
+    pairs = torch.arange(batch)
+    clip = (functional.cross_entropy(logits, pairs) + functional.cross_entropy(logits.T, pairs)) / 2
+    config = ObjectiveConfig(
+        targets="identity", target_temperature=target_temperature, logit_temperature=logit_temperature
+    )
+    loss = alignment_loss({"global": LevelEmbeddings(images, texts)}, similarity, config)
+    torch.testing.assert_close(loss, clip, rtol=1e-4, atol=1e-5)
+
+
+def test_the_floor_is_reached_where_cosines_equal_the_similarity():
+    similarity = torch.tensor([[1.0, 0.5, 0.2], [0.5, 1.0, 0.4], [0.2, 0.4, 1.0]])
+    vectors = torch.linalg.cholesky(similarity).requires_grad_()
+    loss = contrastive_loss(vectors, vectors, similarity, target_temperature=0.3, logit_temperature=0.3)
+    torch.testing.assert_close(loss, target_entropy(similarity, 0.3))
+    loss.backward()
+    assert vectors.grad.abs().max() < 1e-5
+
+
+def test_target_entropy_by_hand():
+    share = _sigmoid(1 / 0.5)
+    expected = -(share * math.log(share) + (1 - share) * math.log(1 - share))
+    assert float(target_entropy(torch.eye(2), 0.5)) == pytest.approx(expected)
+    assert float(target_entropy(torch.ones(4, 4), 0.1)) == pytest.approx(math.log(4))
+
+
+def test_autocast_does_not_reach_the_alignment():
+    images, texts, similarity = _pairs(0, 6, dim=64)
+    temperatures = {"target_temperature": 0.1, "logit_temperature": 0.1}
+    expected = contrastive_loss(images, texts, similarity, **temperatures)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(contrastive_loss(images, texts, similarity, **temperatures), expected)
+        half = contrastive_loss(images.bfloat16(), texts.bfloat16(), similarity, **temperatures)
+    assert half.dtype == torch.float32
+    assert float(half) == pytest.approx(float(expected), rel=0.02)
+
+
+def test_alignment_loss_is_the_mean_over_levels():
+    levels = {}
+    for seed, name in enumerate(("8", "32", "global")):
+        images, texts, similarity = _pairs(seed, 4, dim=3 + seed)
+        levels[name] = LevelEmbeddings(images, texts)
+    config = ObjectiveConfig(target_temperature=0.2, logit_temperature=0.3)
+    alone = [
+        contrastive_loss(
+            level.image_embedding, level.text_embedding, similarity, target_temperature=0.2, logit_temperature=0.3
+        )
+        for level in levels.values()
+    ]
+    torch.testing.assert_close(alignment_loss(levels, similarity, config), torch.stack(alone).mean())
+
+
+# --- the sum ------------------------------------------------------------------------------------------------------
+
+SEGMENTATION = {"dice_loss", "cross_entropy_loss", "segmentation_loss", "loss"}
+ALIGNMENT = {"alignment_loss", "alignment_excess"}
+
+
+def _output(*present: bool, levels: int = 2) -> ModelOutput:
+    """Return the output of a model for as many images as flags, with the embeddings of those that have a sentence."""
+    count = sum(present)
+    alignments = {
+        str(8 * 2**level): LevelEmbeddings(torch.randn(count, 5), torch.randn(count, 5)) for level in range(levels)
+    }
+    return ModelOutput(torch.randn(len(present), 1, 6, 6), alignments, torch.tensor(present))
+
+
+def test_the_objective_names_its_terms():
+    losses = objective(_output(True, True, True), _random_masks(3), ObjectiveConfig())
+    assert losses.keys() == SEGMENTATION | ALIGNMENT
+    torch.testing.assert_close(losses["segmentation_loss"], losses["dice_loss"] + losses["cross_entropy_loss"])
+    torch.testing.assert_close(losses["loss"], losses["segmentation_loss"] + losses["alignment_loss"])
+    assert losses["alignment_excess"] >= 0
+    floor = losses["alignment_loss"] - losses["alignment_excess"]
+    assert 0 <= float(floor) <= math.log(3) + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("present", "levels"),
+    [((True,), 2), ((False, True, False), 2), ((False, False), 2), ((True, True), 0)],
+    ids=["batch of one", "one sentence", "no sentence", "no aligned level"],
+)
+def test_nothing_to_contrast_leaves_the_alignment_out(present: tuple[bool, ...], levels: int):
+    losses = objective(_output(*present, levels=levels), _random_masks(len(present)), ObjectiveConfig())
+    assert losses.keys() == SEGMENTATION
+    assert torch.equal(losses["loss"], losses["segmentation_loss"])
+
+
+def test_only_the_masks_of_images_with_a_sentence_are_contrasted():
+    output, masks = _output(True, False, True, True), _random_masks(4)
+    losses = objective(output, masks, ObjectiveConfig())
+    expected = alignment_loss(output.alignments, mask_dice_similarity(masks[[0, 2, 3]]), ObjectiveConfig())
+    assert torch.equal(losses["alignment_loss"], expected)
+    other = masks.clone()
+    other[1] = ~other[1]
+    assert torch.equal(objective(output, other, ObjectiveConfig())["alignment_loss"], expected)
+    assert not torch.equal(objective(output, other, ObjectiveConfig())["dice_loss"], losses["dice_loss"])
+
+
+@pytest.mark.parametrize(
+    ("alignment", "dice", "cross_entropy"), [(0.0, 1.0, 1.0), (0.2, 0.5, 3.0), (1.0, 1.0, 0.0), (1.0, 0.0, 1.0)]
+)
+def test_the_weights_are_respected(alignment: float, dice: float, cross_entropy: float):
+    output, masks = _output(True, True, True), _random_masks(3)
+    config = ObjectiveConfig(alignment_weight=alignment, dice_weight=dice, cross_entropy_weight=cross_entropy)
+    losses, plain = objective(output, masks, config), objective(output, masks, ObjectiveConfig())
+    for name in ("dice_loss", "cross_entropy_loss", "alignment_loss"):
+        assert torch.equal(losses[name], plain[name])
+    segmentation = dice * plain["dice_loss"] + cross_entropy * plain["cross_entropy_loss"]
+    torch.testing.assert_close(losses["segmentation_loss"], segmentation)
+    torch.testing.assert_close(losses["loss"], segmentation + alignment * plain["alignment_loss"])
+
+
+def test_hard_targets_have_no_floor():
+    output, masks = _output(True, True, True), _random_masks(3)
+    losses = objective(output, masks, replace(ObjectiveConfig(), targets="identity"))
+    assert torch.equal(losses["alignment_excess"], losses["alignment_loss"].detach())
+    assert losses["alignment_loss"] != objective(output, masks, ObjectiveConfig())["alignment_loss"]
+
+
+def test_the_loss_carries_the_gradient_and_the_excess_does_not():
+    output = _output(True, True, True)
+    tensors = [output.mask_logits]
+    tensors += itertools.chain(*((level.image_embedding, level.text_embedding) for level in output.alignments.values()))
+    for tensor in tensors:
+        tensor.requires_grad_()
+    losses = objective(output, _random_masks(3), ObjectiveConfig())
+    assert not losses["alignment_excess"].requires_grad
+    losses["loss"].backward()
+    assert all(tensor.grad.any() for tensor in tensors)

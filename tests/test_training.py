@@ -1,0 +1,786 @@
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import BertConfig, BertModel
+
+from tmca import training
+from tmca.checkpoints import TEXT_ENCODER_FILE, load_checkpoint
+from tmca.config import Experiment, from_dict
+from tmca.data.loading import SegmentationDataset, make_loader
+from tmca.data.manifest import Manifest
+from tmca.data.phantom import draw_phantom
+from tmca.data.preprocessing import prepare_image
+from tmca.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    StorageError,
+    TMCAError,
+    WeightsError,
+)
+from tmca.evaluation import evaluate
+from tmca.losses import objective
+from tmca.models import TMCA, build_model
+from tmca.models.text import SentenceTokenizer
+from tmca.presets import NO_ALIGNMENT, NO_ENHANCEMENT, change
+from tmca.training import SegmentationTask, fit, learning_rate_factor, resolve
+from tmca.types import Batch
+
+GOLDEN = Path(__file__).parent / "golden" / "tiny.json"
+IMAGE_ONLY = {"guidance": False, "alignment": NO_ALIGNMENT, "enhancement": NO_ENHANCEMENT}
+
+
+def _history(run: Path) -> list[dict[str, str]]:
+    with (run / "metrics.csv").open(encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def _content(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+
+
+def _write_tokenizer(folder: Path, words: Iterable[str]) -> list[str]:
+    """Write a ``vocab.txt`` of whole words, independent of how a vocabulary is learned."""
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
+    return vocabulary
+
+
+def _with_trainer(experiment: Experiment, **fields: object) -> Experiment:
+    return change(experiment, experiment.name, trainer=fields)
+
+
+@pytest.fixture(autouse=True)
+def _keep_interrupts() -> Iterator[None]:
+    """Give the test run its Ctrl-C back, whatever a fit made of it."""
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.fixture(scope="module")
+def few(phantoms: Manifest) -> Manifest:
+    """Four training and two validation phantoms: one step an epoch."""
+    records = [r for r in phantoms.records if r.split == "train"][:4] + list(phantoms.split("val").records[:2])
+    return phantoms.with_records(records)
+
+
+@pytest.fixture(scope="module")
+def finished(phantoms: Manifest, tiny_experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two epochs; tests only read it."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    record = fit(tiny_experiment, phantoms, folder)
+    assert record.folder == folder
+    assert (record.epochs, record.stopped) == (2, "all epochs done")
+    assert record.seconds > 0
+    return folder
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run that a test may change."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def bert_folder(phantoms: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT in the layout of the hub, with every word of the phantoms."""
+    folder = tmp_path_factory.mktemp("bert")
+    words = sorted({word for text in phantoms.sentences for word in text.replace(",", " ,").split()})
+    vocabulary = _write_tokenizer(folder, words)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=64,
+        hidden_dropout_prob=0.3,
+        max_position_embeddings=32,
+    )
+    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+    return folder
+
+
+# The run folder --------------------------------------------------------------------------------------------------
+
+
+def test_a_run_folder_is_complete(finished: Path):
+    assert {entry.name for entry in finished.iterdir()} == {
+        "checkpoints",
+        "curves.png",
+        "environment.json",
+        "experiment.json",
+        "metrics.csv",
+        "splits.json",
+        "tensorboard",
+    }
+    assert {entry.name for entry in (finished / "checkpoints").iterdir()} == {"best", "last"}
+    assert any(path.name.startswith("events.") for path in (finished / "tensorboard").rglob("*"))
+    with Image.open(finished / "curves.png") as curves:
+        assert min(curves.size) > 300
+
+
+def test_a_run_says_what_it_was_computed_with(finished: Path, tiny_experiment: Experiment, phantoms: Manifest):
+    experiment = json.loads((finished / "experiment.json").read_text("utf-8"))
+    assert from_dict(Experiment, experiment) == tiny_experiment
+    splits = json.loads((finished / "splits.json").read_text("utf-8"))
+    assert splits["hash"] == phantoms.content_hash()
+    assert splits["train"] == [record.id for record in phantoms.split("train").records]
+    assert splits["val"] == [record.id for record in phantoms.split("val").records]
+    environment = json.loads((finished / "environment.json").read_text("utf-8"))
+    assert {"python", "packages", "commit", "hardware"} <= set(environment)
+    assert environment["packages"]["torch"] == torch.__version__
+
+
+def test_the_history_has_a_row_an_epoch(finished: Path, tiny_experiment: Experiment):
+    rows = _history(finished)
+    assert [int(row["epoch"]) for row in rows] == [1, 2]
+    names = ("loss", "segmentation_loss", "dice_loss", "cross_entropy_loss", "alignment_loss", "alignment_excess")
+    expected = {f"{stage}_{name}" for stage in ("train", "val") for name in names}
+    expected |= {"val_pooled_dice", "val_per_case_dice", "epoch", "seconds", "learning_rate"}
+    assert set(rows[0]) == expected
+    for row in rows:
+        values = {name: float(value) for name, value in row.items()}
+        assert all(math.isfinite(value) for value in values.values())
+        for stage in ("train", "val"):
+            parts = values[f"{stage}_dice_loss"] + values[f"{stage}_cross_entropy_loss"]
+            assert values[f"{stage}_segmentation_loss"] == pytest.approx(parts, rel=1e-5)
+            total = values[f"{stage}_segmentation_loss"] + values[f"{stage}_alignment_loss"]
+            assert values[f"{stage}_loss"] == pytest.approx(total, rel=1e-5)
+            assert values[f"{stage}_alignment_excess"] >= 0
+        assert 0 <= values["val_pooled_dice"] <= 1
+    assert float(rows[1]["seconds"]) >= float(rows[0]["seconds"])
+    assert float(rows[-1]["learning_rate"]) == pytest.approx(tiny_experiment.optimiser.min_learning_rate)
+
+
+def test_the_best_checkpoint_is_the_epoch_of_the_best_validation_loss(finished: Path, phantoms: Manifest):
+    rows = _history(finished)
+    best = min(rows, key=lambda row: float(row["val_segmentation_loss"]))
+    model = load_checkpoint(finished)
+    assert model.experiment is not None
+    loader = make_loader(
+        SegmentationDataset(phantoms.split("val"), model.experiment.preprocessing), batch_size=3, training=False
+    )
+    losses = []
+    with torch.inference_mode():
+        for batch in loader:
+            output = model.segment(model.encode_image(batch.images), model.encode_text(batch.texts))
+            losses += [float(objective(output, batch.masks, model.experiment.objective)["segmentation_loss"])]
+    assert np.mean(losses) == pytest.approx(float(best["val_segmentation_loss"]), rel=1e-4)
+    pooled = evaluate(model, phantoms, "val").pooled()["dice"]
+    assert pooled == pytest.approx(float(best["val_pooled_dice"]), rel=1e-6)
+
+
+def test_a_run_is_the_same_twice(finished: Path, phantoms: Manifest, tiny_experiment: Experiment, tmp_path: Path):
+    torch.manual_seed(12345)  # whatever was drawn before
+    fit(tiny_experiment, phantoms, tmp_path / "run")
+    _assert_equal_runs(finished, tmp_path / "run")
+
+
+def test_progress_is_one_line_an_epoch_and_small_batches_are_warned_of(
+    few: Manifest, tiny_experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    fit(_with_trainer(tiny_experiment, max_epochs=1), few, tmp_path / "run")
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    assert sum(line.startswith("epoch   1 of 1") and "pooled Dice" in line for line in lines) == 1
+    assert any("batches of 4 images" in line for line in lines)
+
+
+def test_sentences_over_the_limit_are_counted(
+    few: Manifest, tiny_experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    text_encoder = replace(tiny_experiment.model.text_encoder, max_tokens=4)
+    experiment = change(tiny_experiment, "tiny", model={"text_encoder": text_encoder}, trainer={"max_epochs": 1})
+    fit(experiment, few, tmp_path / "run")
+    assert f"{len(few.records)} of {len(few.records)} sentences exceed 4 tokens" in capsys.readouterr().err
+
+
+# Resuming --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def varied(tiny_experiment: Experiment, bert_folder: Path) -> Experiment:
+    """Everything that is drawn at random, switched on."""
+    text_encoder = replace(tiny_experiment.model.text_encoder, tokenizer=str(bert_folder), dropout=0.2)
+    return change(
+        tiny_experiment,
+        "tiny",
+        model={"text_encoder": text_encoder},
+        augmentation={
+            "zoom_probability": 0.5,
+            "zoom_range": (0.9, 1.3),
+            "mirror_probability": 0.5,
+            "brightness": 0.1,
+            "contrast": 0.1,
+            "text_dropout": 0.3,
+        },
+        optimiser={"warmup_steps": 3, "gradient_clip": 1.0},
+        trainer={"max_epochs": 4, "min_epochs": 4, "patience": 4},
+    )
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(phantoms: Manifest, varied: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    fit(varied, phantoms, folder)
+    return folder
+
+
+@pytest.fixture
+def interrupted(phantoms: Manifest, varied: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same run, interrupted by Ctrl-C in the second step of the third epoch."""
+    step = SegmentationTask.training_step
+
+    def interrupt(task: SegmentationTask, batch: Batch, batch_idx: int) -> torch.Tensor:
+        if task.current_epoch == 2 and batch_idx == 1:
+            raise KeyboardInterrupt
+        return step(task, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SegmentationTask, "training_step", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            fit(varied, phantoms, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def _assert_equal_runs(first: Path, second: Path) -> None:
+    rows, others = _history(first), _history(second)
+    for row in (*rows, *others):
+        del row["seconds"]
+    assert rows == others
+    for name in ("last", "best"):
+        weights, other = (load_file(run / "checkpoints" / name / "model.safetensors") for run in (first, second))
+        assert weights.keys() == other.keys()
+        for key, value in weights.items():
+            assert torch.equal(value, other[key]), f"{name}: {key}"
+
+
+def test_an_interrupted_run_keeps_its_finished_epochs(interrupted: Path, uninterrupted: Path):
+    assert [row["epoch"] for row in _history(interrupted)] == ["1", "2"]
+    load_checkpoint(interrupted)
+    load_checkpoint(interrupted / "checkpoints" / "last")
+    assert not list(interrupted.rglob(".tmp-*"))
+    assert len(_history(uninterrupted)) == 4
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    interrupted: Path, uninterrupted: Path, varied: Experiment, phantoms: Manifest
+):
+    torch.manual_seed(99)  # another process starts with another state
+    record = fit(varied, phantoms, interrupted, resume=True)
+    assert (record.epochs, record.stopped) == (4, "all epochs done")
+    best = min(_history(uninterrupted), key=lambda row: float(row["val_segmentation_loss"]))
+    assert record.best_epoch == int(best["epoch"])
+    assert record.best_loss == pytest.approx(float(best["val_segmentation_loss"]), rel=0, abs=0)
+    assert float(_history(interrupted)[-1]["seconds"]) == pytest.approx(record.seconds, abs=0.06)
+    _assert_equal_runs(uninterrupted, interrupted)
+
+
+def test_ctrl_c_works_again_after_an_interrupted_run(
+    few: Manifest, tiny_experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def interrupt(*_: object) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SegmentationTask, "training_step", interrupt)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tiny_experiment, few, tmp_path / "run")
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_a_run_without_a_finished_epoch_cannot_be_resumed(
+    few: Manifest, tiny_experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def interrupt(*_: object) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SegmentationTask, "training_step", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            fit(tiny_experiment, few, tmp_path / "run")
+    with pytest.raises(CheckpointError, match="not finished an epoch") as caught:
+        fit(tiny_experiment, few, tmp_path / "run", resume=True)
+    assert "--overwrite" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("section", "fields", "named"),
+    [
+        ("optimiser", {"learning_rate": 2e-3}, "optimiser.learning_rate"),
+        ("augmentation", {"zoom_range": (0.8, 1.2)}, "augmentation.zoom_range"),
+        ("trainer", {"batch_size": 8}, "trainer.batch_size"),
+        ("preprocessing", {"image_size": 96}, "preprocessing.image_size"),
+    ],
+)
+def test_resuming_with_other_settings_names_the_field(
+    finished: Path, phantoms: Manifest, tiny_experiment: Experiment, section: str, fields: dict, named: str
+):
+    before = _content(finished)
+    with pytest.raises(ConfigError, match="same settings") as caught:
+        fit(change(tiny_experiment, "tiny", **{section: fields}), phantoms, finished, resume=True)
+    assert named in caught.value.message
+    assert str(finished) in caught.value.message
+    assert _content(finished) == before
+
+
+def test_resuming_with_another_seed_is_refused(finished: Path, phantoms: Manifest, tiny_experiment: Experiment):
+    with pytest.raises(ConfigError, match="seed 1, not 2"):
+        fit(replace(tiny_experiment, seed=2), phantoms, finished, resume=True)
+
+
+@pytest.mark.parametrize("what", ["sentence", "pixels", "cases"])
+def test_resuming_on_changed_data_is_refused(
+    finished: Path, phantoms: Manifest, tiny_experiment: Experiment, tmp_path: Path, what: str
+):
+    copy = Manifest(Path(shutil.copytree(phantoms.root, tmp_path / "data")), phantoms.records, phantoms.name)
+    assert copy.content_hash() == phantoms.content_hash()  # the place does not count
+    first, *others = copy.records
+    if what == "sentence":
+        copy = copy.with_records([replace(first, text="something else"), *others])
+    elif what == "cases":
+        copy = copy.with_records(others)
+    else:
+        path = copy.image_path(first)
+        pixels = np.array(Image.open(path))
+        pixels[0, 0] += 1
+        Image.fromarray(pixels).save(path)
+    with pytest.raises(DataError, match=r"not what the run in .* was started on"):
+        fit(tiny_experiment, copy, finished, resume=True)
+
+
+def test_resuming_nothing_is_refused(tmp_path: Path, phantoms: Manifest, tiny_experiment: Experiment):
+    with pytest.raises(CheckpointError, match="no run to resume") as caught:
+        fit(tiny_experiment, phantoms, tmp_path / "nothing", resume=True)
+    assert "without --resume" in caught.value.hint
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_finished_run_can_be_lengthened(copied: Path, phantoms: Manifest, tiny_experiment: Experiment):
+    before = _history(copied)
+    record = fit(_with_trainer(tiny_experiment, max_epochs=3), phantoms, copied, resume=True)
+    assert record.epochs == 3
+    assert _history(copied)[:2] == before
+
+
+@pytest.mark.parametrize("max_epochs", [1, 2])
+def test_resuming_a_finished_run_changes_nothing(
+    copied: Path, phantoms: Manifest, tiny_experiment: Experiment, max_epochs: int
+):
+    before = _content(copied / "checkpoints") | {"metrics.csv": (copied / "metrics.csv").read_bytes()}
+    record = fit(_with_trainer(tiny_experiment, max_epochs=max_epochs), phantoms, copied, resume=True)
+    assert (record.epochs, record.stopped) == (2, "all epochs done")
+    assert _content(copied / "checkpoints") | {"metrics.csv": (copied / "metrics.csv").read_bytes()} == before
+
+
+# Starting --------------------------------------------------------------------------------------------------------
+
+
+def test_an_existing_run_is_refused(finished: Path, phantoms: Manifest, tiny_experiment: Experiment):
+    before = _content(finished)
+    with pytest.raises(StorageError, match="holds a training run already") as caught:
+        fit(tiny_experiment, phantoms, finished)
+    assert "--resume last" in caught.value.hint
+    assert "--overwrite" in caught.value.hint
+    assert _content(finished) == before
+
+
+def test_an_existing_run_is_replaced_on_request(copied: Path, few: Manifest, tiny_experiment: Experiment):
+    fit(_with_trainer(tiny_experiment, max_epochs=1), few, copied, overwrite=True)
+    assert len(_history(copied)) == 1
+    assert len(json.loads((copied / "splits.json").read_text("utf-8"))["train"]) == 4
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(few: Manifest, tiny_experiment: Experiment, tmp_path: Path):
+    (tmp_path / "run").write_text("precious")
+    with pytest.raises(StorageError, match="is a file"):
+        fit(tiny_experiment, few, tmp_path / "run")
+    assert (tmp_path / "run").read_text() == "precious"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_with_other_files_is_not_deleted(
+    few: Manifest, tiny_experiment: Experiment, tmp_path: Path, overwrite: bool
+):
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(StorageError, match="no training run"):
+        fit(_with_trainer(tiny_experiment, max_epochs=1), few, tmp_path, overwrite=overwrite)
+    assert (tmp_path / "thesis.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize("obstacle", ["weights", "device", "options", "image"])
+def test_a_start_that_fails_keeps_the_run_it_was_to_replace(
+    copied: Path, phantoms: Manifest, tiny_experiment: Experiment, tmp_path: Path, obstacle: str
+):
+    encoder = tiny_experiment.model.image_encoder
+    if obstacle == "weights":
+        encoder = replace(encoder, weights=str(tmp_path / "missing"))
+    elif obstacle == "options":
+        encoder = replace(encoder, options={"hidden_sizes": [6, 6, 6, 6], "depths": [1, 1, 1, 1]})
+    elif obstacle == "image":
+        root = Path(shutil.copytree(phantoms.root, tmp_path / "data"))
+        phantoms = Manifest(root, phantoms.records, phantoms.name)
+        path = phantoms.image_path(phantoms.records[-9])
+        path.write_bytes(path.read_bytes()[:-200])
+    before = _content(copied)
+    experiment = change(tiny_experiment, "tiny", model={"image_encoder": encoder})
+    with pytest.raises((WeightsError, ConfigError, DataError)):
+        fit(experiment, phantoms, copied, overwrite=True, device="tpu" if obstacle == "device" else "cpu")
+    assert _content(copied) == before
+
+
+def test_missing_splits_are_listed(phantoms: Manifest, tiny_experiment: Experiment, tmp_path: Path):
+    with pytest.raises(DataError, match=r"no split 'val'; it has train \(16\)"):
+        fit(tiny_experiment, phantoms.split("train"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_sentences_are_refused_when_they_guide(few: Manifest, tiny_experiment: Experiment, tmp_path: Path):
+    silent = few.with_records(replace(record, text=None) for record in few.records)
+    with pytest.raises(DataError, match="have no sentence"):
+        fit(tiny_experiment, silent, tmp_path / "run")
+
+
+def test_an_image_only_model_needs_no_sentence(few: Manifest, tiny_experiment: Experiment, tmp_path: Path):
+    silent = few.with_records(replace(record, text=None) for record in few.records)
+    experiment = change(tiny_experiment, "tiny", model=IMAGE_ONLY, trainer={"max_epochs": 1})
+    fit(experiment, silent, tmp_path / "run")
+    assert not load_checkpoint(tmp_path / "run").reads_text
+    assert not any("alignment" in name for name in _history(tmp_path / "run")[0])
+
+
+def test_a_share_of_the_training_split_is_trained_on(phantoms: Manifest, tiny_experiment: Experiment, tmp_path: Path):
+    fit(_with_trainer(tiny_experiment, max_epochs=1, train_fraction=0.25), phantoms, tmp_path / "run")
+    splits = json.loads((tmp_path / "run" / "splits.json").read_text("utf-8"))
+    expected = phantoms.split("train").fraction(0.25, tiny_experiment.seed)
+    assert splits["train"] == [record.id for record in expected.records]
+    assert len(splits["train"]) == 4
+    assert len(splits["val"]) == 6
+
+
+# Encoders --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def frozen(tiny_experiment: Experiment, bert_folder: Path) -> Experiment:
+    text_encoder = replace(tiny_experiment.model.text_encoder, weights=str(bert_folder), freeze=True)
+    return change(tiny_experiment, "tiny", model={"text_encoder": text_encoder})
+
+
+def test_a_frozen_text_encoder_is_kept_and_encodes_each_sentence_once(
+    phantoms: Manifest, frozen: Experiment, bert_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    encoded: list[int] = []
+    forward = BertModel.forward
+
+    def counted(bert: BertModel, *arguments: object, **options: object) -> object:
+        encoded.append(len(options["input_ids"]))  # type: ignore[arg-type]
+        return forward(bert, *arguments, **options)
+
+    monkeypatch.setattr(BertModel, "forward", counted)
+    fit(frozen, phantoms, tmp_path / "run")
+    used = phantoms.split("train").sentences + phantoms.split("val").sentences
+    assert sum(encoded) == len(set(used))
+
+    best, last = (tmp_path / "run" / "checkpoints" / name / TEXT_ENCODER_FILE for name in ("best", "last"))
+    assert best.samefile(last)
+    original = load_file(bert_folder / "model.safetensors")
+    stored = load_file(last)
+    assert stored.keys() == {f"text_encoder.bert.{name}" for name in original}
+    for name, value in original.items():
+        assert torch.equal(stored[f"text_encoder.bert.{name}"], value)
+    assert not any("text_encoder" in name for name in load_file(last.parent / "model.safetensors"))
+
+
+def test_a_run_with_a_frozen_text_encoder_resumes_without_its_weights(
+    phantoms: Manifest, frozen: Experiment, tmp_path: Path
+):
+    bert = tmp_path / "bert"
+    shutil.copytree(frozen.model.text_encoder.weights, bert)
+    text_encoder = replace(frozen.model.text_encoder, weights=str(bert))
+    experiment = change(frozen, "tiny", model={"text_encoder": text_encoder}, trainer={"max_epochs": 1})
+    fit(experiment, phantoms, tmp_path / "run")
+    shutil.rmtree(bert)
+    record = fit(_with_trainer(experiment, max_epochs=2), phantoms, tmp_path / "run", resume=True)
+    assert record.epochs == 2
+    stored = [tmp_path / "run" / "checkpoints" / name / TEXT_ENCODER_FILE for name in ("best", "last")]
+    assert stored[0].samefile(stored[1])
+
+
+def _encoder_folder(folder: Path, values: dict | None) -> Path:
+    folder.mkdir()
+    if values is not None:
+        (folder / "preprocessor_config.json").write_text(json.dumps(values))
+    return folder
+
+
+def test_resolve_takes_the_encoders_own_mean_and_std(tiny_experiment: Experiment, tmp_path: Path):
+    folder = _encoder_folder(tmp_path / "w", {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.1, 0.3]})
+    encoder = replace(tiny_experiment.model.image_encoder, weights=str(folder))
+    asked = change(
+        tiny_experiment, "tiny", model={"image_encoder": encoder}, preprocessing={"normalisation": "encoder"}
+    )
+    resolved = resolve(asked).preprocessing
+    assert (resolved.normalisation, resolved.mean, resolved.std) == ("fixed", (0.5, 0.4, 0.3), (0.2, 0.1, 0.3))
+    assert resolve(asked) == replace(asked, preprocessing=resolved)
+
+
+def test_resolve_leaves_the_others_alone(tiny_experiment: Experiment):
+    for normalisation in ("per_image", "fixed"):
+        experiment = change(tiny_experiment, "tiny", preprocessing={"normalisation": normalisation})
+        assert resolve(experiment) is experiment
+
+
+def test_resolve_needs_the_encoder_to_tell(tiny_experiment: Experiment, tmp_path: Path):
+    for weights in ("none", str(_encoder_folder(tmp_path / "w", None))):
+        encoder = replace(tiny_experiment.model.image_encoder, weights=weights)
+        asked = change(
+            tiny_experiment, "tiny", model={"image_encoder": encoder}, preprocessing={"normalisation": "encoder"}
+        )
+        with pytest.raises(ConfigError, match=r"preprocessor_config\.json"):
+            resolve(asked)
+
+
+# Optimisation ----------------------------------------------------------------------------------------------------
+
+
+def test_learning_rate_factor_by_hand():
+    assert [learning_rate_factor(step, 100, 4, 0.1) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert learning_rate_factor(4, 100, 4, 0.1) == 1.0
+    assert learning_rate_factor(52, 100, 4, 0.1) == pytest.approx(0.55)
+    assert learning_rate_factor(28, 100, 4, 0.1) == pytest.approx(0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2)
+    assert learning_rate_factor(100, 100, 4, 0.1) == pytest.approx(0.1)
+    assert learning_rate_factor(1000, 100, 4, 0.1) == pytest.approx(0.1)
+    assert learning_rate_factor(0, 10, 0, 0.0) == 1.0
+    assert learning_rate_factor(5, 10, 0, 0.0) == pytest.approx(0.5)
+
+
+def test_the_learning_rate_falls_after_warm_up():
+    factors = [learning_rate_factor(step, 200, 20, 0.01) for step in range(260)]
+    assert factors[:20] == sorted(factors[:20])
+    assert factors[19:] == sorted(factors[19:], reverse=True)
+    assert min(factors) == pytest.approx(0.01)
+    assert max(factors) == 1
+
+
+def test_a_schedule_may_be_longer_than_the_run(few: Manifest, tiny_experiment: Experiment, tmp_path: Path):
+    experiment = change(
+        tiny_experiment, "tiny", optimiser={"schedule_epochs": 4, "min_learning_rate": 0.0}, trainer={"max_epochs": 2}
+    )
+    fit(experiment, few, tmp_path / "run")
+    rates = [float(row["learning_rate"]) for row in _history(tmp_path / "run")]
+    assert rates == pytest.approx([1e-3 * learning_rate_factor(step, 4, 0, 0.0) for step in (1, 2)])
+
+
+def test_gradients_of_several_batches_make_one_step(
+    phantoms: Manifest, tiny_experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    steps: list[int] = []
+    monkeypatch.setattr(SegmentationTask, "on_before_optimizer_step", lambda task, _: steps.append(task.global_step))
+    experiment = _with_trainer(tiny_experiment, accumulate_batches=2, max_epochs=2)
+    fit(experiment, phantoms, tmp_path / "run")
+    assert steps == [0, 1, 2, 3]  # 16 images in batches of 4, two batches a step, two epochs
+    assert float(_history(tmp_path / "run")[-1]["learning_rate"]) == pytest.approx(1e-6)
+
+
+def test_every_trained_parameter_is_optimised_once_and_the_encoder_at_its_own_rate(
+    few: Manifest, tiny_experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    seen: list[list[dict]] = []
+    configure = SegmentationTask.configure_optimizers
+
+    def spy(task: SegmentationTask) -> object:
+        result = configure(task)
+        groups = result["optimizer"].param_groups
+        optimised = [id(value) for group in groups for value in group["params"]]
+        assert sorted(optimised) == sorted(id(value) for value in task.model.parameters() if value.requires_grad)
+        encoder = {id(value) for value in task.model.image_encoder.parameters()}
+        assert all(id(value) in encoder for value in groups[0]["params"])
+        assert not any(id(value) in encoder for value in groups[1]["params"])
+        seen.append([{"initial_lr": group["initial_lr"], "decay": group["weight_decay"]} for group in groups])
+        return result
+
+    monkeypatch.setattr(SegmentationTask, "configure_optimizers", spy)
+    experiment = change(
+        tiny_experiment, "tiny", optimiser={"encoder_factor": 0.1, "weight_decay": 0.05}, trainer={"max_epochs": 1}
+    )
+    fit(experiment, few, tmp_path / "run")
+    (groups,) = seen
+    assert [group["initial_lr"] for group in groups] == pytest.approx([1e-4, 1e-3])
+    assert [group["decay"] for group in groups] == [0.05, 0.05]
+
+
+def test_the_gradient_norm_is_clipped(tiny_model: Callable[..., TMCA], tiny_experiment: Experiment):
+    model = tiny_model()
+    parameters = [value for value in model.parameters() if value.requires_grad]
+    for clip, norm in ((0.5, 0.5), (None, None)):
+        experiment = change(tiny_experiment, "tiny", optimiser={"gradient_clip": clip})
+        for value in parameters:
+            value.grad = torch.ones_like(value)
+        before = math.sqrt(sum(value.numel() for value in parameters))
+        task = SegmentationTask(model, experiment)
+        task.on_before_optimizer_step(torch.optim.SGD(parameters, lr=1.0))
+        after = math.sqrt(
+            sum(float(value.grad.double().square().sum()) for value in parameters if value.grad is not None)
+        )
+        assert after == pytest.approx(norm or before, rel=1e-3)
+
+
+@pytest.mark.parametrize("steps", [1, 4], ids=["in validation", "in training"])
+def test_a_loss_that_is_not_finite_is_explained(
+    few: Manifest, phantoms: Manifest, tiny_experiment: Experiment, tmp_path: Path, steps: int
+):
+    experiment = change(tiny_experiment, "tiny", optimiser={"learning_rate": 1e30}, trainer={"max_epochs": 4})
+    with pytest.raises(TMCAError, match=r"(nan|inf) in epoch \d") as caught:
+        fit(experiment, few if steps == 1 else phantoms, tmp_path / "run")
+    assert "learning_rate" in caught.value.hint
+
+
+def test_training_in_bfloat16(few: Manifest, tiny_experiment: Experiment, tmp_path: Path):
+    fit(_with_trainer(tiny_experiment, precision="bf16", max_epochs=1), few, tmp_path / "run")
+    weights = load_file(tmp_path / "run" / "checkpoints" / "last" / "model.safetensors")
+    assert {value.dtype for value in weights.values()} <= {torch.float32, torch.int64}
+    assert math.isfinite(float(_history(tmp_path / "run")[0]["val_loss"]))
+
+
+def test_an_unknown_device_is_refused(few: Manifest, tiny_experiment: Experiment, tmp_path: Path):
+    with pytest.raises(ConfigError, match="Unknown device 'tpu'"):
+        fit(tiny_experiment, few, tmp_path / "run", device="tpu")
+
+
+# Stopping --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def worsening(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the segmentation loss grow with every batch, so that the first epoch stays the best."""
+    calls = iter(range(1_000_000))
+
+    def grow(*arguments: object) -> dict[str, torch.Tensor]:
+        losses = objective(*arguments)  # type: ignore[arg-type]
+        return losses | {"segmentation_loss": losses["segmentation_loss"] + next(calls)}
+
+    monkeypatch.setattr(training, "objective", grow)
+
+
+@pytest.mark.parametrize(("min_epochs", "expected"), [(1, 3), (5, 5)])
+@pytest.mark.usefixtures("worsening")
+def test_training_stops_when_validation_no_longer_improves(
+    few: Manifest, tiny_experiment: Experiment, tmp_path: Path, min_epochs: int, expected: int
+):
+    experiment = _with_trainer(tiny_experiment, max_epochs=7, min_epochs=min_epochs, patience=2)
+    record = fit(experiment, few, tmp_path / "run")
+    assert (record.epochs, record.best_epoch) == (expected, 1)
+    assert record.stopped == "no better validation loss for 2 epochs"
+    assert len(_history(tmp_path / "run")) == expected
+
+
+@pytest.mark.usefixtures("worsening")
+def test_a_stopped_run_goes_on_with_more_patience(few: Manifest, tiny_experiment: Experiment, tmp_path: Path):
+    experiment = _with_trainer(tiny_experiment, max_epochs=7, min_epochs=1, patience=1)
+    assert fit(experiment, few, tmp_path / "run").epochs == 2
+    record = fit(_with_trainer(experiment, patience=4), few, tmp_path / "run", resume=True)
+    assert record.epochs == 5
+
+
+def test_training_stops_at_the_time_limit(few: Manifest, tiny_experiment: Experiment, tmp_path: Path):
+    experiment = _with_trainer(tiny_experiment, max_epochs=5, min_epochs=3, max_train_seconds=1e-3)
+    record = fit(experiment, few, tmp_path / "run")
+    assert (record.epochs, record.stopped) == (1, "time limit reached")
+    load_checkpoint(tmp_path / "run")
+
+
+# Learning --------------------------------------------------------------------------------------------------------
+
+
+def test_four_phantoms_are_learned_by_heart(phantoms: Manifest, tiny_experiment: Experiment, tmp_path: Path):
+    four = phantoms.split("train").records[:4]
+    many = [replace(record, id=f"{record.id}-{copy}") for record in four for copy in range(20)]
+    manifest = phantoms.with_records([*many, *(replace(record, split="val") for record in four)])
+    experiment = change(
+        tiny_experiment,
+        "tiny",
+        augmentation={"zoom_probability": 0.0},
+        optimiser={"learning_rate": 5e-3, "warmup_steps": 5},
+        trainer={"max_epochs": 8, "min_epochs": 8, "patience": 8},
+    )
+    fit(experiment, manifest, tmp_path / "run")
+    evaluation = evaluate(load_checkpoint(tmp_path / "run"), manifest, "val")
+    assert evaluation.pooled()["dice"] > 0.95
+    first, last = _history(tmp_path / "run")[0], _history(tmp_path / "run")[-1]
+    assert float(last["train_alignment_excess"]) < float(first["train_alignment_excess"]) / 2
+
+
+# Golden ----------------------------------------------------------------------------------------------------------
+
+
+def _golden_values(experiment: Experiment, folder: Path) -> dict[str, Any]:
+    """Logits, losses and twenty steps of a tiny seeded model on four drawn phantoms, float32 on one thread."""
+    drawn = [draw_phantom(np.random.default_rng(number), 64) for number in range(4)]
+    texts = tuple(phantom.text for phantom in drawn)
+    _write_tokenizer(folder, sorted({word for text in texts for word in text.replace(",", " ,").split()}))
+    torch.manual_seed(0)
+    model = build_model(experiment.model, tokenizer=SentenceTokenizer.read(folder, 24))
+    images = torch.stack([prepare_image(phantom.image, experiment.preprocessing) for phantom in drawn])
+    masks = torch.from_numpy(np.stack([phantom.mask for phantom in drawn]))[:, None]
+    batch = Batch(("a", "b", "c", "d"), images, masks, texts)
+    task = SegmentationTask(model, experiment)
+
+    model.eval()
+    with torch.no_grad():
+        losses, logits = task.shared_step(batch)
+    model.train()
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
+    curve = []
+    for _ in range(20):
+        loss = task.shared_step(batch)[0]["loss"]
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        curve.append(loss.item())
+    return {
+        "sentences": list(texts),
+        "logits": {
+            "mean": float(logits.mean()),
+            "std": float(logits.std()),
+            "smallest": float(logits.min()),
+            "largest": float(logits.max()),
+            "pixels": logits[:, 0, ::21, ::21].flatten().tolist(),
+        },
+        "losses": {name: float(value) for name, value in losses.items()},
+        "curve": curve,
+    }
+
+
+def test_logits_losses_and_first_steps_are_those_of_the_golden_file(tiny_experiment: Experiment, tmp_path: Path):
+    values = _golden_values(tiny_experiment, tmp_path)
+    if os.environ.get("TMCA_UPDATE_GOLDEN") == "1":
+        GOLDEN.parent.mkdir(exist_ok=True)
+        GOLDEN.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    golden = json.loads(GOLDEN.read_text("utf-8"))
+    assert values["sentences"] == golden["sentences"]
+    for name in ("logits", "losses"):
+        assert values[name].keys() == golden[name].keys()
+        for key, expected in golden[name].items():
+            np.testing.assert_allclose(values[name][key], expected, rtol=1e-3, atol=1e-4, err_msg=f"{name}.{key}")
+    np.testing.assert_allclose(values["curve"], golden["curve"], rtol=1e-3, err_msg="loss curve")
