@@ -127,6 +127,14 @@ def test_null_serves_as_none():
     assert from_dict(DecoderConfig, {"channels": [8, 16, 24]}).channels == (8, 16, 24)
 
 
+def test_a_whole_number_in_json_is_read_as_a_float():
+    config = from_dict(OptimiserConfig, {"weight_decay": 1, "gradient_clip": 2})
+    assert isinstance(config.weight_decay, float)
+    assert isinstance(config.gradient_clip, float)
+    assert config == OptimiserConfig(weight_decay=1.0, gradient_clip=2.0)
+    assert config_hash(config) == config_hash(OptimiserConfig(weight_decay=1.0, gradient_clip=2.0))
+
+
 NO_ALIGNMENT = AlignmentConfig(strides=(), align_global=False)
 
 
@@ -238,3 +246,48 @@ def test_the_hash_is_a_function_of_the_values():
     first = ImageEncoderConfig(options={"depths": [1], "hidden_sizes": [2]})
     second = ImageEncoderConfig(options={"hidden_sizes": [2], "depths": [1]})
     assert config_hash(first) == config_hash(second)
+
+
+@pytest.mark.parametrize(
+    ("values", "field"),
+    [
+        ({"preprocessing": {"mean": 0.5}}, "preprocessing.mean"),
+        ({"preprocessing": {"std": 0.5}}, "preprocessing.std"),
+        ({"preprocessing": {"mean": [0.5, 0.5]}}, "preprocessing.mean"),
+        ({"preprocessing": {"mean": ["a", "b", "c"]}}, "preprocessing.mean"),
+        ({"augmentation": {"zoom_range": ["a", "b"]}}, "augmentation.zoom_range"),
+        ({"augmentation": {"zoom_range": [0.9, 1.0, 1.1]}}, "augmentation.zoom_range"),
+        ({"model": {"decoder": {"text_tokens": [9, 12]}}}, "model.decoder.text_tokens"),
+        ({"model": {"decoder": {"channels": "96"}}}, "model.decoder.channels"),
+        ({"model": {"alignment": {"strides": 8}}}, "model.alignment.strides"),
+        ({"model": {"image_encoder": {"options": [1]}}}, "model.image_encoder.options"),
+    ],
+)
+def test_a_tuple_or_object_of_another_shape_is_refused(values: dict[str, Any], field: str):
+    with pytest.raises(ConfigError) as caught:
+        from_dict(Experiment, values)
+    assert field.split(".")[-1] in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: TextEncoderConfig(attention_heads=0),
+        lambda: TextEncoderConfig(layers=0, weights="scratch", freeze=False),
+        lambda: TextEncoderConfig(dropout=1.5),
+        lambda: DecoderConfig(text_tokens=(0, 12, 24)),
+        lambda: DecoderConfig(attention_heads=0),
+        lambda: DecoderConfig(head_channels=0),
+        lambda: DecoderConfig(channels=(0, 64, 96)),
+        lambda: OptimiserConfig(schedule_epochs=0),
+        lambda: OptimiserConfig(warmup_steps=-1),
+        lambda: OptimiserConfig(weight_decay=-0.1),
+        lambda: OptimiserConfig(encoder_factor=-1.0),
+        lambda: OptimiserConfig(gradient_clip=-1.0),
+        lambda: TrainerConfig(max_train_seconds=-1.0),
+        lambda: PreprocessingConfig(mean=(math.nan, 0.0, 0.0)),
+    ],
+)
+def test_more_values_that_make_no_sense_are_refused(build: Callable[[], object]):
+    with pytest.raises(ConfigError):
+        build()

@@ -166,6 +166,7 @@ def test_no_text_equals_sentences_without_a_token(model: TMCA):
     assert without.alignments == {}
     blank = _run(model, _images(), None, "", "   ", "\n")
     assert not blank.present.any()
+    assert blank.alignments == {}
     torch.testing.assert_close(blank.mask_logits, without.mask_logits, rtol=0, atol=1e-6)
 
 

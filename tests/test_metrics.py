@@ -198,3 +198,18 @@ def test_equal_cases_have_an_interval_without_width():
 )
 def test_fewer_than_two_groups_have_no_interval(counts: Counts, groups: list[str] | None):
     assert bootstrap_intervals(counts, groups=groups) == {}
+
+
+def test_the_interval_of_cases_without_foreground_holds_the_score():
+    empty = _counts((0, 0, 0, 10), (0, 0, 0, 10), (0, 0, 0, 10))
+    for policy in ("one", "zero", "skip"):
+        points = _points(empty, policy)
+        for name, (low, high) in bootstrap_intervals(empty, empty_policy=policy).items():
+            assert low <= points[name] <= high, (policy, name)
+
+
+def test_draws_without_foreground_score_like_such_a_split():
+    # One case in three has foreground and is found: whichever cases are drawn, the pooled scores are 1.
+    counts = _counts((5, 0, 0, 5), (0, 0, 0, 10), (0, 0, 0, 10))
+    intervals = bootstrap_intervals(counts)
+    assert intervals["pooled_dice"] == intervals["pooled_jaccard"] == (1.0, 1.0)

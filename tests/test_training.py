@@ -750,7 +750,8 @@ def _golden_values(experiment: Experiment, folder: Path) -> dict[str, Any]:
     with torch.no_grad():
         losses, logits = task.shared_step(batch)
     model.train()
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
+    # Not AdamW: its first steps are signs of gradients and make a curve of the last bits, which differ by processor.
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     curve = []
     for _ in range(20):
         loss = task.shared_step(batch)[0]["loss"]
@@ -782,5 +783,5 @@ def test_logits_losses_and_first_steps_are_those_of_the_golden_file(tiny_experim
     for name in ("logits", "losses"):
         assert values[name].keys() == golden[name].keys()
         for key, expected in golden[name].items():
-            np.testing.assert_allclose(values[name][key], expected, rtol=1e-3, atol=1e-4, err_msg=f"{name}.{key}")
+            np.testing.assert_allclose(values[name][key], expected, rtol=1e-3, atol=1e-5, err_msg=f"{name}.{key}")
     np.testing.assert_allclose(values["curve"], golden["curve"], rtol=1e-3, err_msg="loss curve")

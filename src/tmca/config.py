@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -41,6 +42,7 @@ class PreprocessingConfig:
 
     def __post_init__(self) -> None:
         _require(self.image_size >= 32, "preprocessing.image_size", self.image_size, "at least 32")
+        _require(all(map(math.isfinite, self.mean)), "preprocessing.mean", self.mean, "finite values")
         _require(all(value > 0 for value in self.std), "preprocessing.std", self.std, "positive values")
 
 
@@ -114,7 +116,10 @@ class TextEncoderConfig:
 
     def __post_init__(self) -> None:
         _require(4 <= self.max_tokens <= 512, "text_encoder.max_tokens", self.max_tokens, "a number from 4 to 512")
-        _require(self.word_layers >= 1, "text_encoder.word_layers", self.word_layers, "at least 1")
+        for name in ("word_layers", "hidden_size", "layers", "attention_heads", "vocabulary_size"):
+            value = getattr(self, name)
+            _require(value >= 1, f"text_encoder.{name}", value, "at least 1")
+        _require(0 <= self.dropout < 1, "text_encoder.dropout", self.dropout, "a share in [0, 1)")
         _require(
             self.hidden_size % self.attention_heads == 0,
             "text_encoder.hidden_size",
@@ -168,6 +173,13 @@ class DecoderConfig:
     """Start value of the learnable factor on each cross-attention."""
     head_channels: int = 24
     """Channels of the full-size map before the last convolution."""
+
+    def __post_init__(self) -> None:
+        for name in ("attention_heads", "head_channels"):
+            value = getattr(self, name)
+            _require(value >= 1, f"decoder.{name}", value, "at least 1")
+        for name, values in (("channels", self.channels or ()), ("text_tokens", self.text_tokens)):
+            _require(all(value >= 1 for value in values), f"decoder.{name}", values, "at least 1 each")
 
 
 @dataclass(frozen=True)
@@ -243,6 +255,9 @@ class OptimiserConfig:
     """Length of the cosine in epochs (200: Ariadne's, so that epoch 100 is half way); none: trainer.max_epochs."""
     gradient_clip: float | None = None
     """Largest gradient norm; none: no clipping."""
+    average_decay: float | None = None
+    """Decay a step of an exponential moving average of the weights, which is then what is validated and kept as best;
+    none: no average."""
 
     def __post_init__(self) -> None:
         _require(self.learning_rate > 0, "optimiser.learning_rate", self.learning_rate, "a positive value")
@@ -252,6 +267,14 @@ class OptimiserConfig:
             self.min_learning_rate,
             "a value from 0 to learning_rate",
         )
+        decay = self.average_decay
+        _require(decay is None or 0 < decay < 1, "optimiser.average_decay", decay, "a value in (0, 1) or none")
+        for name in ("encoder_factor", "weight_decay", "warmup_steps"):
+            value = getattr(self, name)
+            _require(value >= 0, f"optimiser.{name}", value, "zero or more")
+        for name in ("schedule_epochs", "gradient_clip"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"optimiser.{name}", value, "a positive value or none")
 
 
 @dataclass(frozen=True)
@@ -285,6 +308,8 @@ class TrainerConfig:
             _require(value >= 1, f"trainer.{name}", value, "at least 1")
         _require(self.num_workers >= 0, "trainer.num_workers", self.num_workers, "zero or more")
         _require(0 < self.train_fraction <= 1, "trainer.train_fraction", self.train_fraction, "a share in (0, 1]")
+        seconds = self.max_train_seconds
+        _require(seconds is None or seconds > 0, "trainer.max_train_seconds", seconds, "a positive value or none")
 
 
 @dataclass(frozen=True)
@@ -344,8 +369,10 @@ def _from_plain(hint: Any, value: Any, where: str) -> Any:  # noqa: ANN401
             return None
         (inner,) = (part for part in typing.get_args(hint) if part is not type(None))
         return _from_plain(inner, value, where)
-    if origin is tuple and isinstance(value, list):
-        return tuple(value)
+    if origin is tuple:
+        return _tuple_from_plain(hint, value, where)
+    if origin is dict and not isinstance(value, dict):
+        raise ConfigError(f"{where} is {value!r}, expected an object", hint="see `tmca presets show NAME`")
     if origin is Literal and value not in typing.get_args(hint):
         raise unknown_name(where, str(value), [str(choice) for choice in typing.get_args(hint)])
     accepted: dict[Any, tuple[type, ...]] = {float: (float, int), int: (int,), bool: (bool,), str: (str,)}
@@ -353,6 +380,17 @@ def _from_plain(hint: Any, value: Any, where: str) -> Any:  # noqa: ANN401
     if expected and (not isinstance(value, expected) or (hint is not bool and isinstance(value, bool))):
         raise ConfigError(f"{where} is {value!r}, expected {hint.__name__}", hint="see `tmca presets show NAME`")
     return float(value) if hint is float else value
+
+
+def _tuple_from_plain(hint: Any, value: Any, where: str) -> tuple[Any, ...]:  # noqa: ANN401
+    parts = typing.get_args(hint)
+    if isinstance(value, list | tuple):
+        hints = [parts[0]] * len(value) if parts[-1] is Ellipsis else list(parts)
+        if len(hints) == len(value):
+            pairs = enumerate(zip(hints, value, strict=True))
+            return tuple(_from_plain(part, entry, f"{where}[{index}]") for index, (part, entry) in pairs)
+    length = "any number of" if parts[-1] is Ellipsis else len(parts)
+    raise ConfigError(f"{where} is {value!r}, expected a list of {length} values", hint="see `tmca presets show NAME`")
 
 
 def config_hash(config: object) -> str:

@@ -143,14 +143,19 @@ def bootstrap_intervals(
     rng = np.random.default_rng(seed)
     drawn = rng.integers(0, n_groups, size=(resamples, n_groups))
     total = {name: values[drawn].sum(axis=1) for name, values in sums.items()}
-    foreground, cases = np.maximum(total["tp"] + total["wrong"], 1), np.maximum(total["n"], 1)
     samples = {
-        "pooled_dice": 2 * total["tp"] / np.maximum(2 * total["tp"] + total["wrong"], 1),
-        "pooled_jaccard": total["tp"] / foreground,
-        "per_case_dice": total["dice"] / cases,
-        "per_case_jaccard": total["jaccard"] / cases,
+        "pooled_dice": _ratio(2 * total["tp"], 2 * total["tp"] + total["wrong"]),
+        "pooled_jaccard": _ratio(total["tp"], total["tp"] + total["wrong"]),
+        "per_case_dice": _ratio(total["dice"], total["n"]),
+        "per_case_jaccard": _ratio(total["jaccard"], total["n"]),
     }
     return {
         name: (float(np.percentile(values, 2.5)), float(np.percentile(values, 97.5)))
         for name, values in samples.items()
     }
+
+
+def _ratio(part: Float[np.ndarray, " draws"], whole: Float[np.ndarray, " draws"]) -> Float[np.ndarray, " draws"]:
+    """Return ``part / whole``, and 1 where there is nothing, as the scores themselves do."""
+    ratios: Float[np.ndarray, " draws"] = np.divide(part, whole, out=np.ones_like(whole), where=whole > 0)
+    return ratios

@@ -97,8 +97,8 @@ def kvasir_mobile() -> Experiment:
             zoom_probability=0.5,
             zoom_range=(0.9, 1.3),
             mirror_probability=0.5,
-            brightness=0.15,
-            contrast=0.15,
+            brightness=0.2,
+            contrast=0.2,
             text_dropout=0.05,
         ),
         model=ModelConfig(
@@ -107,10 +107,16 @@ def kvasir_mobile() -> Experiment:
             decoder=DecoderConfig(channels=(48, 64, 96)),
         ),
         optimiser=OptimiserConfig(
-            learning_rate=1e-3, encoder_factor=0.3, warmup_steps=50, schedule_epochs=None, gradient_clip=1.0
+            learning_rate=1e-3,
+            encoder_factor=0.3,
+            weight_decay=0.05,
+            warmup_steps=50,
+            schedule_epochs=None,
+            gradient_clip=1.0,
+            average_decay=0.995,
         ),
         trainer=TrainerConfig(
-            batch_size=16, evaluation_batch_size=20, max_epochs=40, min_epochs=20, patience=20, max_train_seconds=3300.0
+            batch_size=16, evaluation_batch_size=20, max_epochs=26, min_epochs=20, patience=20, max_train_seconds=3300.0
         ),
     )
 

@@ -7,6 +7,7 @@ so that a resumed run gives the same numbers as an uninterrupted one.
 
 from __future__ import annotations
 
+import copy
 import csv
 import io
 import json
@@ -90,13 +91,18 @@ class SegmentationTask(pl.LightningModule):
         self.model = model
         self.experiment = experiment
         self.strict_loading = False
+        self.average = averaged_copy(model) if experiment.optimiser.average_decay is not None else None
         self._counts: list[Counts] = []
 
-    def shared_step(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+    @property
+    def kept(self) -> TMCA:
+        """The model that is validated and kept as best: the average of the weights, or the model itself."""
+        return self.model if self.average is None else self.average
+
+    def shared_step(self, model: TMCA, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         """Return the losses by name and the mask logits of a batch."""
         images = batch.images.contiguous(memory_format=torch.channels_last)
-        features = self.model.encode_image(images)
-        output = self.model.segment(features, self.model.encode_text(batch.texts))
+        output = model.segment(model.encode_image(images), model.encode_text(batch.texts))
         return objective(output, batch.masks, self.experiment.objective), output.mask_logits
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
@@ -106,7 +112,7 @@ class SegmentationTask(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002
         """Return the loss of a training batch."""
-        losses, _ = self.shared_step(batch)
+        losses, _ = self.shared_step(self.model, batch)
         self._log(losses, "train", batch.batch_size)
         loss = losses["loss"]
         if not torch.isfinite(loss):
@@ -116,13 +122,19 @@ class SegmentationTask(pl.LightningModule):
             )
         return loss
 
+    def on_train_batch_end(self, *_: Any) -> None:  # noqa: ANN401
+        """Let the averaged weights follow; early on faster, so that they forget the random start."""
+        decay = self.experiment.optimiser.average_decay
+        if self.average is not None and decay is not None:
+            follow(self.average, self.model, min(decay, (1 + self.global_step) / (10 + self.global_step)))
+
     def on_validation_epoch_start(self) -> None:
         """Forget the counts of the epoch before."""
         self._counts = []
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
         """Log the losses and count the pixels of a validation batch."""
-        losses, mask_logits = self.shared_step(batch)
+        losses, mask_logits = self.shared_step(self.kept, batch)
         self._log(losses, "val", batch.batch_size)
         self._counts.append(confusion_counts(mask_logits > 0, batch.masks))
 
@@ -161,11 +173,39 @@ class SegmentationTask(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the weights out of the trainer's state: they lie beside it as safetensors."""
-        checkpoint["state_dict"] = {}
+        average = {} if self.average is None else trained_state(self.average)
+        checkpoint["state_dict"] = {f"average.{name}": value for name, value in average.items()}
 
     def _log(self, losses: dict[str, Tensor], stage: str, batch_size: int) -> None:
         named = {f"{stage}_{name}": value.detach() for name, value in losses.items()}
         self.log_dict(named, on_step=False, on_epoch=True, batch_size=batch_size)
+
+
+def averaged_copy(model: TMCA) -> TMCA:
+    """Return a copy of a model that carries no gradient; a frozen text encoder is shared, not copied."""
+    shared = {}
+    if model.text_encoder is not None and model.text_encoder.config.freeze:
+        shared = {id(model.text_encoder): model.text_encoder}
+    return copy.deepcopy(model, memo=shared).requires_grad_(requires_grad=False)
+
+
+def trained_state(model: TMCA) -> dict[str, Tensor]:
+    """Return the state of a model without that of a frozen text encoder."""
+    frozen = model.text_encoder is not None and model.text_encoder.config.freeze
+    return {
+        name: value for name, value in model.state_dict().items() if not (frozen and name.startswith("text_encoder."))
+    }
+
+
+@torch.no_grad()
+def follow(average: TMCA, model: TMCA, decay: float) -> None:
+    """Move averaged weights and BatchNorm statistics towards a model's; counters are copied."""
+    now = trained_state(model)
+    for name, value in trained_state(average).items():
+        if value.is_floating_point():
+            value.lerp_(now[name], 1 - decay)
+        else:
+            value.copy_(now[name])
 
 
 def channels_last(model: TMCA) -> TMCA:
@@ -230,7 +270,7 @@ class RunWriter(Checkpoint):
             trainer.save_checkpoint(place / TRAINER_STATE)
         if is_best:
             with replace_folder(best) as place:
-                write_checkpoint(self.task.model, self.task.experiment, place, metrics=scores, link_from=last)
+                write_checkpoint(self.task.kept, self.task.experiment, place, metrics=scores, link_from=last)
         write_history(self.history, self.folder / "metrics.csv")
         draw_curves(self.history, self.folder / "curves.png")
 

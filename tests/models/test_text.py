@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import BertConfig, BertModel, BertTokenizerFast
@@ -38,6 +40,7 @@ TEXTS = (
 COUNTS = (13, 6, 13)
 """Tokens of the sentences above, [CLS] and [SEP] included."""
 MAX_TOKENS = 20
+TOKENIZER = SentenceTokenizer.learn(TEXTS, vocabulary_size=90, max_tokens=MAX_TOKENS)
 
 
 @pytest.fixture
@@ -447,3 +450,38 @@ def test_a_learned_vocabulary_holds_the_training_words():
 
 def test_a_learned_vocabulary_keeps_its_limit():
     assert SentenceTokenizer.learn(TEXTS, vocabulary_size=90, max_tokens=MAX_TOKENS).vocabulary_size <= 90
+
+
+@pytest.mark.parametrize("vocabulary_size", [90, 1000])
+def test_a_learned_vocabulary_is_a_function_of_the_sentences(vocabulary_size: int):
+    words = ("one", "two", "small", "large", "bright", "dark", "round", "oval", "lesion", "polyp")
+    sentences = [" ".join(triple) for triple in itertools.permutations(words, 3)][::7]
+    learned = []
+    for _ in range(5):
+        random.shuffle(sentences)
+        config = TextEncoderConfig(weights="scratch", freeze=False, vocabulary_size=vocabulary_size)
+        learned.append(_vocabulary(build_tokenizer(config, [*sentences, *sentences[:10]])))
+    assert all(vocabulary == learned[0] for vocabulary in learned)
+
+
+@given(st.text("abcdefghijklmnopqrstuvwxyz0123456789", min_size=1, max_size=24))
+def test_an_unseen_word_is_spelled_not_lost(word: str):
+    encoding = TOKENIZER.tokenizer.encode(word)
+    assert "[UNK]" not in encoding.tokens
+    assert "".join(piece.removeprefix("##") for piece in encoding.tokens[1:-1]) == word
+
+
+def test_new_weights_forget_the_cached_features(folder: Path):
+    encoder, other = _build(folder), _build(folder)
+    with torch.no_grad():
+        other.bert.embeddings.word_embeddings.weight.mul_(2)
+    encoder.encode(TEXTS)
+    encoder.load_state_dict(other.state_dict())
+    assert torch.equal(encoder.encode(TEXTS).word_features, other.encode(TEXTS).word_features)
+
+
+def test_more_sentences_than_the_cache_holds(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("tmca.models.text.CACHE_SIZE", 2)
+    encoder = _build(folder)
+    encoder.encode(TEXTS[:1])
+    assert encoder.encode(TEXTS).present.all()

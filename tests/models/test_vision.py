@@ -16,6 +16,8 @@ from transformers import (
     ConvNextConfig,
     ConvNextForImageClassification,
     ConvNextModel,
+    MobileNetV2Config,
+    MobileNetV2Model,
     PreTrainedModel,
 )
 
@@ -351,3 +353,61 @@ def test_a_backbone_without_a_stride_is_refused(architecture: str, options: dict
 def test_what_is_no_batch_of_images_is_refused(shape: tuple[int, ...]):
     with pytest.raises(DataError, match=r"expected \(batch, 3, height, width\)"):
         check_images(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("architecture", ["mobilenet_v2", "resnet"])
+def test_building_leaves_the_statistics_of_batch_norm_alone(architecture: str):
+    encoder = build_image_encoder(_config(architecture))
+    assert {int(value) for name, value in encoder.named_buffers() if name.endswith("num_batches_tracked")} == {0}
+
+
+def test_mobilenet_features_equal_those_of_transformers(tmp_path: Path):
+    model = MobileNetV2Model(MobileNetV2Config(**OPTIONS["mobilenet_v2"])).eval()
+    _randomise(model)
+    model.save_pretrained(tmp_path)
+    _assert_same_features(_from(tmp_path), model, {32: -1})
+
+
+def test_half_precision_weights_load_as_float32(convnext: tuple[ConvNextModel, Path], tmp_path: Path):
+    convnext[0].to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    assert {parameter.dtype for parameter in _from(tmp_path / "half").parameters()} == {torch.float32}
+
+
+def test_a_swin_of_the_published_shape_builds():
+    options = {name: value for name, value in OPTIONS["swin"].items() if name != "window_size"}
+    config = ImageEncoderConfig(weights="none", architecture="swin", options=options)
+    encoder = build_image_encoder(config).eval()
+    assert encoder.out_channels == CHANNELS["swin"]
+    assert encoder(torch.randn(1, 3, 224, 224)).feature_maps[32].shape == (1, 64, 7, 7)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_an_encoder_is_built_where_gradients_are_off(mode: Callable[[], Any]):
+    with mode():
+        encoder = build_image_encoder(_config("convnext"), pooled=False)
+    assert [name for name, parameter in encoder.named_parameters() if not parameter.requires_grad] == [
+        "backbone.layernorm.weight",
+        "backbone.layernorm.bias",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        ("vit", {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}),
+        ("bert", {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 9}),
+        ("convnext", {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1]}),
+    ],
+    ids=["vit of another size", "no vision model", "depths and widths differ"],
+)
+def test_a_backbone_that_cannot_run_is_refused(architecture: str, options: dict[str, Any]):
+    with pytest.raises(ConfigError):
+        build_image_encoder(ImageEncoderConfig(weights="none", architecture=architecture, options=options))
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"state_dict": {}}], ids=["list", "nested"])
+def test_a_bin_file_that_holds_no_tensors_is_refused(tmp_path: Path, content: object):
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(content, path)
+    with pytest.raises(WeightsError, match=r"pytorch_model\.bin"):
+        load_tensors(path)

@@ -8,7 +8,7 @@ sentences. Word features are the mean of the last three layers (Sec. 3.1).
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,6 @@ from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import TemplateProcessing
-from tokenizers.trainers import WordPieceTrainer
 from torch import Tensor, nn
 
 from tmca.config import TextEncoderConfig
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
 
 SCRATCH = "scratch"
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789,.-"
 CACHE_SIZE = 20_000
 
 
@@ -107,18 +107,17 @@ class SentenceTokenizer:
         Single letters and digits are always in it, so that an unseen word is spelled, not lost.
         """
         tokenizer = _wordpiece({token: index for index, token in enumerate(SPECIAL_TOKENS)}, lowercase=True)
-        trainer = WordPieceTrainer(
-            vocab_size=vocabulary_size,
-            special_tokens=list(SPECIAL_TOKENS),
-            initial_alphabet=list("abcdefghijklmnopqrstuvwxyz0123456789,.-"),
-            show_progress=False,
-        )
-        # Sorted, because the trainer breaks ties between equally frequent pieces by the order it meets them.
-        tokenizer.train_from_iterator(sorted(sentences), trainer)
-        # The trainer numbers ties by a randomised hash; renumbering makes the vocabulary a function of the sentences.
-        learned = sorted(set(tokenizer.get_vocab()) - set(SPECIAL_TOKENS))
-        vocabulary = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *learned))}
-        return cls(_wordpiece(vocabulary, lowercase=True), max_tokens)
+        counts: Counter[str] = Counter()
+        for sentence in sentences:
+            text = tokenizer.normalizer.normalize_str(sentence)
+            counts.update(word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text))
+        letters = sorted(set(ALPHABET).union(*counts))
+        pieces = [*SPECIAL_TOKENS, *letters, *(f"##{letter}" for letter in letters)]
+        # Whole words, the most frequent first. The trainers of `tokenizers` break ties by a randomised hash, so that
+        # two runs on the same sentences learn different vocabularies.
+        frequent = sorted(counts.keys() - set(pieces), key=lambda word: (-counts[word], word))
+        pieces += frequent[: max(0, vocabulary_size - len(pieces))]
+        return cls(_wordpiece({piece: index for index, piece in enumerate(pieces)}, lowercase=True), max_tokens)
 
 
 def _wordpiece(vocabulary: dict[str, int], *, lowercase: bool) -> Tokenizer:
@@ -166,6 +165,7 @@ class TextEncoder(nn.Module):
             self.requires_grad_(requires_grad=False)
             self.eval()
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
+        self.register_load_state_dict_post_hook(_forget_features)  # type: ignore[no-untyped-call]
 
     def train(self, mode: bool = True) -> TextEncoder:
         """Set training mode; a frozen encoder stays in evaluation mode, so that its dropout is off."""
@@ -205,7 +205,7 @@ class TextEncoder(nn.Module):
         rows = [self._cache[text] if text and text.strip() else nothing for text in texts]
         return self._features(torch.stack(rows).to(device), tokens.attention_mask)
 
-    def _remember(self, texts: Iterable[str]) -> None:
+    def _remember(self, texts: Sequence[str]) -> None:
         missing = [text for text in dict.fromkeys(texts) if text not in self._cache]
         device = next(self.bert.parameters()).device
         for start in range(0, len(missing), 64):
@@ -216,7 +216,7 @@ class TextEncoder(nn.Module):
             self._cache.update(zip(chunk, words, strict=True))
         for text in texts:
             self._cache.move_to_end(text)
-        while len(self._cache) > max(CACHE_SIZE, len(missing)):
+        while len(self._cache) > max(CACHE_SIZE, len(set(texts))):
             self._cache.popitem(last=False)
 
     def _features(
@@ -229,6 +229,10 @@ class TextEncoder(nn.Module):
         else:
             sentence = words.sum(dim=1) / attention_mask.sum(dim=1, keepdim=True).clamp(min=1)
         return TextFeatures(words, attention_mask, sentence)
+
+
+def _forget_features(encoder: TextEncoder, _: object) -> None:
+    encoder._cache.clear()  # other weights, other features
 
 
 def build_tokenizer(config: TextEncoderConfig, sentences: Iterable[str] = ()) -> SentenceTokenizer:

@@ -119,7 +119,7 @@ class TMCA(nn.Module):
         height, width = images.size
         mask_logits = self.head(decoded)[..., :height, :width]
 
-        if text is None:
+        if text is None or not text.present.any():
             return ModelOutput(mask_logits, {}, _nobody(batch_size, mask_logits))
         alignments = self.alignment(images, projected, text.present) if self.alignment is not None else {}
         return ModelOutput(mask_logits, alignments, text.present)

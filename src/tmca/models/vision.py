@@ -48,12 +48,16 @@ class ImageEncoder(nn.Module):
         super().__init__()
         self.backbone = backbone
         _use_running_statistics(backbone)
+        # In evaluation mode, so that looking does not change the statistics of BatchNorm.
+        was_training = backbone.training
+        self.eval()
         self._index_by_stride = _find_strides(backbone)
         with torch.no_grad():
-            maps, embedding = self._run(_probe_images())
+            maps, embedding = self._run(_probe_images(backbone))
         self.out_channels = {stride: maps[stride].shape[1] for stride in STRIDES}
         self.embedding_dim = embedding.shape[1]
         _freeze_unused(self, pooled=pooled)
+        self.train(was_training)
 
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> ImageFeatures:
         """Encode a batch of images of any size.
@@ -78,6 +82,7 @@ class ImageEncoder(nn.Module):
         return maps, embedding
 
 
+@torch.inference_mode(mode=False)
 def build_image_encoder(config: ImageEncoderConfig, *, pooled: bool = True, load_weights: bool = True) -> ImageEncoder:
     """Build an image encoder, with pretrained weights unless told otherwise.
 
@@ -94,8 +99,9 @@ def build_image_encoder(config: ImageEncoderConfig, *, pooled: bool = True, load
 
     backbone_config = image_backbone_config(config)
     try:
-        backbone = AutoModel.from_config(backbone_config)  # type: ignore[no-untyped-call]
-    except (ValueError, KeyError, TypeError) as error:
+        # A config stores the precision of its file; the model is trained and run in float32.
+        backbone = AutoModel.from_config(backbone_config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+    except (ValueError, LookupError, TypeError) as error:
         raise ConfigError(
             f"Cannot build an image encoder of {backbone_config.model_type!r}: {error}", hint="choose a vision backbone"
         ) from error
@@ -170,8 +176,11 @@ def _load_backbone(backbone: nn.Module, state: dict[str, Tensor], name: str) -> 
     )
 
 
-def _probe_images(height: int = PROBE_SIZE, width: int = PROBE_SIZE) -> Tensor:
-    return torch.zeros(1, 3, height, width)
+def _probe_images(backbone: nn.Module) -> Tensor:
+    # A window must fit into the deepest map: transformers' Swin fails on smaller ones.
+    window = getattr(backbone.config, "window_size", None)
+    size = max(PROBE_SIZE, STRIDES[-1] * window) if isinstance(window, int) else PROBE_SIZE
+    return torch.zeros(1, 3, size, size)
 
 
 def _spatial_states(output: Any) -> list[Tensor]:  # noqa: ANN401
@@ -182,14 +191,19 @@ def _spatial_states(output: Any) -> list[Tensor]:  # noqa: ANN401
 @torch.no_grad()
 def _find_strides(backbone: nn.Module) -> dict[int, int]:
     """Return stride → index of the last hidden state with that stride."""
-    was_training = backbone.training
-    backbone.eval()
-    output = backbone(pixel_values=_probe_images(), output_hidden_states=True)
-    backbone.train(was_training)
+    images = _probe_images(backbone)
+    size = images.shape[-1]
+    try:
+        states = _spatial_states(backbone(pixel_values=images, output_hidden_states=True))
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        raise ConfigError(
+            f"Image encoder {type(backbone).__name__} cannot read images of {size} x {size} pixels: {error}",
+            hint="use a hierarchical backbone such as convnext, mobilenet_v2, resnet or swin",
+        ) from error
     strides: dict[int, int] = {}
-    for index, state in enumerate(_spatial_states(output)):
-        if state.ndim == 4 and PROBE_SIZE % state.shape[-1] == 0 and state.shape[-1] == state.shape[-2]:
-            strides[PROBE_SIZE // state.shape[-1]] = index
+    for index, state in enumerate(states):
+        if state.ndim == 4 and size % state.shape[-1] == 0 and state.shape[-1] == state.shape[-2]:
+            strides[size // state.shape[-1]] = index
     missing = [stride for stride in STRIDES if stride not in strides]
     if missing:
         raise ConfigError(
@@ -211,11 +225,9 @@ def _use_running_statistics(backbone: nn.Module) -> None:
             module.momentum = USUAL_BATCHNORM_MOMENTUM
 
 
+@torch.enable_grad()
 def _freeze_unused(encoder: ImageEncoder, *, pooled: bool) -> None:
-    was_training = encoder.training
-    encoder.eval()
-    maps, embedding = encoder._run(_probe_images())
-    encoder.train(was_training)
+    maps, embedding = encoder._run(_probe_images(encoder.backbone))
     used = [*maps.values(), embedding] if pooled else list(maps.values())
     parameters = list(encoder.parameters())
     gradients = torch.autograd.grad([value.sum() for value in used], parameters, allow_unused=True)

@@ -116,6 +116,8 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise WeightsError(
             f"{path} is no readable {kind} file: {_first_line(error)}", hint="download it again"
         ) from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise WeightsError(f"{path} holds no dictionary of tensors", hint="give the state dict of the model")
     return state
 
 

@@ -1,0 +1,237 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import ExifTags, Image
+
+from tmca.data.manifest import Manifest
+from tmca.errors import CheckpointError, ConfigError, DataError
+from tmca.imaging.raster import read_image
+from tmca.inference import Predictor
+from tmca.models import TMCA
+from tmca.presets import NO_ALIGNMENT, NO_ENHANCEMENT
+
+FIRST = "one small bright round lesion, located in top left of the image"
+SECOND = "two large dark lesions, located in bottom, right of the image"
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Callable[..., TMCA]) -> TMCA:
+    return tiny_model().eval()
+
+
+@pytest.fixture
+def predictor(model: TMCA) -> Predictor:
+    return Predictor(model, "cpu")
+
+
+def _noise(height: int = 50, width: int = 70, seed: int = 0) -> NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def _probability(predictor: Predictor, image: object, text: str | None = FIRST) -> NDArray[np.float32]:
+    predictor.set_image(image)  # type: ignore[arg-type]
+    return predictor.probability(text)
+
+
+# Images ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_path_and_its_array_give_the_same_mask(predictor: Predictor, phantoms: Manifest):
+    path = phantoms.image_path(phantoms.records[0])
+    expected = _probability(predictor, path)
+    np.testing.assert_array_equal(_probability(predictor, str(path)), expected)
+    np.testing.assert_array_equal(_probability(predictor, read_image(path)), expected)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (33, 500), (500, 33), (7, 9), (1, 1), (1, 300), (131, 77)])
+def test_masks_have_the_size_of_the_image(predictor: Predictor, shape: tuple[int, int]):
+    predictor.set_image(_noise(*shape))
+    probability = predictor.probability(FIRST)
+    assert probability.shape == shape
+    assert probability.dtype == np.float32
+    assert ((probability >= 0) & (probability <= 1)).all()
+    mask = predictor.predict(FIRST, threshold=0.4)
+    assert mask.dtype == np.bool_
+    np.testing.assert_array_equal(mask, probability > 0.4)
+
+
+def test_a_turned_photograph_is_segmented_upright(predictor: Predictor, tmp_path: Path):
+    upright = _noise(40, 60)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.fromarray(np.rot90(upright, 1).copy()).save(tmp_path / "turned.png", exif=exif)
+    turned = _probability(predictor, tmp_path / "turned.png")
+    assert turned.shape == (40, 60)
+    np.testing.assert_array_equal(turned, _probability(predictor, upright))
+
+
+def test_grey_and_transparent_arrays(predictor: Predictor):
+    grey = _noise()[:, :, 0]
+    expected = _probability(predictor, np.repeat(grey[:, :, None], 3, axis=2))
+    np.testing.assert_array_equal(_probability(predictor, grey), expected)
+    np.testing.assert_array_equal(_probability(predictor, grey[:, :, None]), expected)
+    rgb = _noise()
+    rgba = np.concatenate([rgb, np.zeros((50, 70, 1), dtype=np.uint8)], axis=2)
+    np.testing.assert_array_equal(_probability(predictor, rgba), _probability(predictor, rgb))
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(1 / 255, 0.0), (1.0, 0.0), (8.0, -1024.0), (1e-3, 1e3)])
+def test_floats_of_any_range_are_scaled_from_their_own(predictor: Predictor, scale: float, shift: float):
+    image = _noise()
+    image[0, 0], image[0, 1] = 0, 255  # so that uint8, which is taken as it is, spans the range too
+    scaled = image.astype(np.float64) * scale + shift
+    np.testing.assert_allclose(_probability(predictor, scaled), _probability(predictor, image), atol=1e-5)
+
+
+def test_16_bit_arrays(predictor: Predictor):
+    image = _noise()
+    image[0, 0], image[0, 1] = 0, 255
+    np.testing.assert_array_equal(
+        _probability(predictor, image.astype(np.uint16) * 257), _probability(predictor, image)
+    )
+
+
+def test_a_view_with_negative_strides(predictor: Predictor):
+    image = _noise()
+    flipped = image[:, ::-1]
+    np.testing.assert_array_equal(_probability(predictor, flipped), _probability(predictor, flipped.copy()))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_undefined_values_are_refused(predictor: Predictor, value: float):
+    image = np.zeros((20, 30), dtype=np.float32)
+    image[3, 4] = value
+    with pytest.raises(DataError, match="1 undefined values"):
+        predictor.set_image(image)
+
+
+@pytest.mark.parametrize("shape", [(3, 20, 30), (20,), (1, 20, 30, 3), (20, 30, 2), (0, 5, 3)])
+def test_arrays_that_are_no_image_are_refused(predictor: Predictor, shape: tuple[int, ...]):
+    with pytest.raises(DataError, match="expected numbers of shape"):
+        predictor.set_image(np.zeros(shape, dtype=np.uint8))
+
+
+def test_a_missing_file_is_named(predictor: Predictor, tmp_path: Path):
+    with pytest.raises(DataError, match="does not exist") as caught:
+        predictor.set_image(tmp_path / "nothing.png")
+    assert str(tmp_path / "nothing.png") in caught.value.message
+
+
+# Sentences -------------------------------------------------------------------------------------------------------
+
+
+def test_an_image_is_encoded_once_and_asked_often(model: TMCA, monkeypatch: pytest.MonkeyPatch):
+    encoded: list[torch.Size] = []
+    encode = TMCA.encode_image
+
+    def counted(chosen: TMCA, images: torch.Tensor) -> object:
+        encoded.append(images.shape)
+        return encode(chosen, images)
+
+    monkeypatch.setattr(TMCA, "encode_image", counted)
+    predictor = Predictor(model, "cpu")
+    predictor.set_image(_noise())
+    texts = [FIRST, SECOND, None, FIRST]
+    often = [predictor.probability(text) for text in texts]
+    assert encoded == [torch.Size([1, 3, 64, 64])]
+    for text, probability in zip(texts, often, strict=True):
+        np.testing.assert_array_equal(_probability(Predictor(model, "cpu"), _noise(), text), probability)
+    assert not np.array_equal(often[0], often[1])
+    assert not np.array_equal(often[0], often[2])
+
+
+def test_another_image_replaces_the_one_before(predictor: Predictor):
+    first = _probability(predictor, _noise())
+    second = _probability(predictor, _noise(33, 44, seed=1))
+    assert second.shape == (33, 44)
+    np.testing.assert_array_equal(_probability(predictor, _noise()), first)
+
+
+@pytest.mark.parametrize("blank", ["", "   ", "\n\t"])
+def test_a_blank_sentence_is_none(predictor: Predictor, blank: str):
+    predictor.set_image(_noise())
+    np.testing.assert_array_equal(predictor.probability(blank), predictor.probability(None))
+    np.testing.assert_array_equal(predictor.predict(blank), predictor.predict())
+
+
+def test_tokens_are_counted_before_they_are_cut(predictor: Predictor):
+    assert predictor.count_tokens(None) == (0, False)
+    assert predictor.count_tokens(" ") == (0, False)
+    count, is_cut = predictor.count_tokens("lesion")
+    assert (count, is_cut) == (3, False)
+    assert predictor.count_tokens("lesion " * 22) == (24, False)
+    assert predictor.count_tokens("lesion " * 23) == (25, True)
+    predictor.set_image(_noise())
+    assert predictor.predict("lesion " * 500).shape == (50, 70)
+
+
+def test_a_model_without_language_ignores_the_sentence(tiny_model: Callable[..., TMCA]):
+    predictor = Predictor(tiny_model(guidance=False, alignment=NO_ALIGNMENT, enhancement=NO_ENHANCEMENT), "cpu")
+    predictor.set_image(_noise())
+    np.testing.assert_array_equal(predictor.probability(FIRST), predictor.probability(None))
+    assert predictor.count_tokens(FIRST) == (0, False)
+
+
+# Use -------------------------------------------------------------------------------------------------------------
+
+
+def test_there_must_be_an_image(predictor: Predictor):
+    for ask in (predictor.predict, predictor.probability):
+        with pytest.raises(ConfigError, match="no image") as caught:
+            ask(FIRST)
+        assert "set_image" in caught.value.hint
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.0, -1.0, 2.0, float("nan")])
+def test_an_impossible_threshold_is_refused(predictor: Predictor, threshold: float):
+    predictor.set_image(_noise())
+    with pytest.raises(ConfigError, match="threshold"):
+        predictor.predict(FIRST, threshold=threshold)
+
+
+def test_a_higher_threshold_marks_less(predictor: Predictor):
+    predictor.set_image(_noise())
+    probability = predictor.probability(FIRST)
+    low, high = (float(np.quantile(probability, share)) for share in (0.3, 0.7))
+    wide, narrow = predictor.predict(FIRST, threshold=low), predictor.predict(FIRST, threshold=high)
+    assert (narrow <= wide).all()
+    assert 0 < narrow.sum() < wide.sum() < wide.size
+
+
+@pytest.mark.parametrize("device", ["tpu", "cuda:x", "cpu:1", "cuda:99", ""])
+def test_an_unknown_device_is_refused(model: TMCA, device: str):
+    with pytest.raises(ConfigError, match=r"[Dd]evice") as caught:
+        Predictor(model, device)
+    assert "cpu" in caught.value.hint
+
+
+def test_a_model_without_its_experiment_is_refused(tiny_model: Callable[..., TMCA]):
+    model = tiny_model()
+    model.experiment = None
+    with pytest.raises(ConfigError, match="preprocessing"):
+        Predictor(model, "cpu")
+
+
+def test_a_predictor_of_a_folder(model: TMCA, predictor: Predictor, tmp_path: Path):
+    model.save_pretrained(tmp_path / "model")
+    loaded = Predictor.from_pretrained(tmp_path / "model", "cpu")
+    np.testing.assert_array_equal(_probability(loaded, _noise()), _probability(predictor, _noise()))
+    with pytest.raises(CheckpointError):
+        Predictor.from_pretrained(tmp_path)
+
+
+def test_predicting_needs_no_gradient_and_leaves_the_model_in_evaluation(tiny_model: Callable[..., TMCA]):
+    model = tiny_model().train()
+    predictor = Predictor(model, "cpu")
+    assert not model.training
+    before = [value.clone() for value in (*model.parameters(), *model.buffers())]
+    _probability(predictor, _noise())
+    assert all(value.grad is None for value in model.parameters())
+    after = (*model.parameters(), *model.buffers())
+    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
