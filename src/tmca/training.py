@@ -13,6 +13,8 @@ import io
 import json
 import logging
 import math
+import signal
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -117,7 +119,7 @@ class SegmentationTask(pl.LightningModule):
         loss = losses["loss"]
         if not torch.isfinite(loss):
             raise TMCAError(
-                f"The loss became {float(loss)} in epoch {self.current_epoch + 1}",
+                f"The loss became {float(loss.detach())} in epoch {self.current_epoch + 1}",
                 hint="lower optimiser.learning_rate, set optimiser.gradient_clip, or use trainer.precision=32",
             )
         return loss
@@ -519,10 +521,12 @@ def _make_trainer(experiment: Experiment, writer: RunWriter, device: str) -> pl.
 @contextmanager
 def _readable_failures(trainer: pl.Trainer) -> Iterator[None]:
     """Turn Lightning's exit on Ctrl-C and running out of memory into our errors; silence its advice."""
+    interrupt_handler = signal.getsignal(signal.SIGINT)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists.*")
         warnings.filterwarnings("ignore", message=".*number of training batches.*")
+        warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")  # frozen text encoder
         warnings.filterwarnings("ignore", category=FutureWarning, module="lightning.*")
         warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
         try:
@@ -533,6 +537,10 @@ def _readable_failures(trainer: pl.Trainer) -> Iterator[None]:
             raise
         except torch.cuda.OutOfMemoryError as error:
             raise OutOfMemoryError("The device ran out of memory", hint="lower trainer.batch_size") from error
+        finally:
+            # Lightning leaves Ctrl-C switched off behind it.
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, interrupt_handler)
     if trainer.interrupted:
         raise KeyboardInterrupt
 
