@@ -18,6 +18,7 @@ from tmca.config import (
     Experiment,
     ImageEncoderConfig,
     ModelConfig,
+    ObjectiveConfig,
     OptimiserConfig,
     PreprocessingConfig,
     TextEncoderConfig,
@@ -154,14 +155,23 @@ def demo() -> Experiment:
         model=ModelConfig(
             image_encoder=ImageEncoderConfig(
                 weights="none",
-                architecture="convnext",
-                options={"hidden_sizes": [32, 64, 128, 256], "depths": [1, 1, 2, 1]},
+                architecture="resnet",
+                options={
+                    "embedding_size": 32,
+                    "hidden_sizes": [32, 64, 128, 256],
+                    "depths": [1, 1, 1, 1],
+                    "layer_type": "basic",
+                },
             ),
             text_encoder=TextEncoderConfig(weights="scratch", freeze=False, hidden_size=128, layers=3, dropout=0.0),
+            decoder=DecoderConfig(channels=(24, 48, 96), head_channels=8),
         ),
-        optimiser=OptimiserConfig(learning_rate=1e-3, warmup_steps=30, schedule_epochs=None, gradient_clip=1.0),
+        objective=ObjectiveConfig(alignment_weight=0.2),
+        optimiser=OptimiserConfig(
+            learning_rate=2e-3, warmup_steps=30, schedule_epochs=None, gradient_clip=1.0, average_decay=0.98
+        ),
         trainer=TrainerConfig(
-            batch_size=32, evaluation_batch_size=32, max_epochs=12, min_epochs=12, patience=12, max_train_seconds=150.0
+            batch_size=32, evaluation_batch_size=50, max_epochs=13, min_epochs=1, patience=13, max_train_seconds=190.0
         ),
     )
 
