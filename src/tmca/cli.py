@@ -230,6 +230,8 @@ class DataPhantom:
     """Seed of the drawing."""
     no_lesion_share: float = 0.05
     """Share of images without lesions."""
+    absent_share: float = 0.08
+    """Share of images whose sentence names a lesion that is not there."""
 
     def run(self) -> None:
         """Draw and say where."""
@@ -245,6 +247,7 @@ class DataPhantom:
                 size=self.size,
                 seed=self.seed,
                 no_lesion_share=self.no_lesion_share,
+                absent_share=self.absent_share,
                 progress=lambda done: progress.update(task, completed=done),
             )
         _print(f"{sum(counts.values())} phantoms in {self.output}. Train on them: tmca train demo --data {self.output}")

@@ -99,13 +99,16 @@ class Phantom:
     targets: tuple[Lesion, ...]
 
 
-def draw_phantom(rng: Generator, size: int = 128, *, no_lesion: bool = False, without_place: float = 0.15) -> Phantom:
+def draw_phantom(
+    rng: Generator, size: int = 128, *, no_lesion: bool = False, absent: bool = False, without_place: float = 0.15
+) -> Phantom:
     """Draw one image with its mask and sentence.
 
     Args:
         rng: Source of every random choice.
         size: Height and width in pixels, at least :data:`MIN_SIZE`.
         no_lesion: Draw the background only, with :data:`NO_LESION` and an empty mask.
+        absent: Let the sentence name a lesion in a place where there is none; the mask is empty.
         without_place: Share of the single targets whose place is left out of the sentence, where size, brightness and
             shape tell the target from the other lesions.
 
@@ -122,6 +125,11 @@ def draw_phantom(rng: Generator, size: int = 128, *, no_lesion: bool = False, wi
     if no_lesion:
         return Phantom(_quantised(image), mask, NO_LESION, (), ())
     lesions = _place_lesions(rng, count=int(rng.choice([2, 3, 4])))
+    if absent:
+        texture = _smooth_noise(rng, size, cells=size // 4)
+        for lesion in lesions:
+            _draw_lesion(rng, image, None, lesion, texture)
+        return Phantom(_quantised(image), mask, describe_targets([_absent_lesion(rng, lesions)]), tuple(lesions), ())
     target_count = min(int(rng.choice([1, 2, 3], p=[0.7, 0.24, 0.06])), len(lesions))
     chosen = set(rng.choice(len(lesions), size=target_count, replace=False).tolist())
     texture = _smooth_noise(rng, size, cells=size // 4)
@@ -149,6 +157,7 @@ def write_phantoms(
     size: int = 128,
     seed: int = 0,
     no_lesion_share: float = 0.05,
+    absent_share: float = 0.08,
     progress: Callable[[int], None] | None = None,
 ) -> Manifest:
     """Draw a dataset: ``images/``, ``masks/`` and ``manifest.csv``.
@@ -161,6 +170,7 @@ def write_phantoms(
         size: Height and width in pixels.
         seed: Decides every image.
         no_lesion_share: Share of images without a lesion.
+        absent_share: Share of images whose sentence names a lesion that is not there.
         progress: Called with the number of images written so far.
 
     Returns:
@@ -181,7 +191,9 @@ def write_phantoms(
             for index in range(count):
                 name = f"{split}-{index:05d}"
                 rng = np.random.default_rng(seeded_number(seed, name))
-                phantom = draw_phantom(rng, size, no_lesion=bool(rng.random() < no_lesion_share))
+                kind = rng.random()
+                empty, absent = kind < no_lesion_share, kind < no_lesion_share + absent_share
+                phantom = draw_phantom(rng, size, no_lesion=bool(empty), absent=bool(absent))
                 record = Record(
                     id=name,
                     image=f"images/{name}.png",
@@ -233,6 +245,13 @@ def _place_lesions(rng: Generator, count: int) -> list[Lesion]:
         if apart:
             lesions.append(lesion)
     return lesions
+
+
+def _absent_lesion(rng: Generator, lesions: list[Lesion]) -> Lesion:
+    occupied = {lesion.place for lesion in lesions}
+    while (lesion := _random_lesion(rng)).place in occupied:
+        pass
+    return lesion
 
 
 def _random_lesion(rng: Generator) -> Lesion:
