@@ -35,8 +35,6 @@ PROMPTS = ("one small dark lesion, located in top left of the image", "unheard-o
 
 ModelFactory = Callable[..., TMCA]
 
-UNCHECKED = pytest.mark.xfail(reason="config.json is not checked for the kinds of its values")
-
 
 @torch.inference_mode()
 def _logits(model: TMCA) -> torch.Tensor:
@@ -106,7 +104,6 @@ def test_an_image_only_model_is_loaded_without_a_tokenizer(tiny_model: ModelFact
     assert torch.equal(_logits(loaded), _logits(model))
 
 
-@pytest.mark.xfail(reason="write_checkpoint does not convert to float32")
 def test_weights_of_half_precision_are_written_in_full(tiny_model: ModelFactory, tmp_path: Path):
     model = _moved(tiny_model()).to(torch.bfloat16)
     assert model.experiment is not None
@@ -318,15 +315,15 @@ def test_an_impossible_value_is_refused(copied: Path, section: str, field: str, 
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        pytest.param("experiment", ["a"], marks=UNCHECKED),
-        pytest.param("experiment", None, marks=UNCHECKED),
-        pytest.param("sha256", "abc", marks=UNCHECKED),
-        pytest.param("image_encoder", "convnext", marks=UNCHECKED),
+        pytest.param("experiment", ["a"]),
+        pytest.param("experiment", None),
+        pytest.param("sha256", "abc"),
+        pytest.param("image_encoder", "convnext"),
         ("image_encoder", {"architecture": "convnext", "options": ["a"]}),
-        pytest.param("image_encoder", {"architecture": "convnext", "options": {"depths": "many"}}, marks=UNCHECKED),
+        pytest.param("image_encoder", {"architecture": "convnext", "options": {"depths": "many"}}),
         ("text_encoder", "bert"),
-        pytest.param("text_encoder", {"hidden_size": "wide"}, marks=UNCHECKED),
-        pytest.param("format_version", "newest", marks=UNCHECKED),
+        pytest.param("text_encoder", {"hidden_size": "wide"}),
+        pytest.param("format_version", "newest"),
     ],
 )
 def test_a_config_with_values_of_the_wrong_kind_is_refused(copied: Path, key: str, value: object):

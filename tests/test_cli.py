@@ -25,7 +25,6 @@ from tmca.presets import NO_ALIGNMENT, NO_ENHANCEMENT, PRESETS, get_preset
 from tmca.progress import set_quiet
 from tmca.training import SegmentationTask
 
-UNCHECKED = pytest.mark.xfail(reason="predict_batch does not check its threshold")
 PROMPT = "one small bright round lesion, located in top left of the image"
 
 
@@ -175,8 +174,8 @@ def test_sentences_by_image(tmca: Callable[..., Outcome], model_folder: Path, im
         (("-p", "one lesion", "--prompts", "jobs.csv"), "Both --prompt and --prompts"),
         (("-p", "  "), "sentence is blank"),
         (("-p", ""), "sentence is blank"),
-        pytest.param(("--threshold", "1"), "threshold", marks=UNCHECKED),
-        pytest.param(("--threshold", "-0.1"), "threshold", marks=UNCHECKED),
+        pytest.param(("--threshold", "1"), "threshold"),
+        pytest.param(("--threshold", "-0.1"), "threshold"),
         (("-d", "tpu"), "Unknown device 'tpu'"),
         (("-d", "cuda:99"), "not available"),
     ],
@@ -225,9 +224,9 @@ def test_a_folder_that_is_no_checkpoint(tmca: Callable[..., Outcome], image: Pat
 @pytest.mark.parametrize(
     ("arguments", "nearest"),
     [
-        (("trian", "tiny"), "'train'"),
+        (("trainn", "tiny"), "'train'"),
         (("data", "fantom"), "'data phantom'"),
-        (("presets", "shwo", "tiny"), "'presets show'"),
+        (("presets", "sho", "tiny"), "'presets show'"),
         (("presets", "show", "tinny"), "'tiny'"),
         (("train", "tmca-wihtout-mas", "--data", "x"), "'tmca-without-mas'"),
     ],

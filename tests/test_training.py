@@ -431,15 +431,7 @@ def test_a_folder_with_other_files_is_not_deleted(
     assert (tmp_path / "thesis.txt").read_text() == "precious"
 
 
-@pytest.mark.parametrize(
-    "obstacle",
-    [
-        "weights",
-        pytest.param("device", marks=pytest.mark.xfail(reason="fit looks at the device after it replaced the run")),
-        "options",
-        "image",
-    ],
-)
+@pytest.mark.parametrize("obstacle", ["weights", "device", "options", "image"])
 def test_a_start_that_fails_keeps_the_run_it_was_to_replace(
     copied: Path, phantoms: Manifest, tiny_experiment: Experiment, tmp_path: Path, obstacle: str
 ):
@@ -657,17 +649,7 @@ def test_the_gradient_norm_is_clipped(tiny_model: Callable[..., TMCA], tiny_expe
         assert after == pytest.approx(norm or before, rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    "steps",
-    [
-        pytest.param(
-            1,
-            marks=pytest.mark.xfail(reason="a validation loss of NaN ends the run as if patience had run out"),
-            id="in validation",
-        ),
-        pytest.param(4, id="in training"),
-    ],
-)
+@pytest.mark.parametrize("steps", [1, 4], ids=["in validation", "in training"])
 def test_a_loss_that_is_not_finite_is_explained(
     few: Manifest, phantoms: Manifest, tiny_experiment: Experiment, tmp_path: Path, steps: int
 ):
@@ -790,7 +772,6 @@ def test_a_resumed_run_remembers_its_best_epoch(few: Manifest, tiny_experiment: 
     assert _content(tmp_path / "run" / "checkpoints" / "best") == before
 
 
-@pytest.mark.xfail(reason="a resumed EarlyStopping takes its patience from the state, not from the settings")
 @pytest.mark.usefixtures("worsening")
 def test_a_stopped_run_goes_on_with_more_patience(few: Manifest, tiny_experiment: Experiment, tmp_path: Path):
     experiment = _with_trainer(tiny_experiment, max_epochs=7, min_epochs=1, patience=1)

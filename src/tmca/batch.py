@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import itertools
+import os
 import re
 import time
 from collections import Counter
@@ -20,6 +22,7 @@ from tmca.files import sha256_of, write_json
 from tmca.imaging.overlay import draw_overlay
 from tmca.imaging.raster import IMAGE_SUFFIXES, read_image, write_image, write_mask, write_probability
 from tmca.inference import Predictor
+from tmca.metrics import check_threshold
 from tmca.progress import track
 
 INTENDED_USE = "research only; not a medical device"
@@ -73,7 +76,7 @@ def find_images(inputs: Sequence[str | Path]) -> list[Path]:
     Raises:
         DataError: An input does not exist, or nothing was found.
     """
-    found: dict[Path, None] = {}
+    found: dict[Path, Path] = {}
     for item in inputs:
         path = Path(item)
         if path.is_dir():
@@ -87,8 +90,9 @@ def find_images(inputs: Sequence[str | Path]) -> list[Path]:
             files = [file for file in files if file.is_file()]
             if not files:
                 raise DataError(f"There is no file, folder or match for {str(item)!r}", hint="check the path")
-        found.update(dict.fromkeys(files))
-    return list(found)
+        for file in files:
+            found.setdefault(file.resolve(), file)
+    return list(found.values())
 
 
 def make_jobs(images: Iterable[Path], text: str | None) -> list[Job]:
@@ -168,8 +172,10 @@ def predict_batch(
         overwrite: Replace masks that are there.
 
     Raises:
+        ConfigError: The threshold lies outside (0, 1).
         StorageError: The folder cannot be written, or holds one of the masks already.
     """
+    check_threshold(threshold)
     existing = [job.name for job in jobs if (folder / f"{job.name}.png").exists()]
     if existing and not overwrite:
         raise StorageError(
@@ -229,19 +235,16 @@ def predict_batch(
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """Return a name for each path: its stem, with as many of its folders in front as it takes to be unique."""
-    names = [path.stem for path in paths]
-    depth = 1
-    while len(set(names)) < len(names) and depth < 8:
-        depth += 1
-        taken = {name for name in names if names.count(name) > 1}
-        names = [
-            "_".join((*path.absolute().parts[-depth:-1], path.stem)) if name in taken else name
-            for path, name in zip(paths, names, strict=True)
-        ]
-    if len(set(names)) < len(names):  # same folder and stem, other ending
-        names = [
-            path.name.replace(".", "_") if names.count(name) > 1 else name
-            for path, name in zip(paths, names, strict=True)
-        ]
-    return names
+    """Return a name for each path: its stem; where stems are equal, with folders in front; never the same twice."""
+    stems = Counter(path.stem for path in paths)
+    parents = [str(path.absolute().parent) for path in paths]
+    root = os.path.commonpath(parents) if parents else ""
+    names: dict[str, None] = {}
+    for path in paths:
+        name = path.stem
+        if stems[name] > 1:
+            name = "_".join(path.absolute().relative_to(root).with_suffix("").parts)
+        numbered = (f"{name}_{number}" for number in itertools.count(2))
+        choices = itertools.chain([name, f"{name}_{path.suffix[1:]}"], numbered)
+        names[next(choice for choice in choices if choice not in names)] = None
+    return list(names)

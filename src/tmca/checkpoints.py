@@ -24,7 +24,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from tmca.config import Experiment, PreprocessingConfig, from_dict, to_dict
-from tmca.errors import CheckpointError, ConfigError, TMCAError, WeightsError
+from tmca.errors import CheckpointError, ConfigError, WeightsError
 from tmca.files import replace_folder, sha256_of, write_bytes, write_json, write_text
 from tmca.models import TMCA, build_model
 from tmca.models.text import SentenceTokenizer
@@ -69,7 +69,7 @@ def write_checkpoint(
     link_from: Path | None = None,
 ) -> None:
     """Write the files of a model folder into ``place``, which the caller has made; see :func:`save_checkpoint`."""
-    state = {name: value.detach().contiguous().cpu() for name, value in model.state_dict().items()}
+    state = {name: _stored(value) for name, value in model.state_dict().items()}
     frozen = {}
     if model.text_encoder is not None and experiment.model.text_encoder.freeze:
         frozen = {name: state.pop(name) for name in list(state) if name.startswith(TEXT_ENCODER_PREFIX)}
@@ -248,7 +248,7 @@ def _build(folder: Path, experiment: Experiment, values: dict[str, Any]) -> TMCA
             tokenizer = SentenceTokenizer.read(folder, experiment.model.text_encoder.max_tokens)
         built = from_dict(type(experiment.model), config, where="model")
         return build_model(built, tokenizer=tokenizer, bert_config=values["text_encoder"], load_weights=False)
-    except (TMCAError, TypeError) as error:
+    except Exception as error:  # whatever transformers makes of a damaged architecture
         raise CheckpointError(f"{folder / 'config.json'} describes no model: {error}", hint="copy it again") from error
 
 
@@ -277,11 +277,17 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder} is a model folder, but not one of tmca", hint="give a run folder or checkpoint of `tmca train`"
         )
-    if values.get("format_version", 0) > FORMAT_VERSION:
+    version = values.get("format_version")
+    if not isinstance(version, int):
+        raise CheckpointError(f"{path} has the format version {version!r}", hint="copy the folder again")
+    if version > FORMAT_VERSION:
         raise CheckpointError(f"{folder} was written by a newer tmca", hint="upgrade tmca")
-    missing = [key for key in ("experiment", "image_encoder", "text_encoder", "sha256") if key not in values]
-    if missing:
-        raise CheckpointError(f"{path} lacks {missing[0]!r}", hint="copy the folder again")
+    for key in ("experiment", "image_encoder", "text_encoder", "sha256"):
+        if key not in values:
+            raise CheckpointError(f"{path} lacks {key!r}", hint="copy the folder again")
+        absent = key == "text_encoder" and values[key] is None
+        if not isinstance(values[key], dict) and not absent:
+            raise CheckpointError(f"{path}: {key!r} is no object", hint="copy the folder again")
     return values
 
 
@@ -290,6 +296,11 @@ def _architecture(config: Any) -> dict[str, Any]:  # noqa: ANN401
     values: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
     private = {"model_type", "architectures", "transformers_version", "_name_or_path", "dtype", "torch_dtype"}
     return {key: value for key, value in values.items() if key not in private}
+
+
+def _stored(value: Tensor) -> Tensor:
+    value = value.detach().cpu()
+    return (value.float() if value.is_floating_point() else value).contiguous()
 
 
 def _write_tensors(state: dict[str, Tensor], path: Path) -> None:

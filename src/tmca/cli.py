@@ -326,6 +326,8 @@ def run(arguments: list[str]) -> int:
         message, code = _explain(error)
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {message}", markup=False)
         return code
+    finally:
+        set_quiet(quiet=False)
 
 
 def _execute(arguments: list[str]) -> int:

@@ -34,6 +34,7 @@ from tmca.metrics import (
     EmptyPolicy,
     bootstrap_intervals,
     case_scores,
+    check_threshold,
     confusion_counts,
     per_case_mean,
     pooled_scores,
@@ -157,8 +158,7 @@ def evaluate(
         DataError: The split is empty or its files cannot be used.
         ConfigError: The threshold or the device is impossible.
     """
-    if not 0 < threshold < 1:
-        raise ConfigError(f"The threshold is {threshold}, expected a value between 0 and 1", hint="0.5 is usual")
+    check_threshold(threshold)
     experiment = model.experiment
     if experiment is None:
         raise ConfigError("This model does not know its preprocessing", hint="load it with from_pretrained")
@@ -243,7 +243,7 @@ def write_evaluation(evaluation: Evaluation, model: str | Path, manifest: Manife
         {"reference_file": record.mask, "prediction_file": None, "metrics": {"1": values}}
         for record, values in zip(chosen.records, scores, strict=True)
     ]
-    mean = {name: float(np.nanmean([values[name] for values in scores])) for name in scores[0]}
+    mean = {name: _mean([values[name] for values in scores]) for name in scores[0]}
     write_json(
         folder / "summary.json",
         {
@@ -387,12 +387,22 @@ def _over_limit(model: TMCA, texts: Sequence[str | None]) -> tuple[str, ...]:
     return tuple(text for text, is_cut in zip(distinct, flags, strict=True) if is_cut)
 
 
-def _nnunet_scores(counts: Counts, cases: dict[str, np.ndarray], index: int) -> dict[str, float]:
+def _finite(value: float) -> float | None:
+    """Return a score as JSON knows it: a case that is left out has none."""
+    return float(value) if np.isfinite(value) else None
+
+
+def _mean(values: Sequence[float | int | None]) -> float | None:
+    present = [value for value in values if value is not None]
+    return float(np.mean(present)) if present else None
+
+
+def _nnunet_scores(counts: Counts, cases: dict[str, np.ndarray], index: int) -> dict[str, float | int | None]:
     true_positive, false_positive = int(counts.true_positive[0]), int(counts.false_positive[0])
     false_negative, true_negative = int(counts.false_negative[0]), int(counts.true_negative[0])
     return {
-        "Dice": float(cases["dice"][index]),
-        "IoU": float(cases["jaccard"][index]),
+        "Dice": _finite(cases["dice"][index]),
+        "IoU": _finite(cases["jaccard"][index]),
         "TP": true_positive,
         "FP": false_positive,
         "FN": false_negative,

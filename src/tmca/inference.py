@@ -16,6 +16,7 @@ from tmca.data.preprocessing import prepare_image, restore
 from tmca.devices import resolve_device
 from tmca.errors import ConfigError, OutOfMemoryError
 from tmca.imaging.raster import read_image, rgb_from_array
+from tmca.metrics import check_threshold
 from tmca.models import TMCA
 from tmca.types import ImageFeatures
 
@@ -91,8 +92,7 @@ class Predictor:
         Raises:
             ConfigError: No image was set, or the threshold lies outside (0, 1).
         """
-        if not 0 < threshold < 1:
-            raise ConfigError(f"The threshold is {threshold}, expected a value between 0 and 1", hint="0.5 is usual")
+        check_threshold(threshold)
         return self.probability(text) > threshold
 
     def probability(self, text: str | None = None) -> Probability:

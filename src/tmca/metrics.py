@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tmca.errors import ConfigError
+
 EmptyPolicy = Literal["one", "zero", "skip"]
 """Score of a case whose mask and prediction are both empty.
 
@@ -22,6 +24,16 @@ EmptyPolicy = Literal["one", "zero", "skip"]
 """
 
 SCORES = ("dice", "jaccard", "accuracy")
+
+
+def check_threshold(threshold: float) -> None:
+    """Refuse a threshold that no probability can cross.
+
+    Raises:
+        ConfigError: It lies outside (0, 1).
+    """
+    if not 0 < threshold < 1:
+        raise ConfigError(f"The threshold is {threshold}, expected a value between 0 and 1", hint="0.5 is usual")
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,13 @@ class SegmentationTask(pl.LightningModule):
         """Return the losses by name and the mask logits of a batch."""
         images = batch.images.contiguous(memory_format=torch.channels_last)
         output = model.segment(model.encode_image(images), model.encode_text(batch.texts))
-        return objective(output, batch.masks, self.experiment.objective), output.mask_logits
+        losses = objective(output, batch.masks, self.experiment.objective)
+        if not torch.isfinite(losses["loss"]):
+            raise TMCAError(
+                f"The loss became {float(losses['loss'].detach())} in epoch {self.current_epoch + 1}",
+                hint="lower optimiser.learning_rate, set optimiser.gradient_clip, or use trainer.precision=32",
+            )
+        return losses, output.mask_logits
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
         """Seed dropout by (seed, epoch, batch), so that a resumed run draws what an uninterrupted one would."""
@@ -116,13 +122,7 @@ class SegmentationTask(pl.LightningModule):
         """Return the loss of a training batch."""
         losses, _ = self.shared_step(self.model, batch)
         self._log(losses, "train", batch.batch_size)
-        loss = losses["loss"]
-        if not torch.isfinite(loss):
-            raise TMCAError(
-                f"The loss became {float(loss.detach())} in epoch {self.current_epoch + 1}",
-                hint="lower optimiser.learning_rate, set optimiser.gradient_clip, or use trainer.precision=32",
-            )
-        return loss
+        return losses["loss"]
 
     def on_train_batch_end(self, *_: Any) -> None:  # noqa: ANN401
         """Let the averaged weights follow; early on faster, so that they forget the random start."""
@@ -287,6 +287,14 @@ class RunWriter(Checkpoint):
             setattr(self, name, value)
 
 
+class Patience(EarlyStopping):
+    """Early stopping whose patience may be changed when a run is resumed."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what was seen, not the patience."""
+        super().load_state_dict(state_dict | {"patience": self.patience})
+
+
 class EpochProgress(Callback):
     """A bar within the epoch on a terminal, and one line after each epoch everywhere."""
 
@@ -357,6 +365,7 @@ def fit(
         StorageError: The run folder cannot be written, or holds a run already.
         OutOfMemoryError: The batch does not fit the device.
     """
+    resolve_device(device)
     experiment = resolve(experiment)
     training, validation = _splits(experiment, manifest)
     folder = Path(folder)
@@ -495,7 +504,7 @@ def _make_trainer(experiment: Experiment, writer: RunWriter, device: str) -> pl.
     place = resolve_device(device)
     bfloat16 = config.precision == "bf16" or (config.precision == "auto" and computes_bfloat16(place))
     callbacks = [
-        EarlyStopping(MONITOR, patience=config.patience, mode="min", check_finite=True),
+        Patience(MONITOR, patience=config.patience, mode="min", check_finite=True),
         EpochProgress(writer, config.max_epochs),
         writer,
     ]

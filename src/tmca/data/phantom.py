@@ -39,7 +39,7 @@ _BRIGHTNESSES: tuple[Brightness, ...] = ("bright", "dark")
 _SHAPES: tuple[Shape, ...] = ("round", "oval")
 _RADII: dict[SizeClass, tuple[float, float]] = {
     "small": (0.054, 0.062),
-    "medium": (0.088, 0.100),
+    "medium": (0.088, 0.094),
     "large": (0.134, 0.150),
 }
 _ASPECTS: dict[Shape, tuple[float, float]] = {"round": (0.93, 1.0), "oval": (0.5, 0.6)}

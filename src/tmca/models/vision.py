@@ -134,7 +134,13 @@ def image_backbone_config(config: ImageEncoderConfig) -> Any:  # noqa: ANN401
             if not hasattr(backbone_config, name):
                 known = [key for key in vars(backbone_config) if not key.startswith("_")]
                 raise unknown_name(f"option of {architecture}", name, known)
-    return CONFIG_MAPPING[architecture](**values)
+    try:
+        return CONFIG_MAPPING[architecture](**values)
+    except (TypeError, ValueError) as error:
+        problem = (str(error).splitlines() or [""])[-1].strip()
+        raise ConfigError(
+            f"The options of image encoder {architecture!r} do not fit: {problem}", hint="see the transformers config"
+        ) from error
 
 
 ENCODERS = ("convnext", "convnextv2", "mobilenet_v2", "resnet", "swin", "focalnet", "poolformer", "pvt_v2")
