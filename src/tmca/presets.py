@@ -170,9 +170,7 @@ def demo() -> Experiment:
         optimiser=OptimiserConfig(
             learning_rate=2e-3, warmup_steps=30, schedule_epochs=None, gradient_clip=1.0, average_decay=0.98
         ),
-        trainer=TrainerConfig(
-            batch_size=32, evaluation_batch_size=50, max_epochs=13, min_epochs=1, patience=13, max_train_seconds=190.0
-        ),
+        trainer=TrainerConfig(batch_size=32, evaluation_batch_size=50, max_epochs=13, min_epochs=13, patience=13),
     )
 
 
