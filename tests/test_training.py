@@ -147,7 +147,7 @@ def test_a_run_says_what_it_was_computed_with(finished: Path, tiny_experiment: E
     assert splits["val"] == [record.id for record in phantoms.split("val").records]
     environment = json.loads((finished / "environment.json").read_text("utf-8"))
     assert {"python", "packages", "commit", "hardware"} <= set(environment)
-    assert environment["packages"]["torch"] == torch.__version__
+    assert environment["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
 
 
 def test_the_history_has_a_row_an_epoch(finished: Path, tiny_experiment: Experiment):
