@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -166,6 +167,30 @@ def test_sentences_by_image(tmca: Callable[..., Outcome], model_folder: Path, im
     )
     assert outcome.code == 0, outcome.err
     assert len(list((tmp_path / "out").glob("image_*.png"))) == 2
+    assert "warning" not in outcome.err
+
+
+def test_images_without_a_sentence_are_counted(
+    tmca: Callable[..., Outcome], model_folder: Path, image: Path, tmp_path: Path
+):
+    shutil.copy(image, tmp_path / "other.png")
+    (tmp_path / "jobs.csv").write_text(f"image,text\n{image.name},one lesion\n")
+    outcome = tmca(
+        "predict", "-i", image, tmp_path / "other.png", "-o", tmp_path / "out", "-m", model_folder,
+        "--prompts", tmp_path / "jobs.csv",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    assert "warning: 1 of 2 images have no line in" in outcome.err
+
+
+def test_libraries_log_when_asked(tmca: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch):
+    levels = []
+    monkeypatch.setattr(logging, "basicConfig", lambda **options: levels.append(options["level"]))
+    tmca("models", "list")
+    tmca("models", "list", "-v")
+    monkeypatch.setenv("TMCA_LOG_LEVEL", "debug")
+    tmca("models", "list", "--verbose")
+    assert levels == [logging.WARNING, logging.INFO, logging.DEBUG]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from tmca.errors import ConfigError
@@ -10,9 +12,13 @@ from tmca.errors import ConfigError
 def resolve_device(name: str = "auto") -> torch.device:
     """Return the device called ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
 
+    ``auto`` is what the environment variable ``TMCA_DEVICE`` names, else the first CUDA device, else the CPU.
+
     Raises:
         ConfigError: The name is unknown or the device is not there.
     """
+    if name == "auto":
+        name = os.environ.get("TMCA_DEVICE", "") or "auto"
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, number = name.partition(":")

@@ -1,31 +1,18 @@
-"""The command line: one dataclass a verb, whose fields are its flags and whose docstrings are its help.
-
-Heavy libraries are imported inside the verbs, so that ``tmca --help`` answers at once.
-"""
+"""The main job: demo, train, evaluate, predict."""
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from rich.console import Console
 
-from tmca.config import Experiment, to_dict
-from tmca.errors import EXIT_INTERRUPTED, ConfigError, DataError, PartialFailureError, TMCAError, unknown_name
-from tmca.presets import PRESETS, describe_preset, get_preset
-from tmca.progress import say, set_quiet
-
-Model = Annotated[str, tyro.conf.arg(aliases=["-m"], metavar="RUN")]
-Output = Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FOLDER")]
-Device = Annotated[str, tyro.conf.arg(aliases=["-d"], metavar="{auto,cpu,cuda,cuda:N,mps}")]
-PromptLevel = Annotated[str, tyro.conf.arg(metavar="p0…p9")]
+from tmca.cli.options import Device, Model, Output, PromptLevel, show
+from tmca.config import Experiment
+from tmca.errors import ConfigError, DataError, PartialFailureError
+from tmca.progress import say
 
 
 @dataclass(frozen=True)
@@ -43,11 +30,9 @@ class Demo:
         from tmca.report import score_table
 
         evaluation, result = run_demo(self.output, seed=self.seed)
-        _print(score_table(evaluation, "Held-out phantoms"))
+        show(score_table(evaluation, "Held-out phantoms"))
         took = sum(result["seconds"].values())
-        _print(
-            f"{took:.0f} seconds. Report with pictures: {self.output / 'report.html'}; trained model: {result['run']}"
-        )
+        show(f"{took:.0f} seconds. Report with pictures: {self.output / 'report.html'}; trained model: {result['run']}")
 
 
 @dataclass(frozen=True)
@@ -90,7 +75,7 @@ class Train:
         except KeyboardInterrupt:
             say(f"Interrupted; continue with: tmca train {self.experiment.name} … -o {folder} --resume last")
             raise
-        _print(
+        show(
             f"Trained {record.epochs} epochs in {record.seconds / 60:.1f} minutes ({record.stopped}); best epoch "
             f"{record.best_epoch}.\nRun folder: {folder}\n"
             f"Score it: tmca evaluate -m {folder} --data {self.data} --split test"
@@ -150,8 +135,8 @@ class Evaluate:
         write_report(evaluation, predictor, manifest, folder, model=name)
         if self.ledger is not None:
             write_ledger(evaluation, Path(self.model), manifest, manifest.name, self.ledger)
-        _print(score_table(evaluation, f"{name} on {manifest.name}, {self.split} ({len(evaluation.ids)} cases)"))
-        _print(f"Report with pictures: {folder / 'report.html'}")
+        show(score_table(evaluation, f"{name} on {manifest.name}, {self.split} ({len(evaluation.ids)} cases)"))
+        show(f"Report with pictures: {folder / 'report.html'}")
 
 
 @dataclass(frozen=True)
@@ -188,6 +173,9 @@ class Predict:
             raise ConfigError("The sentence is blank", hint="write a sentence, or leave -p out to segment without one")
         images = find_images(self.input)
         jobs = read_jobs(self.prompts, images) if self.prompts is not None else make_jobs(images, self.prompt)
+        left_out = len(images) - len({job.image for job in jobs})
+        if left_out:
+            say(f"warning: {left_out} of {len(images)} images have no line in {self.prompts} and are not segmented")
         predictor = Predictor.from_pretrained(self.model, self.device)
         _warn_of_prompt(predictor, [job.text for job in jobs])
         report = predict_batch(
@@ -201,7 +189,7 @@ class Predict:
         )
         empty = sum(not case["region_found"] for case in report.cases)
         found = f"; no region found in {empty}" if empty else ""
-        _print(f"{len(report.cases)} masks in {self.output}{found}. Details: {self.output / 'run_report.json'}")
+        show(f"{len(report.cases)} masks in {self.output}{found}. Details: {self.output / 'run_report.json'}")
         for failure in report.failures:
             say(f"failed: {failure['message']} ({failure['hint']})")
         if report.failures and not report.cases:
@@ -212,209 +200,6 @@ class Predict:
             )
 
 
-@dataclass(frozen=True)
-class DataPhantom:
-    """Draw a phantom dataset: images whose target only the sentence tells."""
-
-    output: Output
-    """Folder for images, masks and manifest.csv."""
-    train: int = 800
-    """Training images."""
-    val: int = 100
-    """Validation images."""
-    test: int = 200
-    """Test images."""
-    size: int = 128
-    """Height and width in pixels."""
-    seed: int = 0
-    """Seed of the drawing."""
-    no_lesion_share: float = 0.05
-    """Share of images without lesions."""
-    absent_share: float = 0.08
-    """Share of images whose sentence names a lesion that is not there."""
-
-    def run(self) -> None:
-        """Draw and say where."""
-        from tmca.data.phantom import write_phantoms
-        from tmca.progress import make_progress
-
-        counts = {"train": self.train, "val": self.val, "test": self.test}
-        with make_progress() as progress:
-            task = progress.add_task("Drawing phantoms", total=sum(counts.values()))
-            write_phantoms(
-                self.output,
-                counts,
-                size=self.size,
-                seed=self.seed,
-                no_lesion_share=self.no_lesion_share,
-                absent_share=self.absent_share,
-                progress=lambda done: progress.update(task, completed=done),
-            )
-        _print(f"{sum(counts.values())} phantoms in {self.output}. Train on them: tmca train demo --data {self.output}")
-
-
-@dataclass(frozen=True)
-class PresetsList:
-    """List the named experiments."""
-
-    def run(self) -> None:
-        """Print a line each."""
-        for name in PRESETS:
-            _print(f"{name:28} {describe_preset(name)}")
-
-
-@dataclass(frozen=True)
-class PresetsShow:
-    """Print one experiment as JSON."""
-
-    name: tyro.conf.Positional[str]
-    """Name of the preset."""
-
-    def run(self) -> None:
-        """Print it."""
-        _print(json.dumps(to_dict(get_preset(self.name)), indent=2))
-
-
-@dataclass(frozen=True)
-class ModelsList:
-    """List the methods that can be trained."""
-
-    def run(self) -> None:
-        """Print a line each."""
-        from tmca.models import list_models
-
-        for name in list_models():
-            _print(name)
-
-
-VERBS: dict[str, Any] = {
-    "demo": Demo,
-    "train": Train,
-    "evaluate": Evaluate,
-    "predict": Predict,
-    "data phantom": DataPhantom,
-    "presets list": PresetsList,
-    "presets show": PresetsShow,
-    "models list": ModelsList,
-}
-
-GLOBAL_FLAGS = {"-q": "quiet", "--quiet": "quiet", "--debug": "debug", "--offline": "offline"}
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit with its code; see ``docs/reference/cli.md`` for the codes."""
-    sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
-
-
-def run(arguments: list[str]) -> int:
-    """Run one command and return its exit code; a user's mistake is one line on stderr, never a traceback."""
-    flags = {GLOBAL_FLAGS[argument] for argument in arguments if argument in GLOBAL_FLAGS}
-    arguments = [argument for argument in arguments if argument not in GLOBAL_FLAGS]
-    _prepare_environment(offline="offline" in flags)
-    set_quiet(quiet="quiet" in flags)
-    try:
-        return _execute(arguments)
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        return 0
-    except SystemExit as error:  # tyro prints its own help and usage errors
-        return error.code if isinstance(error.code, int) else ConfigError.exit_code
-    except Exception as error:
-        if "debug" in flags:
-            traceback.print_exc()
-        message, code = _explain(error)
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {message}", markup=False)
-        return code
-    finally:
-        set_quiet(quiet=False)
-
-
-def _execute(arguments: list[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        _print(usage())
-        return 0 if arguments else ConfigError.exit_code
-    if arguments[0] == "--version":
-        _print(_version())
-        return 0
-    verb, rest = _verb(arguments)
-    _parse(verb, rest).run()
-    return 0
-
-
-def _explain(error: Exception) -> tuple[str, int]:
-    """Return the line a user reads and the exit code."""
-    if isinstance(error, TMCAError):
-        return str(error), error.exit_code
-    if isinstance(error, ModuleNotFoundError):
-        return f"This verb needs the package {error.name!r} (pip install 'tmca[train]')", TMCAError.exit_code
-    if isinstance(error, OSError):
-        what = f"{error.strerror or error}: {error.filename or ''}"
-        return f"{what} (check the path, its permissions and the free space)", TMCAError.exit_code
-    message = (str(error).splitlines() or [""])[0]
-    return f"{type(error).__name__}: {message} (this is a fault of tmca; --debug shows where)", TMCAError.exit_code
-
-
-def usage() -> str:
-    """Return the list of verbs."""
-    lines = ["Language-guided medical image segmentation.", "", "usage: tmca VERB [flags]", ""]
-    for verb, command in VERBS.items():
-        lines.append(f"  {verb:14} {(command.__doc__ or '').splitlines()[0].partition(': `')[0].rstrip('.')}")
-    lines += [
-        "",
-        "`tmca VERB --help` lists the flags of a verb. Everywhere: -q/--quiet, --offline, --debug, --version.",
-    ]
-    lines += ["Research only; not a medical device."]
-    return "\n".join(lines)
-
-
-def _verb(arguments: list[str]) -> tuple[str, list[str]]:
-    for words in (2, 1):
-        verb = " ".join(arguments[:words])
-        if verb in VERBS:
-            return verb, arguments[words:]
-    groups = {verb.split()[0] for verb in VERBS if " " in verb}
-    if arguments[0] in groups:
-        chosen = [verb for verb in VERBS if verb.startswith(f"{arguments[0]} ")]
-        if len(arguments) < 2 or arguments[1].startswith("-"):
-            raise ConfigError(f"`tmca {arguments[0]}` needs one of: {', '.join(chosen)}", hint="see tmca --help")
-        raise unknown_name("verb", " ".join(arguments[:2]), chosen)
-    raise unknown_name("verb", arguments[0], VERBS)
-
-
-def _parse(verb: str, rest: list[str]) -> Any:  # noqa: ANN401
-    if verb != "train":
-        return tyro.cli(VERBS[verb], args=rest, prog=f"tmca {verb}")
-    preset, rest = _split_preset(rest)
-    return tyro.cli(Train, args=rest, prog=f"tmca train {preset}", default=Train(get_preset(preset)))
-
-
-def _split_preset(rest: list[str]) -> tuple[str, list[str]]:
-    if rest and not rest[0].startswith("-"):
-        return rest[0], rest[1:]
-    if any(argument in ("-h", "--help") for argument in rest):
-        return "tmca", rest
-    raise ConfigError(f"`tmca train` needs a preset: {', '.join(PRESETS)}", hint="see tmca presets list")
-
-
-def _prepare_environment(*, offline: bool) -> None:
-    """Switch telemetry off and honour offline mode before any library reads its environment."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if offline or os.environ.get("TMCA_OFFLINE", "").lower() in ("1", "true", "yes"):
-        os.environ["TMCA_OFFLINE"] = os.environ["HF_HUB_OFFLINE"] = "1"
-
-
-def _print(content: Any) -> None:  # noqa: ANN401
-    Console(highlight=False, soft_wrap=isinstance(content, str)).print(content, markup=False)
-
-
-def _version() -> str:
-    from importlib.metadata import version
-
-    return f"tmca {version('tmca')}"
-
-
 def _warn_of_prompt(predictor: Any, texts: Sequence[str | None]) -> None:  # noqa: ANN401
     if not predictor.model.reads_text and any(texts):
         say("warning: this model was trained without sentences and ignores the prompt")
@@ -423,7 +208,3 @@ def _warn_of_prompt(predictor: Any, texts: Sequence[str | None]) -> None:  # noq
         if is_cut:
             limit = predictor.experiment.model.text_encoder.max_tokens
             say(f"warning: this sentence has {count} tokens and is cut to the model's {limit}: {text!r}")
-
-
-if __name__ == "__main__":
-    main()

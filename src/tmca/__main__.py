@@ -1,0 +1,5 @@
+"""`python -m tmca` is `tmca`."""
+
+from tmca.cli import main
+
+main()
