@@ -200,6 +200,18 @@ def test_a_stem_that_several_images_share_is_refused(tmp_path: Path):
         read_jobs(tmp_path / "jobs.csv", images)
 
 
+def test_an_image_is_meant_by_how_its_path_ends(tmp_path: Path):
+    images = [_picture(tmp_path / folder / "x.png") for folder in ("first", "second")]
+    (tmp_path / "jobs.csv").write_text("image,text\nsecond/x.png,one\nfirst/x,two\n")
+    assert [job.image for job in read_jobs(tmp_path / "jobs.csv", images)] == images[::-1]
+
+
+def test_the_name_of_an_input_in_another_folder_does_not_mean_it(tmp_path: Path):
+    (tmp_path / "jobs.csv").write_text("image,text\nthird/x.png,one\n")
+    with pytest.raises(DataError, match=r"'third/x\.png' is not among the inputs"):
+        read_jobs(tmp_path / "jobs.csv", [_picture(tmp_path / "first" / "x.png")])
+
+
 def test_a_line_with_an_unknown_image_is_named(tmp_path: Path):
     (tmp_path / "jobs.csv").write_text("image,text\na.png,one\nz.png,two\n")
     with pytest.raises(DataError, match=r"line 3: image 'z\.png' is not among the inputs"):
@@ -240,7 +252,8 @@ def test_masks_overlays_and_a_report_are_written(
 
     report = json.loads((out / "run_report.json").read_text("utf-8"))
     assert report["intended_use"] == "research only; not a medical device"
-    assert report["model"]["sha256"] == sha256_of(model_folder / "model.safetensors")
+    files = ("model.safetensors", "tokenizer.json")
+    assert report["model"]["sha256"] == {name: sha256_of(model_folder / name) for name in files}
     assert (report["device"], report["precision"], report["failures"]) == ("cpu", "float32", [])
     assert report["environment"]["packages"]["tmca"]
     assert len(report["cases"]) == 3
@@ -253,6 +266,10 @@ def test_masks_overlays_and_a_report_are_written(
         assert case["shape"] == list(mask.shape)
         assert case["foreground_share"] == pytest.approx(mask.mean(), abs=1e-6)
         assert case["region_found"] == bool(mask.any())
+        predictor.set_image(job.image)
+        without = predictor.predict(None, threshold=0.4)
+        share = 2 * (mask & without).sum() / max(1, mask.sum() + without.sum())
+        assert case["prompt_effect"] == pytest.approx(1 - share if mask.any() or without.any() else 0, abs=1e-4)
         assert set(case["seconds"]) == {"read_and_encode", "segment", "write"}
 
 
@@ -272,6 +289,7 @@ def test_several_sentences_on_one_image_encode_it_once(
     report = predict_batch(predictor, [*jobs, Job(second, None, "b")], tmp_path / "out", model=str(model_folder))
     assert len(encoded) == 2
     assert [case["setting"] for case in report.cases] == ["guided", "guided", "no text", "no text"]
+    assert [case["prompt_effect"] is None for case in report.cases] == [False, False, True, True]
     assert report.cases[0]["foreground_share"] >= 0
 
 

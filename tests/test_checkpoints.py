@@ -19,10 +19,10 @@ from tmca.checkpoints import (
     FORMAT_VERSION,
     MODEL_FILE,
     TEXT_ENCODER_FILE,
+    file_hashes,
     load_checkpoint,
     resolve_checkpoint,
     save_checkpoint,
-    weights_hash,
 )
 from tmca.config import Experiment
 from tmca.errors import CheckpointError, ConfigError, StorageError, WeightsError
@@ -135,7 +135,7 @@ def test_a_model_folder_is_complete(saved: Path, tiny_experiment: Experiment):
     config = json.loads((saved / "config.json").read_text("utf-8"))
     assert (config["format"], config["format_version"]) == ("tmca", FORMAT_VERSION)
     assert config["sha256"] == {name: sha256_of(saved / name) for name in (MODEL_FILE, "tokenizer.json")}
-    assert weights_hash(saved) == sha256_of(saved / MODEL_FILE)
+    assert file_hashes(saved) == config["sha256"]
 
     preprocessing = json.loads((saved / "preprocessor_config.json").read_text("utf-8"))
     assert preprocessing["size"] == {"height": 64, "width": 64}

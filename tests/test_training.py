@@ -384,6 +384,7 @@ def test_a_finished_run_can_be_lengthened(copied: Path, phantoms: Manifest, tiny
     record = fit(_with_trainer(tiny_experiment, max_epochs=3), phantoms, copied, resume=True)
     assert record.epochs == 3
     assert _history(copied)[:2] == before
+    assert json.loads((copied / "experiment.json").read_text("utf-8"))["trainer"]["max_epochs"] == 3
 
 
 @pytest.mark.parametrize("max_epochs", [1, 2])
@@ -691,19 +692,21 @@ def test_the_average_follows_by_its_decay(tiny_model: Callable[..., TMCA]):
     assert not any(value.requires_grad for value in average.parameters())
 
 
+@pytest.mark.parametrize("accumulated", [1, 2])
 def test_the_average_of_a_run_is_what_is_validated_and_kept(
-    phantoms: Manifest, tiny_experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    phantoms: Manifest, tiny_experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulated: int
 ):
     steps: list[torch.Tensor] = []
-    batch_end = SegmentationTask.on_train_batch_end
+    optimiser_step = SegmentationTask.optimizer_step
 
-    def record(task: SegmentationTask, *arguments: object) -> None:
+    def record(task: SegmentationTask, *arguments: object, **options: object) -> None:
+        optimiser_step(task, *arguments, **options)
         steps.append(task.model.head.state_dict()[name].clone())
-        batch_end(task, *arguments)
 
     name = next(iter(build_model(tiny_experiment.model, phantoms.sentences).head.state_dict()))
-    monkeypatch.setattr(SegmentationTask, "on_train_batch_end", record)
-    experiment = change(tiny_experiment, "tiny", optimiser={"average_decay": 0.3}, trainer={"max_epochs": 1})
+    monkeypatch.setattr(SegmentationTask, "optimizer_step", record)
+    trainer = {"max_epochs": 1, "accumulate_batches": accumulated}
+    experiment = change(tiny_experiment, "tiny", optimiser={"average_decay": 0.3}, trainer=trainer)
     fit(experiment, phantoms, tmp_path / "run")
     stored = {
         kind: load_file(tmp_path / "run" / "checkpoints" / kind / "model.safetensors")[f"head.{name}"]

@@ -14,14 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tmca.checkpoints import resolve_checkpoint, weights_hash
+from tmca.checkpoints import file_hashes, resolve_checkpoint
 from tmca.data.manifest import read_rows
 from tmca.environment import describe_environment
 from tmca.errors import DataError, StorageError, TMCAError
 from tmca.files import sha256_of, write_json
 from tmca.imaging.overlay import draw_overlay
 from tmca.imaging.raster import IMAGE_SUFFIXES, read_image, write_image, write_mask, write_probability
-from tmca.inference import Predictor
+from tmca.inference import Mask, Predictor
 from tmca.metrics import check_threshold
 from tmca.progress import track
 
@@ -58,7 +58,7 @@ class BatchReport:
             "model": {
                 "id": model,
                 "preset": predictor.experiment.name,
-                "sha256": weights_hash(resolve_checkpoint(model)),
+                "sha256": file_hashes(resolve_checkpoint(model)),
                 "reads_text": predictor.model.reads_text,
             },
             "device": str(predictor.device),
@@ -105,8 +105,10 @@ def read_jobs(path: Path, images: Sequence[Path]) -> list[Job]:
     """Read sentences from a CSV or JSONL with the columns ``image`` and ``text`` (or ``prompt``).
 
     Args:
-        path: The file; ``image`` is a path (relative to the file), or the name or stem of one of ``images``.
-        images: What ``--input`` named. An image may stand on several lines; equal lines count once.
+        path: The file; ``image`` is a path, or how the path of one of ``images`` ends (``patient7/scan.png``), with
+            or without ``.png``.
+        images: What ``--input`` named. An image may stand on several lines; equal lines count once. Images without a
+            line get no job.
 
     Raises:
         DataError: A column is missing, or a line names an image that is not there, or not clearly.
@@ -124,12 +126,14 @@ def read_jobs(path: Path, images: Sequence[Path]) -> list[Job]:
 
 
 def _match(path: Path, line: int, name: str, images: Sequence[Path]) -> Path:
-    """Return the input a line of a prompts file means: by path, else by name, else by stem."""
+    """Return the input a line of a prompts file means: by its path, else by how its path ends."""
     meant = (path.parent / name).resolve()
+    wanted = Path(name).parts
+    length = len(wanted)
     by_path = [image for image in images if image.resolve() == meant or str(image) == name]
-    by_name = [image for image in images if image.name == Path(name).name]
-    by_stem = [image for image in images if image.stem == Path(name).stem]
-    for found in (by_path, by_name, by_stem):
+    by_end = [image for image in images if image.absolute().parts[-length:] == wanted]
+    by_stem = [image for image in images if image.absolute().with_suffix("").parts[-length:] == wanted]
+    for found in (by_path, by_end, by_stem):
         if len(found) > 1:
             raise DataError(
                 f"{path}, line {line}: image {name!r} could be {found[0]} or {found[1]}", hint="write its path"
@@ -185,18 +189,22 @@ def predict_batch(
     report = BatchReport()
     started = time.monotonic()
     encoded: Path | None = None
+    unguided: Mask | None = None
     for job in track(jobs, "Segmenting", len(jobs)):
         try:
             clock = time.monotonic()
             image = read_image(job.image)
             if encoded != job.image:
-                encoded = None
+                encoded = unguided = None
                 predictor.set_image(image)
                 encoded = job.image
             seconds = {"read_and_encode": time.monotonic() - clock}
             clock = time.monotonic()
+            guided = bool(job.text) and predictor.model.reads_text
             probability = predictor.probability(job.text)
             mask = probability > threshold
+            if guided and unguided is None:
+                unguided = predictor.predict(None, threshold=threshold)
             seconds["segment"] = time.monotonic() - clock
             clock = time.monotonic()
             outputs = {"mask": f"{job.name}.png", "overlay": f"overlays/{job.name}.png"}
@@ -220,7 +228,8 @@ def predict_batch(
                 "sha256": sha256_of(job.image),
                 "shape": [int(side) for side in mask.shape],
                 "prompt": job.text,
-                "setting": "guided" if job.text and predictor.model.reads_text else "no text",
+                "setting": "guided" if guided else "no text",
+                "prompt_effect": _difference(mask, unguided) if guided and unguided is not None else None,
                 "tokens": count,
                 "truncated": is_cut,
                 "foreground_share": round(float(mask.mean()), 6),
@@ -232,6 +241,12 @@ def predict_batch(
     report.seconds = time.monotonic() - started
     write_json(folder / "run_report.json", report.as_dict(predictor, model))
     return report
+
+
+def _difference(mask: Mask, other: Mask) -> float:
+    """Return 1 − Dice of two masks: 0 where they are equal (or both empty), 1 where they share nothing."""
+    total = int(mask.sum()) + int(other.sum())
+    return round(1 - 2 * int((mask & other).sum()) / total, 4) if total else 0.0
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

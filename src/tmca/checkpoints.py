@@ -165,9 +165,9 @@ def resolve_checkpoint(name: str | Path) -> Path:
     )
 
 
-def weights_hash(folder: Path) -> str:
-    """Return one hash for all weights of a checkpoint folder."""
-    return str(_read_config(folder)["sha256"][MODEL_FILE])
+def file_hashes(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each weight and tokenizer file of a checkpoint folder, by file name."""
+    return {name: str(digest) for name, digest in _read_config(folder)["sha256"].items()}
 
 
 def preprocessor_config(config: PreprocessingConfig) -> dict[str, Any]:

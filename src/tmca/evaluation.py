@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tmca.checkpoints import resolve_checkpoint, weights_hash
+from tmca.checkpoints import MODEL_FILE, file_hashes, resolve_checkpoint
 from tmca.data.describe import contradict
 from tmca.data.loading import SegmentationDataset, make_loader
 from tmca.data.manifest import Manifest
@@ -256,7 +256,7 @@ def write_evaluation(evaluation: Evaluation, model: str | Path, manifest: Manife
             "n": len(evaluation.ids),
             "data_hash": manifest.content_hash(),
             "model": str(model),
-            "model_sha256": weights_hash(resolve_checkpoint(model)),
+            "model_sha256": file_hashes(resolve_checkpoint(model))[MODEL_FILE],
             "sentences_over_token_limit": list(evaluation.over_limit),
             "seconds": round(evaluation.seconds, 1),
         },

@@ -124,11 +124,13 @@ class SegmentationTask(pl.LightningModule):
         self._log(losses, "train", batch.batch_size)
         return losses["loss"]
 
-    def on_train_batch_end(self, *_: Any) -> None:  # noqa: ANN401
-        """Let the averaged weights follow; early on faster, so that they forget the random start."""
+    def optimizer_step(self, *arguments: Any, **options: Any) -> None:  # noqa: ANN401
+        """Step, then let the averaged weights follow; early on faster, so that they forget the random start."""
+        super().optimizer_step(*arguments, **options)
         decay = self.experiment.optimiser.average_decay
         if self.average is not None and decay is not None:
-            follow(self.average, self.model, min(decay, (1 + self.global_step) / (10 + self.global_step)))
+            step = self.global_step + 1
+            follow(self.average, self.model, min(decay, (1 + step) / (10 + step)))
 
     def on_validation_epoch_start(self) -> None:
         """Forget the counts of the epoch before."""
@@ -396,9 +398,9 @@ def fit(
         # Only now, when nothing can be wrong with weights and data any more, may an older run be given up.
         with replace_folder(folder) as place:
             (place / "checkpoints").mkdir()
-        write_json(folder / "experiment.json", to_dict(experiment))
         write_json(folder / "splits.json", data)
         write_json(folder / "environment.json", describe_environment())
+    write_json(folder / "experiment.json", to_dict(experiment))  # a resumed run may have become longer
 
     task = SegmentationTask(channels_last(model), experiment)
     writer = RunWriter(task, folder)
