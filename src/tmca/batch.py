@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tmca.checkpoints import file_hashes, resolve_checkpoint
-from tmca.data.manifest import read_rows
+from tmca.data.tables import read_rows
 from tmca.environment import describe_environment
 from tmca.errors import DataError, StorageError, TMCAError
 from tmca.files import sha256_of, write_json

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
+import os
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -43,7 +45,7 @@ def write_bytes(path: Path | str, data: bytes) -> None:
                 temporary.unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise _storage_error(target, error) from error
+        raise storage_error(target, error) from error
 
 
 def write_text(path: Path | str, text: str) -> None:
@@ -79,13 +81,13 @@ def replace_folder(path: Path | str) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
     except OSError as error:
-        raise _storage_error(target, error) from error
+        raise storage_error(target, error) from error
     try:
         yield temporary
         _exchange(temporary, target)
     except OSError as error:
         if error.filename is None or str(error.filename).startswith((str(temporary), str(target))):
-            raise _storage_error(target, error) from error
+            raise storage_error(target, error) from error
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -102,6 +104,25 @@ def sha256_of(path: Path | str) -> str:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         raise DataError(f"Cannot read {path}: {error.strerror}", hint="check the path and its permissions") from error
+
+
+def recorded_sha256_of(path: Path | str) -> str:
+    """Return :func:`sha256_of`, computed once in a process as long as the file's size and time stay the same."""
+    try:
+        status = Path(path).stat()
+    except OSError:
+        return sha256_of(path)
+    return _recorded(str(path), status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1_000_000)
+def _recorded(path: str, size: int, changed: int) -> str:  # noqa: ARG001
+    return sha256_of(path)
+
+
+def home() -> Path:
+    """Return the folder of models and caches: ``$TMCA_HOME``, or ``~/.cache/tmca``."""
+    return Path(os.environ.get("TMCA_HOME", "") or Path.home() / ".cache" / "tmca")
 
 
 def _sibling(target: Path) -> Path:
@@ -122,7 +143,8 @@ def _exchange(new: Path, target: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _storage_error(path: Path, error: OSError) -> StorageError:
+def storage_error(path: Path, error: OSError) -> StorageError:
+    """Return what a failed write means to the user."""
     if error.errno in _DISK_FULL:
         hint = "the disk is full: free space or choose another folder"
     elif error.errno in _NO_PERMISSION:

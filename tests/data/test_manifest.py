@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from dataclasses import replace
@@ -59,12 +60,13 @@ def record_tuples(draw: st.DrawFn) -> tuple[Record, ...]:
             language=draw(st.sampled_from(["en", "de"])),
             text_provenance=draw(st.sampled_from(["human", "llm"])),
             spacing=draw(st.sampled_from(["", "0.5,0.5"])),
+            image_sha256=draw(st.sampled_from(["", "0f" * 32])),
         )
         for case in ids
     )
 
 
-@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
 @given(records=record_tuples())
 def test_reading_gives_back_what_was_written(
     tmp_path_factory: pytest.TempPathFactory, suffix: str, records: tuple[Record, ...]
@@ -75,7 +77,7 @@ def test_reading_gives_back_what_was_written(
     assert Manifest.read(root / f"toy.{suffix}") == manifest
 
 
-@pytest.mark.parametrize("place", ["moved.csv", "deeper/down/moved.jsonl", "../moved.csv"])
+@pytest.mark.parametrize("place", ["moved.csv", "deeper/down/moved.jsonl", "../moved.parquet"])
 def test_paths_are_rewritten_for_the_new_place(tmp_path: Path, place: str):
     manifest = _drawn(tmp_path / "data")
     path = tmp_path / "data" / place
@@ -132,8 +134,8 @@ def test_json_lines_accept_null_numbers_and_blank_lines(tmp_path: Path):
         ("a.jsonl", "[1]", "line 1: expected a JSON object"),
         ("a.jsonl", '{"img": "a.png"}', "line 1 has no column 'image'"),
         ("a.jsonl", '{"image": ["a.png"]}', "line 1: image holds several values"),
-        ("a.parquet", b"PAR1", "convert it: .*read_parquet"),
-        ("a.xlsx", b"PK", r"\.csv or \.jsonl"),
+        ("a.parquet", b"PAR1", "not a Parquet file"),
+        ("a.xls", b"PK", r"let it be a \.csv, \.jsonl, \.parquet or \.xlsx file"),
     ],
 )
 def test_malformed_files_are_explained(tmp_path: Path, file: str, content: str | bytes, message: str):
@@ -149,7 +151,7 @@ def test_a_missing_file_is_explained(tmp_path: Path):
 
 
 def test_unknown_ending_is_refused_for_writing(tmp_path: Path):
-    with pytest.raises(StorageError, match=r"\.csv or \.jsonl"):
+    with pytest.raises(StorageError, match=r"\.csv, \.jsonl or \.parquet"):
         _manifest(tmp_path).write(tmp_path / "a.xml")
 
 
@@ -230,6 +232,27 @@ def test_the_hash_sees_every_change_of_a_file(tmp_path: Path, file: str):
     (tmp_path / file).unlink()
     with pytest.raises(DataError, match=r"1\.png"):
         manifest.content_hash()
+
+
+def test_hashes_of_the_files_are_written_and_tell_changes(tmp_path: Path):
+    manifest = _drawn(tmp_path)
+    manifest = manifest.with_records([*manifest.records[:3], replace(manifest.records[3], mask=None)])
+    hashed = manifest.with_hashes()
+    first, last = hashed.records[0], hashed.records[3]
+    assert first.image_sha256 == hashlib.sha256((tmp_path / first.image).read_bytes()).hexdigest()
+    assert first.mask_sha256 == hashlib.sha256((tmp_path / "masks/0.png").read_bytes()).hexdigest()
+    assert len(last.image_sha256) == 64
+    assert last.mask_sha256 == ""
+    assert hashed.content_hash() == manifest.content_hash()
+    hashed.write(tmp_path / "manifest.csv")
+    read = Manifest.read(tmp_path / "manifest.csv")
+    assert read.records == hashed.records
+    assert read.with_hashes() == read
+    (tmp_path / "masks/1.png").write_bytes(b"other")
+    assert [a.id for a, b in zip(read.records, read.with_hashes().records, strict=True) if a != b] == ["1"]
+    (tmp_path / "masks/1.png").unlink()
+    with pytest.raises(DataError, match=r"1\.png"):
+        read.with_hashes()
 
 
 def test_check_accepts_what_is_complete(tmp_path: Path):

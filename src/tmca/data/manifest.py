@@ -1,26 +1,28 @@
 """The list of a dataset's cases: image, mask, sentence, split, patient; read, written, checked and hashed.
 
-A manifest is a CSV or JSON Lines file next to its images. Only the column ``image`` is required; paths are relative to
-the manifest's folder and use forward slashes.
+A manifest is a CSV, JSON Lines or Parquet file next to its images. Only the column ``image`` is required; paths are
+relative to the manifest's folder and use forward slashes.
 """
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import difflib
 import hashlib
-import io
 import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from tmca.errors import ConfigError, DataError, StorageError
-from tmca.files import sha256_of, write_text
+from tmca.data.tables import read_rows, write_rows
+from tmca.errors import ConfigError, DataError
+from tmca.files import recorded_sha256_of
 from tmca.imaging.raster import image_size
+from tmca.progress import track
+
+_HASHING_THREADS = 8
 
 _NAMED = 3
 """How many offending cases an error message names."""
@@ -41,6 +43,8 @@ class Record:
         language: Language of the sentence.
         text_provenance: ``human``, ``from_mask``, ``model`` or ``llm``.
         spacing: Size of a pixel in millimetres as ``row,column``; empty where unknown.
+        image_sha256: SHA-256 of the image file's bytes when it was imported; empty where not computed.
+        mask_sha256: The same of the mask file.
     """
 
     id: str
@@ -53,6 +57,8 @@ class Record:
     language: str = "en"
     text_provenance: str = "human"
     spacing: str = ""
+    image_sha256: str = ""
+    mask_sha256: str = ""
 
 
 COLUMNS = tuple(item.name for item in dataclasses.fields(Record))
@@ -89,7 +95,7 @@ class Manifest:
         """Read a manifest file.
 
         Args:
-            path: A ``.csv`` or ``.jsonl`` file in UTF-8.
+            path: A ``.csv`` or ``.jsonl`` file in UTF-8, a ``.parquet`` or an ``.xlsx`` file.
 
         Returns:
             The manifest, with the file's folder as its root.
@@ -98,7 +104,7 @@ class Manifest:
             DataError: The file is missing, empty or malformed, or a row has no image or repeats an id.
         """
         path = Path(path).absolute()
-        records = tuple(_record(path, line, row) for line, row in read_rows(path, required=("image",)))
+        records = tuple(_record(path, line, row) for line, row in read_rows(path, ("image",), COLUMNS))
         name = path.parent.name if path.stem == "manifest" else path.stem
         try:
             return cls(path.parent, records, name)
@@ -106,33 +112,16 @@ class Manifest:
             raise DataError(f"{path}: {error.message}", hint=error.hint) from error
 
     def write(self, path: Path | str) -> None:
-        """Write the manifest as CSV or JSON Lines in one step, its paths relative to the new place.
+        """Write the manifest in one step, its paths relative to the new place.
 
         Args:
-            path: File ending in ``.csv`` or ``.jsonl``.
+            path: File ending in ``.csv``, ``.jsonl`` or ``.parquet``.
 
         Raises:
             StorageError: The ending is unknown or the file could not be written.
         """
         path = Path(path).absolute()
-        rows = [self._row(record, path.parent) for record in self.records]
-        if path.suffix == ".csv":
-            # The csv module leaves a lone carriage return unquoted and would then read it as the end of the row.
-            fragile = any("\r" in value for row in rows for value in row.values())
-            stream = io.StringIO(newline="")
-            writer = csv.DictWriter(
-                stream, COLUMNS, lineterminator="\n", quoting=csv.QUOTE_ALL if fragile else csv.QUOTE_MINIMAL
-            )
-            writer.writeheader()
-            writer.writerows(rows)
-            write_text(path, stream.getvalue())
-        elif path.suffix == ".jsonl":
-            lines = (json.dumps({key: value for key, value in row.items() if value}) for row in rows)
-            write_text(path, "".join(line + "\n" for line in lines))
-        else:
-            raise StorageError(
-                f"Cannot write {path}: a manifest is CSV or JSON Lines", hint="let the name end in .csv or .jsonl"
-            )
+        write_rows(path, COLUMNS, [self._row(record, path.parent) for record in self.records])
 
     def image_path(self, record: Record) -> Path:
         """Return where a record's image lies."""
@@ -203,7 +192,8 @@ class Manifest:
     def content_hash(self) -> str:
         """Return a SHA-256 over ids, splits, sentences and the bytes of images and masks.
 
-        It does not depend on the order of the rows or on where the files lie.
+        It does not depend on the order of the rows or on where the files lie. The files are read: the hashes of the
+        columns may be old.
 
         Raises:
             DataError: A file cannot be read.
@@ -211,10 +201,31 @@ class Manifest:
         digest = hashlib.sha256()
         for record in sorted(self.records, key=lambda record: record.id):
             mask_path = self.mask_path(record)
-            mask_hash = None if mask_path is None else sha256_of(mask_path)
-            row = [record.id, record.split, record.text, sha256_of(self.image_path(record)), mask_hash]
+            mask_hash = None if mask_path is None else recorded_sha256_of(mask_path)
+            row = [record.id, record.split, record.text, recorded_sha256_of(self.image_path(record)), mask_hash]
             digest.update(json.dumps(row).encode())
         return digest.hexdigest()
+
+    def with_hashes(self) -> Manifest:
+        """Return the manifest with the hashes of its files as they are now.
+
+        A manifest whose hashes are filled equals this one as long as no file has changed.
+
+        Raises:
+            DataError: A file cannot be read.
+        """
+
+        def hashed(record: Record) -> Record:
+            mask_path = self.mask_path(record)
+            return replace(
+                record,
+                image_sha256=recorded_sha256_of(self.image_path(record)),
+                mask_sha256="" if mask_path is None else recorded_sha256_of(mask_path),
+            )
+
+        with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+            done = pool.map(hashed, self.records)
+            return self.with_records(track(done, f"Hashing {self.name}", len(self.records)))
 
     def check(self, require_text: bool, require_mask: bool) -> None:
         """Refuse a manifest that cannot be used, before any work starts on it; reads the files' headers only.
@@ -260,99 +271,9 @@ class Manifest:
         return row
 
 
-def read_rows(path: Path, required: Iterable[str]) -> list[tuple[int, dict[str, str]]]:
-    """Read a CSV or JSON Lines file as rows of strings.
-
-    Args:
-        path: A ``.csv`` or ``.jsonl`` file in UTF-8, with or without byte order mark.
-        required: Columns that must be there.
-
-    Returns:
-        Line number and cells of each row; a missing or null cell is an empty string.
-
-    Raises:
-        DataError: Names the file and the line.
-    """
-    readers = {".csv": _csv_rows, ".jsonl": _jsonl_rows}
-    if path.suffix not in readers:
-        hint = "let it be a .csv or .jsonl file"
-        if path.suffix == ".parquet":
-            hint = f"convert it: pandas.read_parquet({path.name!r}).to_csv('manifest.csv', index=False)"
-        raise DataError(f"{path} is not a manifest that can be read", hint=hint)
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8 (byte {error.start} is 0x{error.object[error.start]:02x})",
-            hint="save it as UTF-8, in Excel: 'CSV UTF-8'",
-        ) from error
-    except OSError as error:
-        raise DataError(f"Cannot read {path}: {error.strerror}", hint="check the path and its permissions") from error
-    if not text.strip():
-        raise DataError(f"{path} is empty", hint="expected a header line and one row an image")
-    rows = readers[path.suffix](path, text, tuple(required))
-    if not rows:
-        raise DataError(f"{path} has no rows", hint="expected one row an image")
-    return rows
-
-
 def seeded_number(seed: int, name: str) -> int:
     """Return a number that looks random but depends on seed and name only, not on the other names or their order."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest())
-
-
-def _csv_rows(path: Path, text: str, required: tuple[str, ...]) -> list[tuple[int, dict[str, str]]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    rows: list[tuple[int, dict[str, str]]] = []
-    try:
-        header = [name.strip() for name in reader.fieldnames or ()]
-        reader.fieldnames = header
-        for name in required:
-            if name not in header:
-                raise _missing_column(path, name, header)
-        for row in reader:
-            if None in row:
-                raise DataError(
-                    f"{path}, line {reader.line_num}: {len(header)} cells expected, more were found",
-                    hint='put a sentence that holds commas in double quotes: "one polyp, located in top"',
-                )
-            rows.append((reader.line_num, {name: value or "" for name, value in row.items()}))
-    except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: {error}", hint="check the quotes around the cells") from error
-    return rows
-
-
-def _jsonl_rows(path: Path, text: str, required: tuple[str, ...]) -> list[tuple[int, dict[str, str]]]:
-    rows: list[tuple[int, dict[str, str]]] = []
-    # Not splitlines(): JSON strings may hold the other line ends of Unicode.
-    for line, content in enumerate(text.split("\n"), start=1):
-        if not content.strip():
-            continue
-        try:
-            values = json.loads(content)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {line}: not JSON: {error}", hint="one JSON object a line") from error
-        if not isinstance(values, dict):
-            raise DataError(f"{path}, line {line}: expected a JSON object", hint='e.g. {"image": "images/1.png"}')
-        for name in required:
-            if name not in values:
-                raise _missing_column(f"{path}, line {line}", name, list(values))
-        nested = [key for key in COLUMNS if isinstance(values.get(key), dict | list)]
-        if nested:
-            raise DataError(f"{path}, line {line}: {nested[0]} holds several values", hint="expected one string")
-        rows.append((line, {key: "" if value is None else str(value) for key, value in values.items()}))
-    return rows
-
-
-def _missing_column(where: Path | str, name: str, columns: list[str]) -> DataError:
-    if len(columns) == 1 and any(mark in columns[0] for mark in ";\t"):
-        return DataError(f"{where} has one column {columns[0]!r}", hint="separate the cells by commas")
-    nearest = difflib.get_close_matches(name.lower(), [column.lower() for column in columns], n=1, cutoff=0.5)
-    hint = "add it to the first line"
-    if nearest:
-        original = next(column for column in columns if column.lower() == nearest[0])
-        hint = f"rename {original!r} to {name!r}"
-    return DataError(f"{where} has no column {name!r}; it has {', '.join(map(repr, columns))}", hint=hint)
 
 
 def _record(path: Path, line: int, row: dict[str, str]) -> Record:

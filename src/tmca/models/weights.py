@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tmca.errors import WeightsError
+from tmca.files import home
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 FILE_PATTERNS = ["*.json", "*.txt", "model.safetensors", "pytorch_model.bin"]
@@ -36,7 +37,7 @@ def locate(name: str) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
-    own = tmca_home() / "models" / name
+    own = home() / "models" / name
     if own.is_dir():
         return own
     advice = f"download the files of {name!r} on a connected machine and put them into {own}, or give a local folder"
@@ -56,11 +57,6 @@ def locate(name: str) -> Path:
         why = "offline mode is on" if offline else "the hub cannot be reached"
         raise WeightsError(f"Weights {name!r} are not on this machine and {why}", hint=advice) from error
     return Path(path)
-
-
-def tmca_home() -> Path:
-    """Return the folder of models and caches: ``$TMCA_HOME``, or ``~/.cache/tmca``."""
-    return Path(os.environ.get("TMCA_HOME", "") or Path.home() / ".cache" / "tmca")
 
 
 def is_offline() -> bool:

@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tmca.data.manifest import Manifest, Record
+from tmca.data.splits import SHARES, nested_fractions, split_manifest
+from tmca.errors import ConfigError, DataError
+
+
+def _manifest(sizes: list[int], singles: int = 0, split: str = "") -> Manifest:
+    """Patients with so many cases each, and cases whose patient is not known."""
+    records = [
+        Record(f"p{patient}-{number}", "x", split=split, patient_id=f"p{patient}")
+        for patient, size in enumerate(sizes)
+        for number in range(size)
+    ]
+    return Manifest(Path(), (*records, *(Record(f"s{n}", "x", split=split) for n in range(singles))), "toy")
+
+
+def _splits_of_patients(manifest: Manifest) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = defaultdict(set)
+    for record in manifest.records:
+        found[record.patient_id or record.id].add(record.split)
+    return found
+
+
+# Splits -----------------------------------------------------------------------------------------------------------
+
+
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=3, max_size=12),
+    singles=st.integers(0, 20),
+    seed=st.integers(0, 99),
+    shift=st.integers(0, 50),
+)
+def test_patients_stay_together_whatever_the_order_of_the_rows(sizes: list[int], singles: int, seed: int, shift: int):
+    manifest = _manifest(sizes, singles)
+    split = split_manifest(manifest, seed=seed)
+    assert [record.id for record in split.records] == [record.id for record in manifest.records]
+    assert all(len(splits) == 1 for splits in _splits_of_patients(split).values())
+    assert set(split.splits) == set(SHARES)
+    shift %= len(manifest.records)
+    rotated = manifest.with_records(manifest.records[shift:] + manifest.records[:shift])
+    again = {record.id: record.split for record in split_manifest(rotated, seed=seed).records}
+    assert again == {record.id: record.split for record in split.records}
+
+
+@given(sizes=st.lists(st.integers(1, 6), min_size=3, max_size=7), seed=st.integers(0, 9))
+def test_no_single_move_or_exchange_comes_nearer_to_the_shares(sizes: list[int], seed: int):
+    split = split_manifest(_manifest(sizes), seed=seed)
+    names, total = list(SHARES), sum(sizes)
+    of_patient = {patient: next(iter(splits)) for patient, splits in _splits_of_patients(split).items()}
+    dealt = [of_patient[f"p{number}"] for number in range(len(sizes))]
+
+    def distance(dealt: list[str]) -> float:
+        counts = {name: sum(s for s, d in zip(sizes, dealt, strict=True) if d == name) for name in names}
+        return sum((counts[name] - SHARES[name] * total) ** 2 for name in names)
+
+    changed = [[*dealt[:i], name, *dealt[i + 1 :]] for i in range(len(sizes)) for name in names]
+    for i, j in itertools.combinations(range(len(sizes)), 2):
+        swapped = list(dealt)
+        swapped[i], swapped[j] = dealt[j], dealt[i]
+        changed.append(swapped)
+    assert all(distance(other) >= distance(dealt) - 1e-6 for other in changed if set(other) == set(names))
+
+
+def test_single_cases_meet_the_shares_exactly():
+    split = split_manifest(_manifest([], 200), {"train": 0.7, "val": 0.1, "test": 0.2})
+    assert split.splits == {"train": 140, "val": 20, "test": 40}
+
+
+def test_volumes_of_uneven_size_come_near_the_shares():
+    sizes = [161, 191, 143, 137, 113, 116, 70, 93, 216, 111, 162, 103, 44, 11, 34, 72, 26, 41, *[16] * 50]
+    for seed in range(5):
+        split = split_manifest(_manifest(sizes), seed=seed)
+        total = sum(sizes)
+        assert all(abs(split.splits[name] - share * total) <= 8 for name, share in SHARES.items())
+
+
+def test_large_and_small_patients_reach_every_split():
+    sizes = [30] * 10 + [1] * 100
+    in_test = [
+        record.patient_id
+        for seed in range(20)
+        for record in split_manifest(_manifest(sizes), seed=seed).split("test").records
+    ]
+    large = sum(int(patient[1:]) < 10 for patient in in_test) / len(in_test)
+    assert 0.5 < large < 0.95  # 0.75 of all cases are of large patients
+
+
+def test_the_seed_decides():
+    manifest = _manifest([], 60)
+    assert split_manifest(manifest, seed=1) == split_manifest(manifest, seed=1) != split_manifest(manifest, seed=2)
+
+
+def test_other_names_and_numbers_of_splits():
+    manifest = _manifest([], 10)
+    folds = split_manifest(manifest, {f"fold{n}": 0.2 for n in range(5)})
+    assert set(folds.splits.values()) == {2}
+    assert split_manifest(manifest, {"all": 1.0}).splits == {"all": 10}
+    assert set(split_manifest(manifest, {"train": 0.8, "val": 0.0, "test": 0.2}).splits) == {"train", "test"}
+
+
+def test_one_split_can_be_divided_further():
+    manifest = _manifest([2] * 20, split="train")
+    manifest = manifest.with_records([*manifest.records, Record("t", "x", split="test", patient_id="t")])
+    divided = split_manifest(manifest, {"train": 0.9, "val": 0.1}, within="train")
+    assert divided.splits == {"train": 36, "val": 4, "test": 1}
+    with pytest.raises(ConfigError, match="split 'test' of toy is there already"):
+        split_manifest(manifest, {"train": 0.9, "test": 0.1}, within="train")
+    with pytest.raises(DataError, match="has no split 'val'"):
+        split_manifest(manifest, {"val": 1.0}, within="val")
+
+
+def test_existing_splits_are_not_lost_by_accident():
+    manifest = split_manifest(_manifest([], 10))
+    with pytest.raises(DataError, match=r"toy is split already: .*train \(7\)") as caught:
+        split_manifest(manifest, seed=5)
+    assert "--resplit" in caught.value.hint
+    assert split_manifest(manifest, seed=5, overwrite=True) == split_manifest(_manifest([], 10), seed=5)
+
+
+@pytest.mark.parametrize(
+    ("shares", "message"),
+    [
+        ({"train": 0.7, "val": 0.2}, r"0\.7 \+ 0\.2, expected a sum of 1"),
+        ({}, "are nothing, expected"),
+        ({"train": 1.5, "val": -0.5}, "split 'train' is 1.5"),
+        ({"train": float("nan")}, "expected 0 to 1"),
+        ({" ": 1.0}, "split ' '"),
+    ],
+)
+def test_nonsense_shares_are_refused(shares: dict[str, float], message: str):
+    with pytest.raises(ConfigError, match=message):
+        split_manifest(_manifest([], 10), shares)
+
+
+def test_fewer_patients_than_splits_are_refused():
+    with pytest.raises(DataError, match="2 patients for 3 splits") as caught:
+        split_manifest(_manifest([50, 50]))
+    assert "patient_id" in caught.value.hint
+    assert set(split_manifest(_manifest([98, 1, 1])).splits) == set(SHARES)
+
+
+# Fractions --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def split_cases() -> Manifest:
+    return split_manifest(_manifest([3] * 20, 40), seed=1)
+
+
+def test_fractions_thin_out_one_split_and_are_nested(split_cases: Manifest):
+    parts = nested_fractions(split_cases, (0.75, 0.25, 0.5), seed=4)
+    assert list(parts) == [0.25, 0.5, 0.75]
+    ids = [{record.id for record in part.split("train").records} for part in parts.values()]
+    assert ids[0] < ids[1] < ids[2]
+    for fraction, part in parts.items():
+        assert part.splits["train"] == round(fraction * split_cases.splits["train"])
+        assert part.split("test") == split_cases.split("test")
+        assert part.split("train") == split_cases.split("train").fraction(fraction, 4)  # as training takes it
+    assert nested_fractions(split_cases, [1.0])[1.0] == split_cases
+
+
+def test_nonsense_fractions_are_refused(split_cases: Manifest):
+    with pytest.raises(ConfigError, match="No fraction"):
+        nested_fractions(split_cases, ())
+    with pytest.raises(ConfigError, match="share in"):
+        nested_fractions(split_cases, (25.0,))
+    with pytest.raises(DataError, match="no split 'training'"):
+        nested_fractions(split_cases, split="training")
