@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from tmca.config import Experiment
-from tmca.data.describe import contradict
+from tmca.data.grammar import contradict
 from tmca.data.manifest import Manifest, Record
 from tmca.errors import CheckpointError, ConfigError, DataError
 from tmca.evaluation import (

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tmca.checkpoints import MODEL_FILE, file_hashes, resolve_checkpoint
-from tmca.data.describe import contradict
+from tmca.data.grammar import contradict
 from tmca.data.loading import SegmentationDataset, make_loader
 from tmca.data.manifest import Manifest
 from tmca.data.preprocessing import restore
@@ -169,7 +169,7 @@ def evaluate(
     model = model.to(place).eval()
     own = [record.text for record in chosen.records]
     texts = sentence_variants(own, seed) if model.reads_text else {RIGHT: tuple(own)}
-    dataset = SegmentationDataset(chosen, experiment.preprocessing, cache_bytes=0)
+    dataset = SegmentationDataset(chosen, experiment.preprocessing)
     loader = make_loader(dataset, batch_size, training=False)
     parts: dict[str, list[Counts]] = {variant: [] for variant in texts}
     first = 0

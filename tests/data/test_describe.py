@@ -1,172 +1,270 @@
 from __future__ import annotations
 
-import re
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
 
-from tmca.data.describe import PLACES, contradict, mirror
+from tmca.data.describe import (
+    Contradiction,
+    contradictions,
+    describe,
+    describe_manifest,
+    measure,
+    provenance_notice,
+)
+from tmca.data.grammar import GRAMMARS, LEVELS, PARAPHRASES, parse, stated
 from tmca.data.layouts import open_dataset
+from tmca.data.manifest import Manifest, Record
+from tmca.data.phantom import draw_phantom
+from tmca.errors import ConfigError, DataError
+from tmca.imaging.raster import read_mask, write_image, write_mask
 
-DATASETS = Path(__file__).resolve().parents[3] / "shared" / "data"
+SIZE = 90
+masks = npst.arrays(bool, st.tuples(st.integers(1, 40), st.integers(1, 40)))
+blocks = st.tuples(st.integers(0, 80), st.integers(0, 80), st.integers(1, 60), st.integers(1, 60))
 
-polyps = st.builds(
-    lambda count, size, colour, shape, places: (
-        f"{count} {size} {colour} {shape} polyp, located in {', '.join(places)} of the image"
-    ),
-    st.sampled_from(["one", "two", "three", "four"]),
-    st.sampled_from(["small", "medium", "large"]),
-    st.sampled_from(["white", "bright", "dark"]),
-    st.sampled_from(["round", "oval"]),
-    st.lists(st.sampled_from(PLACES), min_size=1, max_size=4),
+
+def _mask(*boxes: tuple[int, int, int, int], size: int = SIZE) -> np.ndarray:
+    """Rectangles given by top, left, height and width."""
+    mask = np.zeros((size, size), dtype=bool)
+    for top, left, height, width in boxes:
+        mask[top : top + height, left : left + width] = True
+    return mask
+
+
+def _disc(row: float, column: float, down: float, across: float, size: int = 120) -> np.ndarray:
+    rows, columns = np.mgrid[:size, :size]
+    return ((rows - row) / down) ** 2 + ((columns - column) / across) ** 2 <= 1
+
+
+@given(
+    mask=masks | st.lists(blocks, max_size=5).map(lambda boxes: _mask(*boxes)),
+    grammar=st.sampled_from(GRAMMARS),
+    level=st.sampled_from(LEVELS),
+    paraphrase=st.integers(0, PARAPHRASES - 1),
 )
-regions = st.builds(
-    lambda heights, side: f"{heights} {side} lung",
-    st.sampled_from(["all", "upper", "middle", "lower", "upper lower", "middle lower", "upper middle lower"]),
-    st.sampled_from(["left", "right"]),
-)
-lungs = st.builds(
-    lambda side, count, areas: f"{side} pulmonary infection, {count}, {' and '.join(areas)}.",
-    st.sampled_from(["Bilateral", "Unilateral"]),
-    st.sampled_from(["one infected area", "two infected areas", "five infected areas"]),
-    st.lists(regions, min_size=1, max_size=2),
-)
-sentences = polyps | lungs
+def test_parsing_a_described_mask_returns_its_facts(mask: np.ndarray, grammar: str, level: str, paraphrase: int):
+    image = np.full((*mask.shape, 3), 90, dtype=np.uint8)
+    image[mask] = (200, 120, 80)
+    facts = measure(mask, image, grammar)  # type: ignore[arg-type]
+    text = describe(mask, image, grammar, level, paraphrase)  # type: ignore[arg-type]
+    assert (parse(text) if text else stated(facts, "p0")) == stated(facts, level)
+    assert contradictions(text, mask) == []
 
 
-def _places(text: str) -> frozenset[str]:
-    """Return the places a sentence of either grammar names."""
-    if "located in" in text:
-        return frozenset(re.findall(r"located in (.*) of the image", text)[0].split(", "))
-    return frozenset(
-        f"{height} {side}"
-        for heights, side in re.findall(r"((?:(?:all|upper|middle|lower)\s+)*)(left|right)", text)
-        for height in (heights.split() if heights and "all" not in heights else ["upper", "middle", "lower"])
+@given(mask=masks, grammar=st.sampled_from(["polyp", "phantom"]))
+def test_mirroring_a_mask_changes_neither_count_nor_sizes(mask: np.ndarray, grammar: str):
+    facts, mirrored = (measure(one, None, grammar) for one in (mask, mask[:, ::-1]))  # type: ignore[arg-type]
+    assert (facts.count, facts.sizes) == (mirrored.count, mirrored.sizes)
+
+
+def test_polyps():
+    mask = _mask((10, 10, 9, 9), (40, 40, 31, 45))
+    facts = measure(mask)
+    assert facts.count == 2
+    assert facts.sizes == ("small", "medium")
+    assert facts.places == ("top left", "right")
+    assert facts.colour is None
+    image = np.full((SIZE, SIZE, 3), 60, dtype=np.uint8)
+    image[mask] = (235, 205, 200)
+    assert describe(mask, image) == "two small, medium white oval polyp, located in top left, right of the image"
+
+
+@pytest.mark.parametrize(
+    ("mask", "shape"),
+    [
+        (_disc(60, 60, 30, 30), "round"),
+        (_disc(60, 60, 15, 40), "oval"),
+        (_disc(60, 60, 40, 40) & ~_disc(60, 75, 34, 34), "irregular"),
+        (_mask((10, 10, 1, 1)), "round"),
+        (_mask((10, 10, 1, 30)), "oval"),
+    ],
+)
+def test_shapes(mask: np.ndarray, shape: str):
+    assert measure(mask).shape == shape
+
+
+@pytest.mark.parametrize(
+    ("rgb", "word"),
+    [
+        ((250, 245, 235), "white"),
+        ((20, 20, 25), "black"),
+        ((130, 132, 131), "gray"),
+        ((200, 40, 40), "red"),
+        ((225, 205, 80), "yellow"),
+        ((120, 80, 45), "brown"),
+        ((230, 125, 60), "orange"),
+        ((235, 140, 130), "pink"),
+    ],
+)
+def test_colours(rgb: tuple[int, int, int], word: str):
+    mask = _mask((30, 30, 20, 20))
+    image = np.zeros((SIZE, SIZE, 3), dtype=np.uint8)
+    image[mask] = rgb
+    assert measure(mask, image).colour == word
+
+
+def test_a_speck_is_no_target_unless_it_is_all_there_is():
+    assert measure(_mask((0, 0, 1, 1), (40, 40, 20, 20))).count == 1
+    assert measure(_mask((0, 0, 1, 1))).places == ("top left",)
+
+
+def test_diagonal_neighbours_are_one_part():
+    assert measure(_mask((10, 10, 20, 20), (30, 30, 20, 20))).count == 1
+
+
+@pytest.mark.parametrize(
+    ("boxes", "text"),
+    [
+        ([(5, 5, 20, 30)], "Unilateral pulmonary infection, one infected area, upper left lung."),
+        (
+            [(5, 5, 75, 30), (60, 55, 20, 30)],
+            "Bilateral pulmonary infection, two infected areas, all left lung and lower right lung.",
+        ),
+        ([], "No pulmonary infection, zero infected areas."),
+    ],
+)
+def test_lungs(boxes: list[tuple[int, int, int, int]], text: str):
+    assert describe(_mask(*boxes), None, "lung") == text
+
+
+@given(seed=st.integers(0, 10_000))
+def test_phantoms_are_described_as_drawn(seed: int):
+    phantom = draw_phantom(np.random.default_rng(seed), 128, without_place=0.0)
+    assert contradictions(phantom.text, phantom.mask) == []
+    drawn, seen = parse(phantom.text), measure(phantom.mask, phantom.image, "phantom")
+    assert (seen.count, seen.sizes, seen.colour) == (drawn.count, drawn.sizes, drawn.colour)
+
+
+def test_absent_lesions_contradict_their_mask():
+    phantom = draw_phantom(np.random.default_rng(0), 64, absent=True)
+    assert [found.kind for found in contradictions(phantom.text, phantom.mask)] == ["presence"]
+
+
+@pytest.mark.parametrize(
+    ("text", "boxes", "kinds"),
+    [
+        ("no polyp in the image", [(10, 10, 9, 9)], ["presence"]),
+        ("one small polyp", [], ["presence"]),
+        ("No pulmonary infection, zero infected areas.", [], []),
+        ("three small polyp", [(10, 10, 9, 9)], ["count"]),
+        ("one small polyp", [(10, 10, 9, 9), (11, 20, 9, 9)], []),  # a gap of one pixel
+        ("two small polyp", [(10, 10, 9, 9), (80, 80, 1, 1)], []),  # a speck, or not
+        ("one large polyp", [(10, 10, 9, 9)], ["size"]),
+        ("one medium polyp", [(10, 10, 24, 25)], []),  # 7.4 %, near 8 %
+        ("one small, large polyp", [(10, 10, 9, 9)], ["size"]),
+        ("one polyp, located in right of the image", [(40, 3, 9, 9)], ["side"]),
+        ("one polyp, located in bottom left of the image", [(3, 3, 9, 9)], ["height"]),
+        ("one polyp, located in bottom right of the image", [(3, 3, 9, 9)], ["side", "height"]),
+        ("one polyp, located in left of the image", [(40, 26, 14, 11)], []),  # near the border
+        ("two polyp, located in top left, right of the image", [(10, 10, 9, 9), (40, 70, 9, 9)], []),
+        ("one polyp, located in top left of the image", [(3, 80, 9, 9), (80, 3, 9, 9)], ["count", "side"]),
+        ("Unilateral pulmonary infection, one infected area, lower right lung.", [(60, 5, 20, 30)], ["side"]),
+        ("Unilateral pulmonary infection.", [(60, 5, 20, 30), (60, 55, 20, 30)], ["side"]),
+        ("Bilateral pulmonary infection.", [(60, 5, 20, 30)], ["side"]),
+        ("Bilateral pulmonary infection.", [(60, 30, 20, 30)], []),  # across the midline
+        ("Bilateral pulmonary infection.", [(0, 13, 1, 33)], []),  # by as little as the measurement counts
+        ("Unilateral pulmonary infection, one infected area, upper left lung.", [(60, 5, 20, 30)], ["height"]),
+        ("Unilateral pulmonary infection, one infected area, middle left lung.", [(40, 5, 20, 30)], []),
+        ("Unilateral pulmonary infection, one infected area, uper right lung.", [(60, 5, 20, 30)], []),
+        ("Bilateral pulmonary infection, four infected areas.", [(60, 5, 20, 30), (60, 55, 20, 30)], ["count"]),
+        ("a patient with a cough", [(10, 10, 9, 9)], []),
+        ("", [(10, 10, 9, 9)], []),
+    ],
+)
+def test_contradictions(text: str, boxes: list[tuple[int, int, int, int]], kinds: list[str]):
+    assert [found.kind for found in contradictions(text, _mask(*boxes))] == kinds
+
+
+def test_contradictions_tell_what_was_said_and_seen():
+    lung = "Unilateral pulmonary infection, one infected area, lower right lung."
+    assert contradictions(lung, _mask((60, 5, 20, 30))) == [
+        Contradiction("side", "unilateral, right", "left (left 100 %, right 0 %)")
+    ]
+    assert contradictions("two large polyp", _mask((3, 3, 9, 9))) == [
+        Contradiction("count", "2", "1"),
+        Contradiction("size", "large", "small (1.0 % of the image)"),
+    ]
+
+
+def test_wrong_arguments():
+    with pytest.raises(DataError, match="90×90, its image 10×20"):
+        measure(_mask(), np.zeros((20, 10, 3), dtype=np.uint8))
+    with pytest.raises(ConfigError, match="Unknown level"):
+        describe(_mask((1, 1, 9, 9)), level="p9")
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Manifest:
+    records = []
+    for number in range(8):
+        write_image(tmp_path / f"{number}.png", np.zeros((SIZE, SIZE, 3), dtype=np.uint8))
+        write_mask(tmp_path / f"{number}_mask.png", _mask((10 * number, 10, 9, 9)))
+        records.append(Record(f"{number}", f"{number}.png", mask=f"{number}_mask.png"))
+    records[1] = replace(records[1], text="a person's sentence")
+    records[2] = replace(records[2], text="an older description", text_provenance="from_mask")
+    records[3] = replace(records[3], mask=None)
+    return Manifest(tmp_path, tuple(records), "drawn")
+
+
+def test_describing_a_manifest(manifest: Manifest, capsys: pytest.CaptureFixture[str]):
+    described = describe_manifest(manifest, "polyp", "p6")
+    texts = [record.text for record in described.records]
+    assert texts[0] == "one small black round polyp, located in top left of the image"
+    assert texts[2] == texts[0]  # an older description is renewed
+    assert texts[1] == "a person's sentence"
+    assert texts[3] is None
+    assert [record.text_provenance == "from_mask" for record in described.records] == [True, False, True, False] + 4 * [
+        True
+    ]
+    assert capsys.readouterr().err == (
+        "6 of 8 cases described; 1 have no mask; 1 keep the sentence they had (--replace-sentences replaces it)\n"
     )
+    again = describe_manifest(described, "polyp", "p1", overwrite=True)
+    assert [record.text for record in again.records] == ["polyp"] * 3 + [None] + ["polyp"] * 4
+    assert [record.text for record in describe_manifest(described, "polyp", "p0", overwrite=True).records] == [None] * 8
 
 
-@pytest.mark.parametrize(
-    ("text", "horizontal", "vertical"),
-    [
-        (
-            "two small white round polyp, located in top left, bottom of the image",
-            "two small white round polyp, located in top right, bottom of the image",
-            "two small white round polyp, located in bottom left, top of the image",
-        ),
-        (
-            "Bilateral pulmonary infection, two infected areas, upper left lung and middle right lung.",
-            "Bilateral pulmonary infection, two infected areas, upper right lung and middle left lung.",
-            None,
-        ),
-        ("one small pink polyp", "one small pink polyp", "one small pink polyp"),
-        ("LEFT-most, Upper (right)!", "RIGHT-most, Upper (left)!", "LEFT-most, Lower (right)!"),
-        ("upright leftover stop", "upright leftover stop", "upright leftover stop"),
-        ("Unilateral pulmonary infection, one infected area, lower leff lung.", None, None),
-        ("on the lEFT", None, "on the lEFT"),
-        ("", "", ""),
-    ],
-)
-def test_mirror(text: str, horizontal: str | None, vertical: str | None):
-    assert mirror(text, "horizontal") == horizontal
-    assert mirror(text, "vertical") == vertical
+def test_wordings_depend_on_seed_and_case_only(manifest: Manifest):
+    texts = {
+        record.id: record.text for record in describe_manifest(manifest, "lung", paraphrases=3, overwrite=True).records
+    }
+    assert len({text.split()[0] for text in texts.values() if text}) > 1
+    some = manifest.select(["5", "6", "7"])
+    part = describe_manifest(some, "lung", paraphrases=3, overwrite=True)
+    assert [record.text for record in part.records] == [texts[name] for name in ("5", "6", "7")]
+    other = describe_manifest(manifest, "lung", paraphrases=3, seed=1, overwrite=True)
+    assert [record.text for record in other.records] != list(texts.values())
 
 
-@given(text=sentences | st.text(max_size=20), axis=st.sampled_from(["horizontal", "vertical"]))
-def test_mirroring_twice_gives_the_sentence_back(text: str, axis: str):
-    mirrored = mirror(text, axis)  # type: ignore[arg-type]
-    assert mirrored is None or mirror(mirrored, axis) == text  # type: ignore[arg-type]
+def test_describing_a_manifest_refuses(manifest: Manifest, tmp_path: Path):
+    with pytest.raises(ConfigError, match="4 paraphrases"):
+        describe_manifest(manifest, "polyp", paraphrases=4)
+    with pytest.raises(ConfigError, match="Unknown level"):
+        describe_manifest(manifest, "polyp", "p9")
+    write_mask(tmp_path / "5_mask.png", _mask(size=60))
+    with pytest.raises(DataError, match="Case '5': The mask is 60×60"):
+        describe_manifest(manifest, "polyp")
 
 
-@given(text=sentences)
-def test_every_sentence_of_the_grammars_has_a_horizontal_mirror_image(text: str):
-    mirrored = mirror(text, "horizontal")
-    assert mirrored is not None
-    exchange = {"left": "right", "right": "left"}
-    expected = {re.sub("left|right", lambda match: exchange[match[0]], place) for place in _places(text)}
-    assert _places(mirrored) == expected
+def test_provenance_notice(manifest: Manifest):
+    notice = provenance_notice(manifest)
+    assert notice is not None
+    assert notice.startswith("1 of 2 sentences were written from the masks")
+    assert provenance_notice(manifest.with_records(manifest.records[:2])) is None
+    assert provenance_notice(manifest.with_records(())) is None
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("one small bright round lesion", "two large dark round lesions"),
-        (
-            "one small bright round lesion, located in top left of the image",
-            "two large dark round lesions, located in bottom right of the image",
-        ),
-        (
-            "two large bright lesions, located in left, center of the image",
-            "one small dark lesion, located in right of the image",
-        ),
-        (
-            "three medium white round polyp, located in top left, bottom right, center of the image",
-            "three medium white round polyp, located in top right, bottom left, top of the image",
-        ),
-        (
-            "one medium pink polyp, located in center of the image",
-            "two medium pink polyp, located in top left of the image",
-        ),
-        ("no lesion in the image", "one large bright round lesion, located in center of the image"),
-        (
-            "No pulmonary infection, zero infected areas.",
-            "Unilateral pulmonary infection, one infected area, lower left lung.",
-        ),
-        (
-            "Unilateral pulmonary infection, one infected area, lower left lung.",
-            "Unilateral pulmonary infection, one infected area, upper right lung.",
-        ),
-        (
-            "Bilateral pulmonary infection, two infected areas, all left lung and all right lung.",
-            "Unilateral pulmonary infection, one infected area, all left lung.",
-        ),
-        (
-            "Bilateral pulmonary infection, two infected areas, lower left lung and upper right lung.",
-            "Unilateral pulmonary infection, one infected area, upper left lung.",
-        ),
-        ("the Upper nodule", "the Lower nodule"),
-        ("pink polyp", None),
-        ("lung", None),
-        ("", None),
-    ],
-)
-def test_contradict(text: str, expected: str | None):
-    assert contradict(text) == expected
-
-
-@given(text=sentences)
-def test_a_contradiction_never_names_the_same_places(text: str):
-    contradiction = contradict(text)
-    assert contradiction is not None
-    assert _places(contradiction) != _places(text)
-
-
-@given(text=polyps)
-def test_a_contradiction_of_places_names_none_of_them(text: str):
-    assert not _places(contradict(text) or "") & _places(text)
-
-
-@given(text=st.text(max_size=20) | sentences)
-def test_a_contradiction_is_never_the_sentence_itself(text: str):
-    assert contradict(text) != text
-
-
-def test_all_nine_places_still_change_something():
-    text = f"nine small white polyp, located in {', '.join(PLACES)} of the image"
-    assert contradict(text) == "nine large white polyp, located in bottom right of the image"
-
-
-@pytest.mark.data
-@pytest.mark.parametrize(("name", "unmirrored"), [("qata_cov19", 0.01), ("kvasir_polyp", 0.0)])
-def test_published_sentences(name: str, unmirrored: float):
-    if not (DATASETS / name).is_dir():
-        pytest.skip(f"the dataset {name} is not in {DATASETS}")
-    manifest = open_dataset(DATASETS / name)
-    unknown = {text for text in manifest.sentences if mirror(text, "horizontal") is None}
-    assert sum(record.text in unknown for record in manifest.records) <= unmirrored * len(manifest.records)
-    for text in manifest.sentences:
-        contradiction = contradict(text)
-        assert contradiction not in (None, text)
-        if text not in unknown:  # misspelled words would hide places from the comparison
-            assert _places(contradiction or "") != _places(text)
+def test_agreement_with_published_sentences(shared: Path):
+    manifest = open_dataset(shared / "data" / "kvasir_polyp").split("test")
+    pairs = [
+        (parse(record.text or ""), measure(read_mask(manifest.root / (record.mask or ""))))
+        for record in manifest.records
+    ]
+    assert sum(said.count == seen.count for said, seen in pairs) == 86
+    assert sum(said.sizes == seen.sizes for said, seen in pairs) >= 95

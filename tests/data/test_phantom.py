@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tmca.data import phantom as phantom_module
-from tmca.data.describe import COUNT_WORDS, PLACES
+from tmca.data.grammar import COUNT_WORDS, PLACES
 from tmca.data.manifest import Manifest
 from tmca.data.phantom import NO_LESION, Phantom, draw_phantom, write_phantoms
 from tmca.errors import ConfigError, StorageError

@@ -19,7 +19,6 @@ from tmca.data.preprocessing import (
     resize_image,
     resize_mask,
     restore,
-    to_tensor,
     zoom,
 )
 from tmca.errors import DataError
@@ -77,8 +76,27 @@ def test_per_image_gives_each_channel_mean_zero_and_deviation_one():
 
 
 def test_per_image_does_not_see_brightness_and_contrast():
-    image = torch.rand(3, 20, 20)
-    torch.testing.assert_close(normalise(image, PER_IMAGE), normalise(image * 0.3 + 0.5, PER_IMAGE), rtol=0, atol=1e-4)
+    image = np.random.default_rng(0).integers(0, 80, (20, 20, 3), dtype=np.uint8)
+    torch.testing.assert_close(normalise(image, PER_IMAGE), normalise(3 * image + 5, PER_IMAGE), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [PER_IMAGE, FIXED], ids=["per image", "fixed"])
+def test_normalising_is_exact_where_contrast_is_low(config: PreprocessingConfig):
+    image = np.random.default_rng(0).integers(200, 203, (100, 100, 3), dtype=np.uint8)
+    values = image.transpose(2, 0, 1).astype(np.float64)
+    if config is PER_IMAGE:
+        mean, std = values.mean(axis=(1, 2)), values.std(axis=(1, 2))
+    else:
+        mean, std = 255 * np.array(config.mean), 255 * np.array(config.std)
+    expected = (values - mean[:, None, None]) / std[:, None, None]
+    np.testing.assert_allclose(normalise(image, config).numpy(), expected, rtol=0, atol=3e-5)
+
+
+def test_normalising_writes_where_it_is_told():
+    out = np.zeros((3, 30, 50), dtype=np.float32)
+    tensor = normalise(_noise(), FIXED, out=out)
+    np.testing.assert_array_equal(out, tensor.numpy())
+    np.testing.assert_array_equal(out, normalise(_noise(), FIXED).numpy())
 
 
 def test_a_constant_channel_becomes_zero():
@@ -109,12 +127,14 @@ def test_encoder_normalisation_must_have_been_resolved():
         prepare_image(_noise(), replace(FIXED, normalisation="encoder"))
 
 
-def test_to_tensor_keeps_rows_columns_and_channels():
+def test_normalising_keeps_rows_columns_and_channels():
     image = _noise()
-    tensor = to_tensor(image)
-    assert tensor.shape == (3, 30, 50)
+    plain = replace(FIXED, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    tensor = normalise(image, plain)
     np.testing.assert_allclose(tensor.numpy(), image.transpose(2, 0, 1) / 255, rtol=1e-6)
-    torch.testing.assert_close(to_tensor(np.flip(image, 1)), tensor.flip(2))  # a view with negative strides
+    torch.testing.assert_close(normalise(np.flip(image, 1), plain), tensor.flip(2))  # a view with negative strides
+    planes = np.ascontiguousarray(image.transpose(2, 0, 1))
+    assert torch.equal(normalise(planes.transpose(1, 2, 0), plain), tensor)
 
 
 def test_grey_and_rgb_of_equal_values_are_prepared_alike():

@@ -1,153 +1,484 @@
-"""The vocabulary of the sentences: their mirror images and their contradictions.
+"""Masks to facts and sentences, and sentences held against their masks.
 
-Two grammars are known, both of which mean left and right *in the image*:
-
-- polyps: "two small white round polyp, located in top left, bottom of the image";
-- lungs: "Bilateral pulmonary infection, two infected areas, upper left lung and middle right lung."
+The words are those of :mod:`tmca.data.grammar`. The size limits of polyps are those of the published sentences; places,
+and the sides, thirds and counts of lungs, were fitted on the training splits of Kvasir-SEG and QaTa-COV19-v2
+(``benchmarks/describe_agreement.py``). The limits for phantoms, shapes and colours are set by hand. A sentence written
+from a mask carries ground truth: see :func:`provenance_notice`.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
-PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
-"""The nine places of the polyp grammar, in reading order."""
+import numpy as np
+from jaxtyping import Bool, UInt8
+from numpy.typing import NDArray
+from scipy import ndimage
 
-COUNT_WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-"""Count words by their value."""
-
-_HORIZONTAL = {"left": "right", "right": "left"}
-_VERTICAL = {"top": "bottom", "bottom": "top", "upper": "lower", "lower": "upper"}
-_OPPOSITES = {
-    **_HORIZONTAL,
-    **_VERTICAL,
-    "small": "large",
-    "large": "small",
-    "bright": "dark",
-    "dark": "bright",
-    "one": "two",
-    "two": "one",
-    "bilateral": "unilateral",
-    "unilateral": "bilateral",
-}
-
-_LUNG = re.compile(r"\b(lungs?|pulmonary|chest|thorax|lobes?)\b", re.IGNORECASE)
-_LUNG_WORDS = frozenset(
-    (
-        *("bilateral", "unilateral", "pulmonary", "infection", "infected", "area", "areas", "and", "lung", "lungs"),
-        *("all", "upper", "higher", "middle", "lower", "left", "right", "zero", *COUNT_WORDS),
-    )
+from tmca.data.grammar import (
+    GRAMMARS,
+    LEVELS,
+    PARAPHRASES,
+    PLACES,
+    SIDES,
+    SIZES,
+    THIRDS,
+    Facts,
+    Grammar,
+    parse,
+    write_sentence,
 )
-_LOCATED = re.compile(r"(?P<before>.*located in )(?P<places>.+?)(?P<after> of the image.*)", re.IGNORECASE | re.DOTALL)
-_PRESENT_LESION = "one large bright round lesion, located in center of the image"
-_PRESENT_INFECTION = "Unilateral pulmonary infection, one infected area, lower left lung."
+from tmca.data.manifest import Manifest, Record, seeded_number
+from tmca.errors import ConfigError, DataError, unknown_name
+from tmca.imaging.raster import read_image, read_mask
+from tmca.progress import say, track
+
+MaskArray = Bool[np.ndarray, "height width"]
+ImageArray = UInt8[np.ndarray, "rows columns 3"]
+
+SPECK_SHARES: dict[Grammar, float] = {"polyp": 0.0005, "phantom": 0.0005, "lung": 0.002}
+"""Share of the image below which a connected part is dropped as a speck; the largest part always counts."""
+
+SIZE_LIMITS: dict[Grammar, tuple[float, float, float]] = {
+    "polyp": (0.0, 0.08, 0.30),
+    "phantom": (0.0, 0.0175, 0.039),
+    "lung": (0.0, 0.08, 0.30),
+}
+"""Shares of the image above which a part is small, medium and large."""
+
+ROUND_RATIO = 0.75
+"""Ratio of the shorter to the longer axis from which a part is round; below it is oval."""
+
+IRREGULAR_FILL = 0.9
+"""Ratio of a part's area to that of the ellipse with its moments below which the part is irregular."""
+
+SIDE_SHARE = 0.03
+"""Share of the mask in one half of the image from which that lung counts as infected."""
+
+LUNG_BANDS = (0.32, 0.38)
+"""Heights, as shares of the image, between the upper, the middle and the lower third of a lung."""
+
+THIRD_SHARES = (0.02, 0.05, 0.02)
+"""Share of a lung's mask in its upper, middle and lower third from which the third counts as infected."""
+
+REFERENCE_COLOURS: dict[str, tuple[float, float, float]] = {
+    "white": (90, 5, 10),
+    "yellow": (78, 10, 60),
+    "orange": (64, 40, 52),
+    "tan": (68, 18, 30),
+    "brown": (42, 25, 32),
+    "pink": (68, 36, 20),
+    "red": (47, 52, 38),
+    "gray": (55, 0, 0),
+    "black": (12, 0, 0),
+}
+"""Colour words as CIELAB (D65) values; the nearest to the median colour under the mask is chosen."""
+
+_SIZE_TOLERANCE = 1.25
+_PLACE_TOLERANCE = 0.1
+_THIRD_REACH = {"upper": (0.0, 0.45), "middle": (0.15, 0.65), "lower": (0.35, 1.0)}
+_OWNED = 0.9
+_NOTHING = 0.01
+_PLENTY = 0.25
 
 
-def mirror(text: str, axis: Literal["horizontal", "vertical"]) -> str | None:
-    """Return the sentence that is true for the mirrored image.
+@dataclass(frozen=True)
+class Contradiction:
+    """A fact that a sentence states and its mask denies.
 
-    Case and punctuation stay; mirroring twice gives the sentence back.
+    Attributes:
+        kind: What is contradicted: whether there is a target, how many, how large, where from left to right, or where
+            from top to bottom.
+        said: What the sentence says, in its words.
+        seen: What the mask shows.
+    """
+
+    kind: Literal["presence", "count", "size", "side", "height"]
+    said: str
+    seen: str
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One connected part: its pixels' rows and columns, and its area as a share of the image."""
+
+    rows: NDArray[np.intp]
+    columns: NDArray[np.intp]
+    area: float
+
+    def centre(self, shape: tuple[int, ...]) -> tuple[float, float]:
+        """Return the centre of the bounding box as shares of height and width."""
+        down = int(self.rows.min()) + int(self.rows.max()) + 1
+        across = int(self.columns.min()) + int(self.columns.max()) + 1
+        return down / 2 / shape[0], across / 2 / shape[1]
+
+
+def measure(mask: MaskArray, image: ImageArray | None = None, grammar: Grammar = "polyp") -> Facts:
+    """Return the facts that a mask shows.
+
+    Targets are the connected parts (diagonal neighbours connect), less specks. Polyps and phantoms: sizes are shares of
+    the image, a part's place is the cell of a 3 × 3 grid that holds the centre of its box, shape and colour are those
+    of the largest part; of several phantoms only what all share is stated. Lungs: the image's halves stand for the
+    lungs and its height for theirs, as their outline is not known.
 
     Args:
-        text: A sentence that is true for the image.
-        axis: ``horizontal`` exchanges the image's left and right, ``vertical`` its top and bottom.
+        mask: Ground truth, upright.
+        image: The image, for the colour; without it no colour is stated.
+        grammar: What the mask shows.
 
-    Returns:
-        The sentence, unchanged where it names no side; ``None`` where it cannot be stated: a chest is never upside
-        down, and a lung sentence with an unknown (mostly misspelled) word may hide a side.
+    Raises:
+        ConfigError: The grammar does not exist.
+        DataError: Image and mask differ in size.
     """
-    if _LUNG.search(text):
-        words = re.findall(r"\w+", text.lower())
-        if axis == "vertical" or not _LUNG_WORDS.issuperset(words):
-            return None
-    return _replaced(text, _HORIZONTAL if axis == "horizontal" else _VERTICAL)
+    if grammar not in GRAMMARS:
+        raise unknown_name("grammar", grammar, GRAMMARS)
+    if image is not None and image.shape[:2] != mask.shape:
+        raise DataError(
+            f"The mask is {mask.shape[1]}×{mask.shape[0]}, its image {image.shape[1]}×{image.shape[0]}",
+            hint="export the mask at the image's size",
+        )
+    parts = _parts(mask, SPECK_SHARES[grammar])
+    if not parts:
+        return Facts(grammar, present=False, count=0)
+    if grammar == "lung":
+        return _measure_lungs(mask, len(parts))
+    sizes = [_size_class(part.area, grammar) for part in parts]
+    shapes = [_shape_word(part) for part in parts]
+    places = sorted((_place_of(*part.centre(mask.shape)) for part in parts), key=PLACES.index)
+    if grammar == "polyp":
+        named = tuple(size for size in SIZES if size in sizes)
+        shape, colour = shapes[:1], [] if image is None else [_colour_word(image, parts[0])]
+    else:
+        named = tuple(sizes[:1]) if len(set(sizes)) == 1 else ()
+        shape, colour = shapes, [] if image is None else [_brightness(image, mask, part) for part in parts]
+    return Facts(
+        grammar,
+        present=True,
+        count=len(parts),
+        sizes=named,
+        colour=colour[0] if len(set(colour)) == 1 else None,
+        shape=shape[0] if len(set(shape)) == 1 else None,
+        places=tuple(places),
+    )
 
 
-def contradict(text: str) -> str | None:
-    """Return a sentence in the same grammar that names something which is not there.
-
-    The rules, so that the new sentence never means the same places:
-
-    - "no lesion …" and "no pulmonary infection …" become a fixed sentence with one target.
-    - A list of places: each becomes the diagonally opposite one, or where the list holds that too, the opposite along
-      one axis, or the next free place; the center becomes top left. The other words become their opposites; where two
-      targets become one, the first place is kept.
-    - A lung sentence that names one side: side and height are exchanged. Count and "unilateral" stay: a sentence on
-      both lungs would name the true one as well.
-    - A lung sentence that names both sides: "Unilateral pulmonary infection, one infected area, …" with the first
-      region only, its height exchanged.
-    - Anything else: words for place, side, size, brightness and count become their opposites.
+def describe(
+    mask: MaskArray,
+    image: ImageArray | None = None,
+    grammar: Grammar = "polyp",
+    level: str = "p6",
+    paraphrase: int = 0,
+) -> str:
+    """Return a sentence that describes a mask.
 
     Args:
-        text: A sentence that is true for the image.
+        mask: Ground truth, upright.
+        image: The image, for the colour; without it no colour is named.
+        grammar: What the mask shows.
+        level: Detail, ``p0`` (an empty sentence) to ``p6`` (everything); see
+            :func:`tmca.data.grammar.write_sentence`.
+        paraphrase: Which wording; 0 is that of the published sentences.
 
-    Returns:
-        The contradiction, or ``None`` where the sentence says nothing that has an opposite.
+    Raises:
+        ConfigError: The grammar or the level does not exist.
+        DataError: Image and mask differ in size.
     """
-    if re.match(r"\s*no\b", text, re.IGNORECASE):
-        return _PRESENT_INFECTION if _LUNG.search(text) else _PRESENT_LESION
-    if _LUNG.search(text):
-        return _contradict_lung(text)
-    located = _LOCATED.fullmatch(text)
-    places = _places(located["places"]) if located else ()
-    if located and places:
-        before = _with_plural(located["before"], _replaced(located["before"], _OPPOSITES) or located["before"])
-        opposite = _opposite_places(places)
-        if re.match(r"\s*two\b", text, re.IGNORECASE):
-            opposite = opposite[:1]
-        return f"{before}{', '.join(opposite)}{located['after']}"
-    changed = _replaced(text, _OPPOSITES)
-    return None if changed is None or changed == text else _with_plural(text, changed)
+    return write_sentence(measure(mask, image, grammar), level, paraphrase)
 
 
-def _contradict_lung(text: str) -> str | None:
-    regions = re.findall(r"((?:\b(?:all|upper|middle|lower)\b\W*)*)\b(left|right)\b", text.lower())
-    if len({side for _, side in regions}) < 2:
-        changed = _replaced(text, {**_HORIZONTAL, **_VERTICAL} if regions else _OPPOSITES)
-        return None if changed == text else changed
-    heights, side = regions[0]
-    region = _replaced(" ".join([*heights.split(), side]), _VERTICAL)
-    return f"Unilateral pulmonary infection, one infected area, {region} lung."
+def contradictions(text: str, mask: MaskArray, image: ImageArray | None = None) -> list[Contradiction]:  # noqa: ARG001
+    """Return what a sentence says against its mask.
+
+    Doubt is no contradiction. Counts may be those with or without small parts, and with gaps or necks of 1 % of the
+    image closed or cut; sizes may miss their class by a factor of 1.25; a place, side or height contradicts where it
+    and its surroundings hold next to nothing of the mask. Words for colour and shape are not judged.
+
+    Args:
+        text: The sentence; facts that it does not state, or not for sure, are not judged.
+        mask: Ground truth, upright.
+        image: Not used yet.
+    """
+    said = parse(text)
+    if said.present is None:
+        return []
+    if said.present != bool(mask.any()):
+        words = ("no target", "a target")
+        return [Contradiction("presence", words[said.present], words[not said.present])]
+    if not said.present:
+        return []
+    seen = measure(mask, None, said.grammar)
+    found = _contradicted_count(said, seen, mask)
+    if said.grammar == "lung":
+        return found + _contradicted_lungs(said, seen, mask)
+    return found + _contradicted_sizes(said, seen, mask) + _contradicted_places(said, seen, mask)
 
 
-def _places(listed: str) -> tuple[str, ...]:
-    places = tuple(place.strip().lower() for place in listed.split(","))
-    return places if set(places) <= set(PLACES) else ()
+def describe_manifest(
+    manifest: Manifest,
+    grammar: Grammar,
+    level: str = "p6",
+    *,
+    paraphrases: int = 0,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> Manifest:
+    """Return the manifest with sentences written from its masks, ``text_provenance`` being ``from_mask``.
+
+    Cases without a mask stay as they are. So do cases whose sentence was not written from a mask, unless ``overwrite``.
+    One line to stderr says how many of each there were.
+
+    Args:
+        manifest: The cases; one at a time is read.
+        grammar: What the masks show.
+        level: Detail of the sentences; ``p0`` removes them.
+        paraphrases: Number of wordings beside the published one, 0 to 3; each case gets one of them at random.
+        seed: Decides which wording a case gets.
+        overwrite: Replace sentences of other provenance too.
+
+    Raises:
+        ConfigError: Grammar, level or number of paraphrases does not exist.
+        DataError: A file cannot be read, or image and mask differ in size.
+    """
+    if grammar not in GRAMMARS:
+        raise unknown_name("grammar", grammar, GRAMMARS)
+    if level not in LEVELS:
+        raise unknown_name("level", level, LEVELS)
+    if not 0 <= paraphrases < PARAPHRASES:
+        raise ConfigError(
+            f"{paraphrases} paraphrases asked for, there are {PARAPHRASES - 1}", hint=f"choose 0 to {PARAPHRASES - 1}"
+        )
+
+    def described() -> Iterator[Record]:
+        for record in manifest.records:
+            mask_path = manifest.mask_path(record)
+            if mask_path is None or (_is_foreign(record) and not overwrite):
+                yield record
+                continue
+            image = read_image(manifest.image_path(record)) if grammar != "lung" else None
+            wording = seeded_number(seed, record.id) % (paraphrases + 1)
+            try:
+                text = describe(read_mask(mask_path), image, grammar, level, wording)
+            except DataError as error:
+                raise DataError(f"Case {record.id!r}: {error.message}", hint=error.hint) from error
+            yield replace(record, text=text or None, text_provenance="from_mask")
+
+    total = len(manifest.records)
+    records = tuple(track(described(), f"Describing {manifest.name}", total))
+    without = sum(record.mask is None for record in manifest.records)
+    kept = 0 if overwrite else sum(record.mask is not None and _is_foreign(record) for record in manifest.records)
+    note = f"{total - without - kept} of {total} cases described"
+    note += f"; {without} have no mask" * bool(without)
+    note += f"; {kept} keep the sentence they had (--replace-sentences replaces it)" * bool(kept)
+    say(note)
+    return manifest.with_records(records)
 
 
-def _opposite_places(places: tuple[str, ...]) -> list[str]:
-    chosen: list[str] = []
-    for place in places:
-        if place == "center":
-            candidates = ["top left"]
-        else:
-            axes = ({**_HORIZONTAL, **_VERTICAL}, _HORIZONTAL, _VERTICAL)
-            candidates = [_replaced(place, words) or place for words in axes]
-        free = [name for name in (*candidates, *PLACES) if name not in places and name not in chosen]
-        chosen += free[:1]
-    return chosen or [_replaced(place, _OPPOSITES) or place for place in places[:1]]
-
-
-def _with_plural(old: str, new: str) -> str:
-    """Make "lesion" agree with a count that was changed; the polyp grammar has no plural and keeps its word."""
-    if re.match(r"\s*one\b", old, re.IGNORECASE):
-        return re.sub(r"\blesion\b", "lesions", new)
-    if re.match(r"\s*two\b", old, re.IGNORECASE):
-        return re.sub(r"\blesions\b", "lesion", new)
-    return new
-
-
-def _replaced(text: str, words: Mapping[str, str]) -> str | None:
-    """Replace whole words, all at once, in their case; ``None`` where a word's case has no pattern (e.g. "lEFT")."""
-    pattern = re.compile(r"\b(" + "|".join(words) + r")\b", re.IGNORECASE)
-    if any(word not in (word.lower(), word.upper(), word.capitalize()) for word in pattern.findall(text)):
+def provenance_notice(manifest: Manifest) -> str | None:
+    """Return what training and scoring on sentences written from masks mean, or ``None`` where there are none."""
+    texts = [record for record in manifest.records if record.text is not None]
+    count = sum(record.text_provenance == "from_mask" for record in texts)
+    if not count:
         return None
+    return (
+        f"{count} of {len(texts)} sentences were written from the masks (text_provenance from_mask): they carry ground "
+        "truth. Scores with them tell what a perfect description is worth, not what a person's sentence is; "
+        "do not compare them with scores on human sentences."
+    )
 
-    def opposite(match: re.Match[str]) -> str:
-        word = match[0]
-        other = words[word.lower()]
-        return other if word.islower() else other.upper() if word.isupper() else other.capitalize()
 
-    return pattern.sub(opposite, text)
+def _is_foreign(record: Record) -> bool:
+    return record.text is not None and record.text_provenance != "from_mask"
+
+
+def _parts(mask: MaskArray, speck_share: float) -> list[_Part]:
+    """Return the connected parts, the largest first, without specks."""
+    labels, count = ndimage.label(mask, np.ones((3, 3)))
+    parts = []
+    for number, box in enumerate(ndimage.find_objects(labels, count), start=1):
+        rows, columns = np.nonzero(labels[box] == number)
+        parts.append(_Part(rows + box[0].start, columns + box[1].start, len(rows) / mask.size))
+    parts.sort(key=lambda part: -part.area)
+    return [part for number, part in enumerate(parts) if number == 0 or part.area >= speck_share]
+
+
+def _size_class(area: float, grammar: Grammar) -> str:
+    return ("small", "medium", "large")[sum(area > limit for limit in SIZE_LIMITS[grammar][1:])]
+
+
+def _place_of(down: float, across: float) -> str:
+    return PLACES[3 * min(int(3 * down), 2) + min(int(3 * across), 2)]
+
+
+def _shape_word(part: _Part) -> str:
+    if len(part.rows) < 2:
+        return "round"
+    # A pixel is a square, not a point: its own spread of 1/12 keeps thin parts from having no area.
+    covariance = np.cov(np.stack([part.rows, part.columns]), bias=True) + np.eye(2) / 12
+    shorter, longer = np.sqrt(np.linalg.eigvalsh(covariance))
+    if len(part.rows) / (4 * np.pi * shorter * longer) < IRREGULAR_FILL:
+        return "irregular"
+    return "round" if shorter / longer >= ROUND_RATIO else "oval"
+
+
+def _colour_word(image: ImageArray, part: _Part) -> str:
+    colour = _lab(np.median(image[part.rows, part.columns], axis=0))
+    names = list(REFERENCE_COLOURS)
+    references = np.array([REFERENCE_COLOURS[name] for name in names])
+    return names[int(((references - colour) ** 2).sum(axis=1).argmin())]
+
+
+def _brightness(image: ImageArray, mask: MaskArray, part: _Part) -> str:
+    grey = image.mean(axis=2)
+    outside = grey[~mask] if not mask.all() else grey
+    return "bright" if np.median(grey[part.rows, part.columns]) > np.median(outside) else "dark"
+
+
+def _lab(rgb: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return an sRGB colour of 0 to 255 as CIELAB under D65."""
+    shares = rgb / 255
+    linear = np.where(shares > 0.04045, ((shares + 0.055) / 1.055) ** 2.4, shares / 12.92)
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    xyz = to_xyz @ linear / (0.9505, 1.0, 1.089)
+    x, y, z = np.where(xyz > 216 / 24389, np.cbrt(xyz), (24389 / 27 * xyz + 16) / 116)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+def _measure_lungs(mask: MaskArray, count: int) -> Facts:
+    halves = _halves(mask)
+    total = mask.sum()
+    sides = tuple(side for side in SIDES if halves[side].sum() >= SIDE_SHARE * total)
+    thirds = {side: _thirds_of(halves[side]) if side in sides else () for side in SIDES}
+    return Facts(
+        "lung",
+        present=True,
+        count=count,
+        bilateral=len(sides) == 2,
+        sides=sides,
+        left=thirds["left"],
+        right=thirds["right"],
+    )
+
+
+def _halves(mask: MaskArray) -> dict[str, NDArray[np.intp]]:
+    """Return the number of true pixels in each row of the image's left and right half."""
+    middle = mask.shape[1] // 2
+    return {"left": mask[:, :middle].sum(axis=1), "right": mask[:, middle:].sum(axis=1)}
+
+
+def _thirds_of(profile: NDArray[np.intp]) -> tuple[str, ...]:
+    edges = [0, *(round(band * len(profile)) for band in LUNG_BANDS), len(profile)]
+    amounts = [int(profile[start:end].sum()) for start, end in itertools.pairwise(edges)]
+    limits = [share * sum(amounts) for share in THIRD_SHARES]
+    return tuple(third for third, amount, limit in zip(THIRDS, amounts, limits, strict=True) if amount >= limit)
+
+
+def _contradicted_count(said: Facts, seen: Facts, mask: MaskArray) -> list[Contradiction]:
+    if said.count is None or said.count == seen.count:
+        return []
+    speck = SPECK_SHARES[said.grammar]
+    reach = max(1, round(0.005 * max(mask.shape)))
+    around = np.ones((2 * reach + 1, 2 * reach + 1), dtype=bool)
+    bridged, cut = ndimage.binary_dilation(mask, around), ndimage.binary_erosion(mask, around)
+    counts = {len(_parts(mask, share)) for share in (0.0, speck / 4, speck, 4 * speck)}
+    counts |= {len(_parts(changed, speck)) for changed in (bridged, cut)}
+    if min(counts) <= said.count <= max(counts):
+        return []
+    return [Contradiction("count", str(said.count), str(seen.count))]
+
+
+def _contradicted_sizes(said: Facts, seen: Facts, mask: MaskArray) -> list[Contradiction]:
+    areas = [part.area for part in _parts(mask, SPECK_SHARES[said.grammar])]
+    limits = dict(zip(("small", "medium", "large"), SIZE_LIMITS[said.grammar], strict=True))
+    upper = dict(zip(limits, [*SIZE_LIMITS[said.grammar][1:], 1.0], strict=True))
+    wrong = [
+        size
+        for size in said.sizes
+        if size in limits
+        and not any(
+            limits[size] / _SIZE_TOLERANCE <= area <= upper[size] * _SIZE_TOLERANCE for area in (*areas, sum(areas))
+        )
+    ]
+    if not wrong:
+        return []
+    shares = ", ".join(f"{100 * area:.1f} %" for area in areas)
+    return [Contradiction("size", ", ".join(said.sizes), f"{', '.join(seen.sizes)} ({shares} of the image)")]
+
+
+def _contradicted_places(said: Facts, seen: Facts, mask: MaskArray) -> list[Contradiction]:
+    kinds: set[Literal["side", "height"]] = set()
+    centres = [part.centre(mask.shape) for part in _parts(mask, SPECK_SHARES[said.grammar])]
+    for place in said.places:
+        row, column = divmod(PLACES.index(place), 3)
+        down, across = _band(row), _band(column)
+        if any(down[0] <= y <= down[1] and across[0] <= x <= across[1] for y, x in centres):
+            continue
+        rows, columns = _pixels(down, mask.shape[0]), _pixels(across, mask.shape[1])
+        total = mask.sum()
+        if mask[rows, columns].sum() >= _NOTHING * total:
+            continue
+        off_side = mask[:, columns].sum() < _NOTHING * total
+        off_height = mask[rows].sum() < _NOTHING * total
+        kinds |= {"side"} if off_side or not off_height else set()
+        kinds |= {"height"} if off_height else set()
+    words = ", ".join(said.places), ", ".join(seen.places)
+    return [Contradiction(kind, *words) for kind in ("side", "height") if kind in kinds]
+
+
+def _band(position: int) -> tuple[float, float]:
+    """Return the limits of a row or column of the 3 × 3 grid, widened by the tolerance."""
+    return position / 3 - _PLACE_TOLERANCE, (position + 1) / 3 + _PLACE_TOLERANCE
+
+
+def _pixels(band: tuple[float, float], size: int) -> slice:
+    return slice(max(0, round(band[0] * size)), max(0, round(band[1] * size)))
+
+
+def _contradicted_lungs(said: Facts, seen: Facts, mask: MaskArray) -> list[Contradiction]:
+    # What each lung must own and what it can claim: a part across the midline may belong to either.
+    least = _owned_shares(mask)
+    most = {"left": 1 - least["right"], "right": 1 - least["left"]}
+    named = SIDES if said.bilateral and not said.sides else said.sides
+    empty = [side for side in named if side not in seen.sides and most[side] < _NOTHING]
+    unnamed = [side for side in SIDES if side not in named and least[side] > _PLENTY]
+    one_sided = said.bilateral is False or (len(named) == 1 and not said.bilateral)
+    both_full = said.bilateral is False and min(least.values()) > _PLENTY
+    if empty or (one_sided and named and unnamed) or both_full:
+        shares = ", ".join(f"{side} {100 * share:.0f} %" for side, share in _side_shares(mask).items())
+        return [Contradiction("side", _lungs_said(said), f"{' and '.join(seen.sides)} ({shares})")]
+    halves = _halves(mask)
+    wrong = [side for side in said.sides if said.thirds(side) and _holds_nothing(halves[side], said.thirds(side))]
+    if not wrong:
+        return []
+    words = (" and ".join(f"{' '.join(facts.thirds(side))} {side} lung" for side in wrong) for facts in (said, seen))
+    return [Contradiction("height", *words)]
+
+
+def _holds_nothing(profile: NDArray[np.intp], thirds: Sequence[str]) -> bool:
+    """Return whether the reach of the named thirds of one lung holds next to nothing of its mask."""
+    inside = np.zeros(len(profile), dtype=bool)
+    for third in thirds:
+        inside[_pixels(_THIRD_REACH[third], len(profile))] = True
+    return bool(profile[inside].sum() < _NOTHING * profile.sum())
+
+
+def _owned_shares(mask: MaskArray) -> dict[str, float]:
+    """Return the share of the mask in parts that lie in one half of the image, all but a tenth."""
+    owned = dict.fromkeys(SIDES, 0.0)
+    middle = mask.shape[1] // 2
+    for part in _parts(mask, 0.0):
+        on_left = float((part.columns < middle).mean())
+        if max(on_left, 1 - on_left) >= _OWNED:
+            owned["left" if on_left > 0.5 else "right"] += len(part.rows) / int(mask.sum())
+    return owned
+
+
+def _side_shares(mask: MaskArray) -> dict[str, float]:
+    return {side: float(profile.sum() / mask.sum()) for side, profile in _halves(mask).items()}
+
+
+def _lungs_said(said: Facts) -> str:
+    extent = {True: "bilateral", False: "unilateral", None: ""}[said.bilateral]
+    return ", ".join(part for part in (extent, " and ".join(said.sides)) if part)

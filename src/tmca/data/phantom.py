@@ -18,7 +18,7 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from tmca.data.describe import COUNT_WORDS, PLACES
+from tmca.data.grammar import COUNT_WORDS, PLACES
 from tmca.data.manifest import Manifest, Record, seeded_number
 from tmca.errors import ConfigError, DataError, StorageError
 from tmca.files import replace_folder

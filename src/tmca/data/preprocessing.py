@@ -6,6 +6,7 @@ One code serves training, evaluation and prediction. Images are decoded upright 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from tmca.config import AugmentationConfig, PreprocessingConfig
-from tmca.data.describe import mirror
+from tmca.data.grammar import mirror
 from tmca.errors import DataError
 
 ImageArray = UInt8[np.ndarray, "height width 3"]
@@ -29,7 +30,7 @@ def prepare_image(image: ImageArray, config: PreprocessingConfig) -> Float[Tenso
         image: uint8, any size.
         config: Size and normalisation; ``encoder`` normalisation must have been resolved to ``fixed``.
     """
-    return normalise(to_tensor(resize_image(image, config.image_size)), config)
+    return normalise(resize_image(image, config.image_size), config)
 
 
 def resize_image(image: ImageArray, size: int) -> UInt8[np.ndarray, "size size 3"]:
@@ -42,28 +43,44 @@ def resize_mask(mask: MaskArray, height: int, width: int) -> Bool[np.ndarray, "r
     return np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
 
 
-def to_tensor(image: ImageArray) -> Float[Tensor, "3 height width"]:
-    """Return an image as float32 in [0, 1], channels first."""
-    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float().div_(255)
+def normalise(
+    image: ImageArray, config: PreprocessingConfig, out: Float[np.ndarray, "3 height width"] | None = None
+) -> Float[Tensor, "3 height width"]:
+    """Normalise an image, channels first.
 
+    ``per_image`` gives each channel mean 0 and standard deviation 1 (a constant channel becomes 0); ``fixed`` scales to
+    [0, 1], subtracts ``config.mean`` and divides by ``config.std``.
 
-def normalise(image: Float[Tensor, "3 height width"], config: PreprocessingConfig) -> Float[Tensor, "3 height width"]:
-    """Normalise an image in [0, 1].
-
-    ``per_image`` gives each channel mean 0 and standard deviation 1 (a constant channel becomes 0); ``fixed``
-    subtracts ``config.mean`` and divides by ``config.std``.
+    Args:
+        image: uint8, any size.
+        config: How; ``encoder`` normalisation must have been resolved to ``fixed``.
+        out: Where to write the values; a new array by default.
     """
-    if config.normalisation == "per_image":
-        mean = image.mean(dim=(1, 2), keepdim=True)
-        std = image.std(dim=(1, 2), keepdim=True, correction=0)
-        return (image - mean) / torch.where(std > 0, std, torch.ones_like(std))
+    if out is None:
+        out = np.empty((3, *image.shape[:2]), dtype=np.float32)
+    for channel in range(3):
+        mean, std = _mean_and_std(image[:, :, channel], channel, config)
+        np.multiply(image[:, :, channel], np.float32(1 / std), out=out[channel])
+        np.subtract(out[channel], np.float32(mean / std), out=out[channel])
+    return torch.from_numpy(out)
+
+
+def _mean_and_std(
+    values: UInt8[np.ndarray, "height width"], channel: int, config: PreprocessingConfig
+) -> tuple[float, float]:
+    """Return what to subtract from a channel's values of 0 to 255, and what to divide them by."""
     if config.normalisation == "encoder":
         raise DataError(
             "normalisation 'encoder' has not been resolved to the encoder's mean and std",
             hint="build the experiment with tmca.training.resolve, or set fixed with mean and std",
         )
-    mean, std = torch.tensor(config.mean).view(3, 1, 1), torch.tensor(config.std).view(3, 1, 1)
-    return (image - mean) / std
+    if config.normalisation == "fixed":
+        return 255 * config.mean[channel], 255 * config.std[channel]
+    levels = np.arange(256)
+    counts = np.array(Image.fromarray(values).histogram())  # exact, and the fastest way to both moments
+    total = int(counts @ levels)
+    spread = int(counts @ levels**2) * values.size - total**2  # in integers: a constant channel has exactly none
+    return total / values.size, math.sqrt(spread) / values.size if spread else math.inf
 
 
 def restore(probability: Float[Tensor, "rows cols"], height: int, width: int) -> Float[np.ndarray, "height width"]:
@@ -135,7 +152,7 @@ def mirrored(drawn: Drawn, *, horizontally: bool) -> Drawn:
 
 def _retone(image: ImageArray, changes: Float[np.ndarray, " 2"]) -> ImageArray:
     brightness, contrast = 1 + changes
-    values = image.astype(np.float32) * brightness
-    middle = values.mean()
-    retoned: ImageArray = np.clip((values - middle) * contrast + middle, 0, 255).astype(np.uint8)
+    middle = brightness * image.mean()
+    levels = (np.arange(256) * brightness - middle) * contrast + middle
+    retoned: ImageArray = np.take(np.clip(levels, 0, 255).astype(np.uint8), image)
     return retoned

@@ -1,0 +1,476 @@
+"""The sentences: their words, the facts they state, and how facts become sentences, mirror images and contradictions.
+
+Three grammars are known, all of which mean left and right *in the image*:
+
+- polyps: "two small white round polyp, located in top left, bottom of the image";
+- phantoms: "two small bright lesions, located in top left, bottom of the image";
+- lungs: "Bilateral pulmonary infection, two infected areas, upper left lung and middle right lung."
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from tmca.errors import unknown_name
+
+Grammar = Literal["polyp", "phantom", "lung"]
+
+GRAMMARS: tuple[Grammar, ...] = ("polyp", "phantom", "lung")
+"""The known grammars."""
+
+LEVELS = ("p0", "p1", "p2", "p3", "p4", "p5", "p6")
+"""Levels of detail of a written sentence, from none to all facts."""
+
+PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
+"""The nine places of polyps and phantoms, in reading order."""
+
+COUNT_WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+"""Count words by their value."""
+
+SIZES = ("tiny", "small", "medium", "large")
+"""Size classes, ascending."""
+
+COLOURS = ("white", "yellow", "orange", "tan", "brown", "pink", "red", "black", "gray", "peach", "bright", "dark")
+"""Colours of the published polyp sentences, and the two brightnesses of phantoms."""
+
+SHAPES = (
+    *("round", "oval", "triangular", "heart", "kidney", "thumb", "ear", "mouth", "bone", "flat", "donut", "nail"),
+    *("toe", "semicircle", "rectangle", "irregular"),
+)
+"""Shapes of the published polyp sentences, and the one that this package adds."""
+
+SIDES = ("left", "right")
+"""The two lungs by their place in the image."""
+
+THIRDS = ("upper", "middle", "lower")
+"""The thirds of a lung; "all" names the three."""
+
+PARAPHRASES = 4
+"""Wordings of each sentence; number 0 is the published one."""
+
+_SYNONYMS = {"circle": "round", "circular": "round", "ovoid": "oval", "grey": "gray", "higher": "upper", "zero": "no"}
+_COUNTS = {word: value for value, word in enumerate(COUNT_WORDS)} | {"zero": 0}
+_GLUE = "a an the is are it this in of at on and with which that there be can seen shows shown image located shape"
+_POLYP_WORDS = frozenset(
+    f"{_GLUE} polyp polyps lesion lesions projecting growth tissue tissues often bumpy flesh rectum lump lining colon "
+    "resemble mushroom like stalks abnormal from membrane top bottom left right center centre middle upper lower side "
+    "part corner".split()
+) | {*COUNT_WORDS, *SIZES, *COLOURS, *SHAPES, *_SYNONYMS}
+_LUNG_WORDS = frozenset(
+    f"{_GLUE} bilateral unilateral both pulmonary infection infected area areas lung lungs all".split()
+) | {*SIDES, *THIRDS, *COUNT_WORDS, "higher", "zero"}
+
+_HORIZONTAL = {"left": "right", "right": "left"}
+_VERTICAL = {"top": "bottom", "bottom": "top", "upper": "lower", "lower": "upper"}
+_OPPOSITES = {
+    **_HORIZONTAL,
+    **_VERTICAL,
+    "small": "large",
+    "large": "small",
+    "bright": "dark",
+    "dark": "bright",
+    "one": "two",
+    "two": "one",
+    "bilateral": "unilateral",
+    "unilateral": "bilateral",
+}
+
+_WORD = re.compile(r"[^\W_]+")
+_LUNG = re.compile(r"\b(lungs?|pulmonary|chest|thorax|lobes?)\b", re.IGNORECASE)
+_LESION = re.compile(r"\blesions?\b", re.IGNORECASE)
+_NUMBER = rf"(?:\d+|{'|'.join(_COUNTS)})"
+_COUNTED = re.compile(rf"(?<!\w){_NUMBER}\b", re.IGNORECASE)
+_COUNTED_AREAS = re.compile(rf"\b((?:{_NUMBER}\s+)+)infected\s+areas?\b", re.IGNORECASE)
+_PLACE = r"(?:(?:top|bottom|upper|lower|middle|cent(?:er|re))(?:[\s-]+(?:left|right|middle|cent(?:er|re)))?|left|right)"
+_LOCATED = re.compile(
+    rf"\b(?:in|on|at)\s+(?:the\s+)?(?P<places>{_PLACE}(?:\s*(?:,\s*(?:and\s+)?|\band\s+)(?:the\s+)?{_PLACE})*)\b",
+    re.IGNORECASE,
+)
+_BETWEEN_PLACES = re.compile(r"\s*(?:,\s*(?:and\s+)?|\band\s+)(?:the\s+)?", re.IGNORECASE)
+_NOUN = re.compile(r"\b(?:polyps?|lesions?)\b|\bwhich\b|\blocated\b|,\s*(?:in|on|at)\b", re.IGNORECASE)
+_SIZE_LIST = re.compile(rf"\b(?:{'|'.join(SIZES)})\b(?:\s*(?:,|\band\b)\s*(?:{'|'.join(SIZES)})\b)*", re.IGNORECASE)
+_PRESENT_LESION = "one large bright round lesion, located in center of the image"
+_PRESENT_INFECTION = "Unilateral pulmonary infection, one infected area, lower left lung."
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a sentence states or a mask shows; ``None`` or empty where it does not.
+
+    Attributes:
+        grammar: In which grammar.
+        present: Whether there is any target.
+        count: Number of targets, of infected areas in lungs; 0 where there is none.
+        sizes: Size classes of the targets, ascending, each once.
+        colour: A word of :data:`COLOURS`.
+        shape: A word of :data:`SHAPES`.
+        places: Place of each target, in reading order; a place that holds several is repeated.
+        bilateral: Whether both lungs are infected.
+        sides: Infected lungs by their side of the image: left before right.
+        left: Infected thirds of the lung on the image's left, from top to bottom.
+        right: The same of the other lung.
+    """
+
+    grammar: Grammar
+    present: bool | None = None
+    count: int | None = None
+    sizes: tuple[str, ...] = ()
+    colour: str | None = None
+    shape: str | None = None
+    places: tuple[str, ...] = ()
+    bilateral: bool | None = None
+    sides: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
+    right: tuple[str, ...] = ()
+
+    def thirds(self, side: str) -> tuple[str, ...]:
+        """Return the infected thirds of one lung."""
+        return self.left if side == "left" else self.right
+
+
+def grammar_of(text: str) -> Grammar:
+    """Return the grammar that a sentence is closest to: lungs by their words, phantoms by "lesion", else polyps."""
+    if _LUNG.search(text):
+        return "lung"
+    return "phantom" if _LESION.search(text) else "polyp"
+
+
+def unknown_words(text: str) -> list[str]:
+    """Return the words that the sentence's grammar does not have, in lower case and order, each once.
+
+    They are often typing errors ("midle", "lunge"), which a tokenizer breaks into meaningless pieces.
+    """
+    known = _LUNG_WORDS if grammar_of(text) == "lung" else _POLYP_WORDS
+    words = (word.lower() for word in _WORD.findall(text))
+    return list(dict.fromkeys(word for word in words if word not in known and not word.isdecimal()))
+
+
+def parse(text: str) -> Facts:
+    """Return the facts that a sentence states.
+
+    Any wording is read as far as its words are known. A lung sentence whose sides and heights cannot be told for sure
+    (a misspelled word among them, a height without a side) states neither.
+
+    Args:
+        text: A sentence; may be empty.
+    """
+    grammar = grammar_of(text)
+    return _parse_lung(text) if grammar == "lung" else _parse_polyp(text, grammar)
+
+
+def _parse_polyp(text: str, grammar: Grammar) -> Facts:
+    if not _WORD.search(text):
+        return Facts(grammar)
+    places = tuple(place for match in _LOCATED.finditer(text) for place in _places(match["places"]))
+    places = tuple(sorted(places, key=PLACES.index))
+    head = _LOCATED.sub(" ", text)
+    head = head[: noun.start()] if (noun := _NOUN.search(head)) else head
+    counted = _COUNTED.search(head)
+    count = _number(counted[0]) if counted else None
+    if count == 0:  # "no polyp on the left" says nothing about the rest of the image
+        return Facts(grammar) if places else Facts(grammar, present=False, count=0)
+    sizes = _SIZE_LIST.search(head)
+    named = {word.lower() for word in _WORD.findall(sizes[0])} if sizes else set()
+    words = [_SYNONYMS.get(word.lower(), word.lower()) for word in _WORD.findall(head)]
+    named_noun = re.search(r"\b(?:polyps?|lesions?)\b", text, re.IGNORECASE) is not None
+    return Facts(
+        grammar,
+        present=True if named_noun or count or places else None,
+        count=count,
+        sizes=tuple(size for size in SIZES if size in named),
+        colour=next((word for word in words if word in COLOURS), None),
+        shape=next((word for word in reversed(words) if word in SHAPES), None),
+        places=places,
+    )
+
+
+def _parse_lung(text: str) -> Facts:
+    words = [_SYNONYMS.get(word.lower(), word.lower()) for word in _WORD.findall(text)]
+    if re.search(r"\bno\s+(?:pulmonary|infection|infected)\b", text, re.IGNORECASE):
+        return Facts("lung", present=False, count=0)
+    counted = _COUNTED_AREAS.search(text)
+    numbers = [_number(word) for word in counted[1].split()] if counted else []
+    count = numbers[0] if len(numbers) == 1 else None  # "two one infected area" is no count
+    if count == 0:
+        return Facts("lung", present=False, count=0)
+    bilateral = True if "bilateral" in words or "both" in words else False if "unilateral" in words else None
+    infected = count is not None or any(word in words for word in ("infection", "infected"))
+    facts = Facts("lung", present=True if infected else None, count=count, bilateral=bilateral)
+    regions = {} if unknown_words(text) else _regions(words)
+    if bilateral is False and set(map(bool, regions.values())) == {True, False}:
+        # MosMedData+ writes "Unilateral …, left lung and middle right lung" for a right lung alone.
+        regions = {side: thirds for side, thirds in regions.items() if thirds}
+    return replace(
+        facts,
+        sides=tuple(side for side in SIDES if side in regions),
+        left=tuple(third for third in THIRDS if third in regions.get("left", ())),
+        right=tuple(third for third in THIRDS if third in regions.get("right", ())),
+    )
+
+
+def _number(word: str) -> int:
+    return int(word) if word.isdecimal() else _COUNTS[word.lower()]
+
+
+def _regions(words: list[str]) -> dict[str, set[str]]:
+    """Return the thirds named for each named lung; nothing where a height or a side stands alone or twice."""
+    regions: dict[str, set[str]] = {}
+    heights: list[str] = []
+    before = ""
+    for word in words:
+        if word in THIRDS or word == "all":
+            heights.append(word)
+        elif word in SIDES:
+            if before in SIDES:
+                return {}
+            regions.setdefault(word, set()).update(THIRDS if "all" in heights else heights)
+            heights = []
+        elif heights and word not in ("and", "of", "the"):
+            return {}
+        before = word
+    return {} if heights else regions
+
+
+def stated(facts: Facts, level: str) -> Facts:
+    """Return the facts that a sentence of a level states; see :func:`write_sentence`.
+
+    Raises:
+        ConfigError: The level does not exist.
+    """
+    if level not in LEVELS:
+        raise unknown_name("level", level, LEVELS)
+    detail = LEVELS.index(level)
+    if detail == 0:
+        return Facts(facts.grammar)
+    if not facts.present:
+        return Facts(facts.grammar, present=False, count=0)
+    if facts.grammar == "lung":
+        return Facts(
+            "lung",
+            present=True,
+            bilateral=facts.bilateral if detail >= 2 else None,
+            count=facts.count if detail in (3, 4, 6) else None,
+            sides=facts.sides if detail >= 4 else (),
+            left=facts.left if detail >= 5 else (),
+            right=facts.right if detail >= 5 else (),
+        )
+    return Facts(
+        facts.grammar,
+        present=True,
+        shape=facts.shape if detail >= 2 else None,
+        colour=facts.colour if detail >= 3 else None,
+        sizes=facts.sizes if detail >= 4 else (),
+        count=facts.count if detail >= 5 else None,
+        places=facts.places if detail >= 6 else (),
+    )
+
+
+def write_sentence(facts: Facts, level: str = "p6", paraphrase: int = 0) -> str:
+    """Return the sentence that states facts; :func:`parse` gives back :func:`stated` of them.
+
+    Polyps and phantoms: p0 nothing, p1 the noun, p2 adds shape, p3 colour, p4 sizes, p5 count, p6 places. Lungs: p1
+    the infection, p2 whether of one or both lungs, p3 adds the number of areas, p4 the lungs, p5 the lungs and their
+    thirds without the number, p6 everything. What the facts leave open is left out.
+
+    Args:
+        facts: What to say.
+        level: One of :data:`LEVELS`.
+        paraphrase: Which wording, taken modulo :data:`PARAPHRASES`; 0 is the published one.
+
+    Raises:
+        ConfigError: The level does not exist.
+    """
+    facts = stated(facts, level)
+    if facts.present is None:
+        return ""
+    wording = paraphrase % PARAPHRASES
+    return _write_lung(facts, wording) if facts.grammar == "lung" else _write_polyp(facts, wording)
+
+
+def _write_polyp(facts: Facts, wording: int) -> str:
+    noun = "lesion" if facts.grammar == "phantom" else "polyp"
+    several = (facts.count or 0) > 1
+    if facts.grammar == "phantom" and several:  # the published polyp sentences have no plural
+        noun = "lesions"
+    number = "" if facts.count is None else _count_word(facts.count)
+    words = (number, ", ".join(facts.sizes), facts.colour or "", facts.shape or "", noun)
+    what = " ".join(word for word in words if word)
+    if facts.present is False:
+        wordings = ("{what} in the image", "{what}", "the image shows {what}", "there is {what} in the image")
+    elif not facts.places:
+        wordings = (
+            "{what}",
+            "the image shows {what}",
+            "{there} {what} in the image",
+            "{what} can be seen in the image",
+        )
+    else:
+        wordings = (
+            "{what}, located in {listed} of the image",
+            "{what} in the {joined} of the image",
+            "the image shows {what} in the {joined}",
+            "in the {joined} of the image {there} {what}",
+        )
+    there = "there are" if several else "there is"
+    return wordings[wording].format(
+        what=what, there=there, listed=", ".join(facts.places), joined=" and the ".join(facts.places)
+    )
+
+
+def _write_lung(facts: Facts, wording: int) -> str:
+    if facts.present is False:
+        wordings = (
+            "No pulmonary infection, zero infected areas.",
+            "No infection of the lungs.",
+            "The image shows no pulmonary infection.",
+            "There is no infected area in the lungs.",
+        )
+        return wordings[wording]
+    extent = {True: "bilateral ", False: "unilateral ", None: ""}[facts.bilateral]
+    areas = ""
+    if facts.count is not None:
+        areas = f"{_count_word(facts.count)} infected {'area' if facts.count == 1 else 'areas'}"
+    lungs = [_lung(facts, side) for side in facts.sides]
+    within = " and ".join(f"the {lung}" for lung in lungs).replace("the all", "all of the")
+    if wording == 0:
+        parts = [f"{extent}pulmonary infection", areas, " and ".join(lungs)]
+        text = ", ".join(part for part in parts if part)
+    elif wording == 1:
+        text = f"{extent}infection of the lungs"
+        text += f" with {areas}" * bool(areas) + f": {' and '.join(lungs)}" * bool(lungs)
+    elif wording == 2:
+        text = f"the image shows {extent}pulmonary infection"
+        text += f" with {areas}" * bool(areas) + f" in {within}" * bool(lungs)
+    else:
+        text = f"{areas}, {extent}pulmonary infection" if areas else f"there is {extent}pulmonary infection"
+        text += f" in {within}" * bool(lungs)
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def _lung(facts: Facts, side: str) -> str:
+    thirds = facts.thirds(side)
+    heights = ("all",) if thirds == THIRDS else thirds
+    return " ".join((*heights, side, "lung"))
+
+
+def _count_word(count: int) -> str:
+    return COUNT_WORDS[count] if count < len(COUNT_WORDS) else str(count)
+
+
+def mirror(text: str, axis: Literal["horizontal", "vertical"]) -> str | None:
+    """Return the sentence that is true for the mirrored image.
+
+    Case and punctuation stay; mirroring twice gives the sentence back.
+
+    Args:
+        text: A sentence that is true for the image.
+        axis: ``horizontal`` exchanges the image's left and right, ``vertical`` its top and bottom.
+
+    Returns:
+        The sentence, unchanged where it names no side; ``None`` where it cannot be stated: a chest is never upside
+        down, and a lung sentence with an unknown (mostly misspelled) word may hide a side.
+    """
+    if _LUNG.search(text) and (axis == "vertical" or unknown_words(text)):
+        return None
+    return _replaced(text, _HORIZONTAL if axis == "horizontal" else _VERTICAL)
+
+
+def contradict(text: str) -> str | None:
+    """Return a sentence in the same grammar that names something which is not there.
+
+    The rules, so that the new sentence never means the same places:
+
+    - "no lesion …" and "no pulmonary infection …" become a fixed sentence with one target.
+    - A list of places: each becomes the diagonally opposite one, or where the list holds that too, the opposite along
+      one axis, or the next free place; the center becomes top left. The other words become their opposites; where two
+      targets become one, the first place is kept.
+    - A lung sentence that names one side: side and height are exchanged. Count and "unilateral" stay: a sentence on
+      both lungs would name the true one as well.
+    - A lung sentence that names both sides: "Unilateral pulmonary infection, one infected area, …" with the first
+      region only, its height exchanged.
+    - Anything else: words for place, side, size, brightness and count become their opposites.
+
+    Args:
+        text: A sentence that is true for the image.
+
+    Returns:
+        The contradiction, or ``None`` where the sentence says nothing that has an opposite.
+    """
+    if re.match(r"\s*no\b", text, re.IGNORECASE) or parse(text).present is False:
+        return _PRESENT_INFECTION if _LUNG.search(text) else _PRESENT_LESION
+    if _LUNG.search(text):
+        return _contradict_lung(text)
+    located = _LOCATED.search(text)
+    if located:
+        before, after = text[: located.start("places")], text[located.end("places") :]
+        opposite = _opposite_places(_places(located["places"]))
+        if parse(text).count == 2:
+            opposite = opposite[:1]
+        separator = " and the " if re.search(r"\band the\b", located["places"], re.IGNORECASE) else ", "
+        changed = [_replaced(part, _OPPOSITES) or part for part in (before, after)]
+        return _with_count(text, separator.join(opposite).join(changed))
+    exchanged = _replaced(text, _OPPOSITES)
+    # "small, large polyp" becomes "large, small polyp", which says the same.
+    if exchanged is None or sorted(_WORD.findall(exchanged)) == sorted(_WORD.findall(text)):
+        return None
+    return _with_count(text, exchanged)
+
+
+def _contradict_lung(text: str) -> str | None:
+    regions = re.findall(r"((?:\b(?:all|upper|middle|lower)\b\W*)*)\b(left|right)\b", text.lower())
+    if len({side for _, side in regions}) < 2:
+        changed = _replaced(text, {**_HORIZONTAL, **_VERTICAL} if regions else _OPPOSITES)
+        return None if changed == text else changed
+    heights, side = regions[0]
+    region = _replaced(" ".join([*heights.split(), side]), _VERTICAL)
+    return f"Unilateral pulmonary infection, one infected area, {region} lung."
+
+
+def _places(listed: str) -> tuple[str, ...]:
+    """Return the places of a list in order, by their names in :data:`PLACES`."""
+    return tuple(_place(re.findall(r"\w+", phrase.lower())) for phrase in _BETWEEN_PLACES.split(listed.strip()))
+
+
+def _place(words: list[str]) -> str:
+    height = "top" if {"top", "upper"} & set(words) else "bottom" if {"bottom", "lower"} & set(words) else ""
+    side = "left" if "left" in words else "right" if "right" in words else ""
+    return f"{height} {side}".strip() or "center"
+
+
+def _opposite_places(places: tuple[str, ...]) -> list[str]:
+    chosen: list[str] = []
+    for place in places:
+        if place == "center":
+            candidates = ["top left"]
+        else:
+            axes = ({**_HORIZONTAL, **_VERTICAL}, _HORIZONTAL, _VERTICAL)
+            candidates = [_replaced(place, words) or place for words in axes]
+        free = [name for name in (*candidates, *PLACES) if name not in places and name not in chosen]
+        chosen += free[:1]
+    return chosen or [_replaced(place, _OPPOSITES) or place for place in places[:1]]
+
+
+def _with_count(old: str, new: str) -> str:
+    """Make verb and "lesion" agree with a count that was changed; polyp sentences have no plural and keep the noun."""
+    if re.search(r"\bone\b", old, re.IGNORECASE):
+        return re.sub(r"\bthere is\b", "there are", re.sub(r"\blesion\b", "lesions", new))
+    if re.search(r"\btwo\b", old, re.IGNORECASE):
+        return re.sub(r"\bthere are\b", "there is", re.sub(r"\blesions\b", "lesion", new))
+    return new
+
+
+def _replaced(text: str, words: Mapping[str, str]) -> str | None:
+    """Replace whole words, all at once, in their case; ``None`` where a word's case has no pattern (e.g. "lEFT")."""
+    pattern = re.compile(r"\b(" + "|".join(words) + r")\b", re.IGNORECASE)
+    if any(word not in (word.lower(), word.upper(), word.capitalize()) for word in pattern.findall(text)):
+        return None
+
+    def opposite(match: re.Match[str]) -> str:
+        word = match[0]
+        other = words[word.lower()]
+        return other if word.islower() else other.upper() if word.isupper() else other.capitalize()
+
+    return pattern.sub(opposite, text)
