@@ -47,6 +47,14 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_home(tmp_path_factory: pytest.TempPathFactory):
+    """Models and caches of the tests lie apart from the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMCA_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     random.seed(0)

@@ -208,7 +208,8 @@ def test_the_flags_in_the_reference_are_those_of_the_verbs():
     text = _text("docs/reference/cli.md")
     common = {"help"}
     for verb, command in cli.VERBS.items():
-        fields = {item.name.replace("_", "-") for item in dataclasses.fields(command)}
+        flags = (item for item in dataclasses.fields(command) if "Positional" not in str(item.type))
+        fields = {item.name.replace("_", "-") for item in flags}
         if verb.startswith(("presets", "models")):
             continue
         listed = set(re.findall(r"`--([a-z][a-z-]+)`", _section(text, f"tmca {verb}").partition("\nThe sections")[0]))
@@ -246,14 +247,15 @@ def test_the_layers_are_those_of_the_import_contract():
 
 def test_the_layout_names_every_module():
     layout = _blocks(_section(_text("docs/architecture.md"), "Layout"), "text")[0]
-    lines = [re.match(r"(│?)\W*([\w.]+)(/?)\s*(planned)?", line) for line in layout.splitlines()[1:]]
-    existing, planned, folder = set(), set(), ""
-    for line in lines:
-        assert line
-        if line[3]:
-            folder = f"{line[2]}/"
-        name = f"{folder}{line[2]}" if line[1] else line[2]
-        (planned if line[4] else existing).add(f"{name}{line[3]}")
+    existing, planned, folders = set(), set(), [""]
+    for line in layout.splitlines()[1:]:
+        match = re.match(r"((?:│   )*)[├└]── ([\w.]+)(/?)\s*(planned)?", line)
+        assert match, line
+        depth = len(match[1]) // 4
+        name = f"{folders[depth]}{match[2]}{match[3]}"
+        if match[3]:
+            folders[depth + 1 :] = [name]
+        (planned if match[4] else existing).add(name)
     source = ROOT / "src" / "tmca"
     modules = {path.relative_to(source).as_posix() for path in source.rglob("*.py")}
     bare = {"data/__init__.py", "imaging/__init__.py"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -53,7 +54,8 @@ def run_demo(
     started = time.monotonic()
     say(f"Training a small TMCA on {counts['train']} of them …")
     run = folder / "run"
-    fit(experiment, manifest, run, overwrite=True)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as decoded:
+        fit(experiment, manifest, run, overwrite=True, cache=Path(decoded))
     seconds["train"] = time.monotonic() - started
 
     started = time.monotonic()

@@ -33,6 +33,8 @@ from torch import Tensor
 
 from tmca.checkpoints import load_checkpoint, write_checkpoint
 from tmca.config import Experiment, from_dict, to_dict
+from tmca.data.cache import DecodedCache
+from tmca.data.describe import provenance_notice
 from tmca.data.loading import SegmentationDataset, make_loader
 from tmca.data.manifest import Manifest
 from tmca.devices import computes_bfloat16, resolve_device
@@ -345,6 +347,7 @@ def fit(
     resume: bool = False,
     overwrite: bool = False,
     device: str = "auto",
+    cache: Path | None = None,
 ) -> RunRecord:
     """Train a model on the ``train`` split of a manifest, choosing the best epoch on its ``val`` split.
 
@@ -355,6 +358,7 @@ def fit(
         resume: Continue the run in ``folder`` from its last finished epoch.
         overwrite: Replace a run that is there; without it and ``resume`` an existing run is refused.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
+        cache: Folder of decoded images; by default ``$TMCA_HOME/decoded``.
 
     Returns:
         How the run ended; an interrupted run raises KeyboardInterrupt and can be resumed.
@@ -388,9 +392,10 @@ def fit(
     loaders = []
     for split, name in ((training, "train"), (validation, "val")):
         augmentation = experiment.augmentation if name == "train" else None
-        dataset = SegmentationDataset(split, experiment.preprocessing, augmentation, seed=experiment.seed)
-        for _ in track(dataset.warm(), f"Reading {name} images", len(dataset)):
+        cached = DecodedCache(split, experiment.preprocessing.image_size, cache)
+        for _ in track(cached.fill(), f"Reading {name} images", len(cached)):
             pass
+        dataset = SegmentationDataset(split, experiment.preprocessing, augmentation, seed=experiment.seed, cache=cached)
         config = experiment.trainer
         size = config.batch_size if name == "train" else config.evaluation_batch_size
         loaders.append(make_loader(dataset, size, training=name == "train", num_workers=config.num_workers))
@@ -438,6 +443,9 @@ def resolve(experiment: Experiment) -> Experiment:
 def _splits(experiment: Experiment, manifest: Manifest) -> tuple[Manifest, Manifest]:
     training, validation = manifest.split("train"), manifest.split("val")
     training = training.fraction(experiment.trainer.train_fraction, experiment.seed)
+    notice = provenance_notice(training) if experiment.model.guidance else None
+    if notice:
+        say(f"note: {notice}")
     for split in (training, validation):
         split.check(require_text=experiment.model.guidance, require_mask=True)
     batch = experiment.trainer.batch_size

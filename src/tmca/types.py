@@ -1,12 +1,11 @@
 """Tensor aliases and the frozen dataclasses that flow through the package.
 
-A layout becomes a manifest, its records become ``Sample``s, these collate into a ``Batch``; a model turns a batch into
+A layout becomes a manifest, its records become a ``Batch`` (or, one alone, a ``Sample``); a model turns a batch into
 ``ImageFeatures``, ``TextFeatures`` and a ``ModelOutput``. Names and shapes are those of ``docs/architecture.md``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -53,16 +52,6 @@ class Batch:
     images: Float[Tensor, "batch 3 height width"]
     masks: Bool[Tensor, "batch 1 height width"]
     texts: tuple[str | None, ...]
-
-    @classmethod
-    def collate(cls, samples: Sequence[Sample]) -> Self:
-        """Stack samples of equal size into one batch."""
-        return cls(
-            ids=tuple(sample.id for sample in samples),
-            images=torch.stack([sample.image for sample in samples]),
-            masks=torch.stack([sample.mask for sample in samples]),
-            texts=tuple(sample.text for sample in samples),
-        )
 
     @property
     def batch_size(self) -> int:

@@ -1,10 +1,164 @@
-"""Datasets: draw."""
+"""Datasets: import, describe, split, draw."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from tmca.cli.options import Output, show
+import tyro
+
+from tmca.cli.options import Data, Output, PromptLevel, show
+from tmca.errors import ConfigError, PartialFailureError, StorageError
+from tmca.progress import say
+
+if TYPE_CHECKING:
+    from tmca.data.manifest import Manifest
+
+ManifestFile = Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FILE.csv|.jsonl|.parquet")]
+SHOWN_PROBLEMS = 5
+
+
+@dataclass(frozen=True)
+class DataImport:
+    """Read a dataset folder into a manifest: `tmca data import [LAYOUT] FOLDER -o manifest.csv`."""
+
+    names: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(name="folder", metavar="[LAYOUT] FOLDER")]]
+    """The dataset folder; before it, if it is not recognised by itself, the name of its layout."""
+    output: ManifestFile
+    """The manifest to write; its paths are relative to it."""
+    prompt_level: PromptLevel = "p6"
+    """Detail of the sentences in datasets that have levels; p6 is the paper's."""
+    seed: int = 0
+    """Decides which sentence a case gets where it has several."""
+    copy: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Also copy images and masks (as PNG of 0 and 255) into this folder; without it nothing is copied."""
+    overwrite: bool = False
+    """Replace a manifest that is there."""
+
+    def run(self) -> None:
+        """Import, say what was found, and fail with exit code 4 if rows had to be left out."""
+        from tmca.data.layouts import read_layout
+
+        if not 1 <= len(self.names) <= 2:
+            raise ConfigError("`tmca data import` needs a folder, and before it at most a layout", hint="see --help")
+        folder, layout = Path(self.names[-1]), self.names[0] if len(self.names) == 2 else None
+        _require_new(self.output, overwrite=self.overwrite)
+        imported = read_layout(folder, layout, prompt=self.prompt_level, seed=self.seed)
+        manifest = imported.manifest
+        if self.copy is not None:
+            from tmca.data.layouts.copying import copy_dataset
+
+            manifest = copy_dataset(manifest, self.copy)
+        manifest.with_hashes().write(self.output)
+        show(f"{imported.layout}: {_counts(manifest)}; {len(manifest.sentences)} distinct sentences → {self.output}")
+        if not imported.problems:
+            return
+        problems = self.output.with_name(f"{self.output.stem}.problems.csv")
+        imported.write_problems(problems)
+        for problem in imported.problems[:SHOWN_PROBLEMS]:
+            say(f"{problem.problem} ({problem.hint})")
+        said = ", ".join(f"{count} × {kind}" for kind, count in imported.counts.items())
+        say(f"{len(imported.problems)} problems ({said}); all of them: {problems}")
+        if imported.left_out:
+            raise PartialFailureError(
+                f"{imported.left_out} rows of {folder} were left out, the manifest holds the others",
+                hint=f"see {problems}",
+            )
+
+
+@dataclass(frozen=True)
+class DataDescribe:
+    """Write sentences from masks: `tmca data describe MANIFEST -o described.csv --grammar polyp`."""
+
+    data: tyro.conf.Positional[Data]
+    """Manifest file, or a dataset folder in a known layout."""
+    output: ManifestFile
+    """The manifest to write."""
+    grammar: Literal["polyp", "phantom", "lung"]
+    """What the masks show; decides the words."""
+    level: Annotated[str, tyro.conf.arg(metavar="p0…p6")] = "p6"
+    """Detail, from nothing to everything."""
+    paraphrases: int = 0
+    """How many other wordings to mix in, 0 to 3."""
+    seed: int = 0
+    """Decides which wording a case gets."""
+    replace_sentences: bool = False
+    """Also replace sentences that were not written from masks."""
+    overwrite: bool = False
+    """Replace a manifest that is there."""
+
+    def run(self) -> None:
+        """Describe, write, and say what such sentences are."""
+        from tmca.data.describe import describe_manifest, provenance_notice
+        from tmca.data.layouts import open_dataset
+
+        _require_new(self.output, overwrite=self.overwrite)
+        manifest = open_dataset(self.data)
+        described = describe_manifest(
+            manifest,
+            self.grammar,
+            self.level,
+            paraphrases=self.paraphrases,
+            seed=self.seed,
+            overwrite=self.replace_sentences,
+        )
+        described.write(self.output)
+        example = next((record for record in described.records if record.text), None)
+        if example is not None:
+            show(f"{example.id}: {example.text}")
+        show(f"{len(described.sentences)} distinct sentences → {self.output}")
+        notice = provenance_notice(described)
+        if notice:
+            say(f"note: {notice}")
+
+
+@dataclass(frozen=True)
+class DataSplit:
+    """Divide a dataset into train, val and test by patient, or its training cases into nested fractions."""
+
+    data: tyro.conf.Positional[Data]
+    """Manifest file, or a dataset folder in a known layout."""
+    output: ManifestFile
+    """The manifest to write; with --fractions, 25 % go to NAME-25.csv and so on."""
+    train: float = 0.7
+    """Share of the cases for training."""
+    val: float = 0.1
+    """Share for validation."""
+    test: float = 0.2
+    """Share for the test."""
+    within: Annotated[str | None, tyro.conf.arg(metavar="SPLIT")] = None
+    """Divide this split only and leave the others, e.g. to take a validation split from train."""
+    fractions: tuple[float, ...] = ()
+    """Keep the splits and write smaller training sets instead, each part of the next: 0.25 0.5 0.75."""
+    seed: int = 0
+    """Decides who goes where."""
+    resplit: bool = False
+    """Give up splits that are there; published splits make scores comparable."""
+    overwrite: bool = False
+    """Replace manifests that are there."""
+
+    def run(self) -> None:
+        """Split and say how many cases went where."""
+        from tmca.data.layouts import open_dataset
+        from tmca.data.splits import nested_fractions, split_manifest
+
+        manifest = open_dataset(self.data)
+        if not self.fractions:
+            shares = {"train": self.train, "val": self.val, "test": self.test}
+            shares = {name: share for name, share in shares.items() if share}
+            dealt = split_manifest(manifest, shares, self.seed, within=self.within, overwrite=self.resplit)
+            written = {self.output: dealt}
+        else:
+            parts = nested_fractions(manifest, self.fractions, seed=self.seed)
+            written = {
+                self.output.with_stem(f"{self.output.stem}-{100 * share:g}"): part for share, part in parts.items()
+            }
+        for path in written:
+            _require_new(path, overwrite=self.overwrite)
+        for path, part in written.items():
+            part.write(path)
+            show(f"{_counts(part)} → {path}")
 
 
 @dataclass(frozen=True)
@@ -46,3 +200,12 @@ class DataPhantom:
                 progress=lambda done: progress.update(task, completed=done),
             )
         show(f"{sum(counts.values())} phantoms in {self.output}. Train on them: tmca train demo --data {self.output}")
+
+
+def _counts(manifest: Manifest) -> str:
+    return ", ".join(f"{count} {split or 'without split'}" for split, count in manifest.splits.items())
+
+
+def _require_new(path: Path, *, overwrite: bool) -> None:
+    if path.exists() and not overwrite:
+        raise StorageError(f"{path} is there already", hint="replace it with --overwrite, or choose another name")

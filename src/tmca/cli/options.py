@@ -9,6 +9,7 @@ import tyro
 from rich.console import Console
 
 Model = Annotated[str, tyro.conf.arg(aliases=["-m"], metavar="RUN")]
+Data = Annotated[Path, tyro.conf.arg(metavar="MANIFEST|FOLDER")]
 Output = Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FOLDER")]
 Device = Annotated[str, tyro.conf.arg(aliases=["-d"], metavar="{auto,cpu,cuda,cuda:N,mps}")]
 PromptLevel = Annotated[str, tyro.conf.arg(metavar="p0…p9")]

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from tmca.cli.options import Device, Model, Output, PromptLevel, show
+from tmca.cli.options import Data, Device, Model, Output, PromptLevel, show
 from tmca.config import Experiment
 from tmca.errors import ConfigError, DataError, PartialFailureError
 from tmca.progress import say
@@ -88,7 +88,7 @@ class Evaluate:
 
     model: Model
     """Run folder, checkpoint folder or hub id."""
-    data: Annotated[Path, tyro.conf.arg(metavar="MANIFEST|FOLDER")]
+    data: Data
     """Manifest file, or a dataset folder in a known layout."""
     split: str = "test"
     """Split to score."""

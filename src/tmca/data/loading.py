@@ -1,26 +1,22 @@
 """Manifest → dataset → batches.
 
-Decoded and resized images are kept in memory as uint8 up to a limit, so that a second epoch reads no file. Order and
-random changes are functions of (seed, epoch, case) alone: the same in any number of workers and after a resume.
+Order and random changes are functions of (seed, epoch, case) alone: the same in any number of workers and after a
+resume. With a :class:`~tmca.data.cache.DecodedCache` a second epoch reads no picture.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from tmca.config import AugmentationConfig, PreprocessingConfig
-from tmca.data.manifest import Manifest
-from tmca.data.preprocessing import Drawn, augment, normalise, resize_image, resize_mask, to_tensor
-from tmca.errors import DataError
-from tmca.imaging.raster import read_image, read_mask
+from tmca.data.cache import DecodedCache, decode, drawn
+from tmca.data.manifest import Manifest, Record
+from tmca.data.preprocessing import Drawn, augment, normalise
 from tmca.types import Batch, Sample
-
-CACHE_BYTES = 4 * 2**30
 
 
 class SegmentationDataset(Dataset[Sample]):
@@ -31,7 +27,7 @@ class SegmentationDataset(Dataset[Sample]):
         preprocessing: Size and normalisation.
         augmentation: Random changes; ``None`` for validation and test.
         seed: Of the random changes.
-        cache_bytes: Memory for decoded images; cases beyond it are decoded every time.
+        cache: The cases decoded, filled before the first sample is asked for; without it every access reads files.
 
     Index ``epoch * len(dataset) + i`` is case ``i`` with the random changes of that epoch.
     """
@@ -43,62 +39,56 @@ class SegmentationDataset(Dataset[Sample]):
         augmentation: AugmentationConfig | None = None,
         *,
         seed: int = 0,
-        cache_bytes: int = CACHE_BYTES,
+        cache: DecodedCache | None = None,
     ) -> None:
         self.manifest = manifest
         self.preprocessing = preprocessing
         self.augmentation = augmentation
         self.seed = seed
-        self._room = cache_bytes
-        self._cache: dict[int, Drawn] = {}
+        self.cache = cache
 
     def __len__(self) -> int:
         return len(self.manifest.records)
 
     def __getitem__(self, index: int) -> Sample:
-        epoch, case = divmod(index, len(self))
-        record = self.manifest.records[case]
-        drawn = self.decoded(case)
-        if self.augmentation is not None:
-            drawn = augment(drawn, self.augmentation, np.random.default_rng((self.seed, epoch, case)))
-        mask = torch.from_numpy(np.array(drawn.mask))[None]
-        return Sample(record.id, normalise(to_tensor(drawn.image), self.preprocessing), mask, drawn.text)
-
-    def decoded(self, case: int) -> Drawn:
-        """Return a case resized but not normalised, from the cache or from its files.
+        """Return a case.
 
         Raises:
             DataError: A file is missing or damaged, or image and mask differ in size.
         """
-        if case in self._cache:
-            return self._cache[case]
-        record = self.manifest.records[case]
-        image_path, mask_path = self.manifest.image_path(record), self.manifest.mask_path(record)
-        if mask_path is None:
-            raise DataError(f"Case {record.id!r} has no mask", hint="fill its mask in the manifest or leave it out")
-        image, mask = read_image(image_path), read_mask(mask_path)
-        if image.shape[:2] != mask.shape:
-            raise DataError(
-                f"Mask {mask_path} is {mask.shape[1]}×{mask.shape[0]}, its image {image.shape[1]}×{image.shape[0]}",
-                hint="export the mask at the image's size",
-            )
-        size = self.preprocessing.image_size
-        drawn = Drawn(resize_image(image, size), resize_mask(mask, size, size), record.text)
-        needed = drawn.image.nbytes + drawn.mask.nbytes
-        if needed <= self._room:
-            self._room -= needed
-            self._cache[case] = drawn
-        return drawn
+        batch = self.__getitems__([index])
+        return Sample(batch.ids[0], batch.images[0], batch.masks[0], batch.texts[0])
 
-    def warm(self, threads: int = 2) -> Iterator[int]:
-        """Decode every case into the cache on several threads, yielding after each.
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """Return cases as a batch; PyTorch's loader calls this once a batch.
 
         Raises:
-            DataError: The first case that cannot be read.
+            DataError: As for one case.
         """
-        with ThreadPoolExecutor(threads) as pool:
-            for case, _ in enumerate(pool.map(self.decoded, range(len(self)))):
-                yield case
+        size = self.preprocessing.image_size
+        images = np.empty((len(indices), 3, size, size), dtype=np.float32)
+        masks = np.empty((len(indices), 1, size, size), dtype=np.bool_)
+        ids: list[str] = []
+        texts: list[str | None] = []
+        for row, index in enumerate(indices):
+            epoch, case = divmod(index, len(self))
+            record = self.manifest.records[case]
+            chosen = self._drawn(case, record, epoch)
+            normalise(chosen.image, self.preprocessing, out=images[row])
+            masks[row, 0] = chosen.mask
+            ids.append(record.id)
+            texts.append(chosen.text)
+        return Batch(tuple(ids), torch.from_numpy(images), torch.from_numpy(masks), tuple(texts))
+
+    def _drawn(self, case: int, record: Record, epoch: int) -> Drawn:
+        if self.cache is None:
+            planes = decode(self.manifest, record, self.preprocessing.image_size)
+        else:
+            planes = self.cache[case]
+        chosen = drawn(planes, record.text)
+        if self.augmentation is None:
+            return chosen
+        return augment(chosen, self.augmentation, np.random.default_rng((self.seed, epoch, case)))
 
 
 class EpochSampler(Sampler[int]):
@@ -136,11 +126,16 @@ def make_loader(
         num_workers: Processes that load; 0 loads in this one.
     """
     return DataLoader(
-        dataset,  # type: ignore[arg-type]  # collating turns its samples into batches
+        dataset,  # type: ignore[arg-type]  # it makes batches by itself
         batch_size=batch_size,
         sampler=EpochSampler(len(dataset), shuffle=training, seed=dataset.seed),
-        collate_fn=Batch.collate,
+        collate_fn=_as_is,  # type: ignore[arg-type]
         drop_last=training and len(dataset) > batch_size,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
     )
+
+
+def _as_is(batch: Batch) -> Batch:
+    """Leave the batch that the dataset has made as it is; a named function, so that worker processes can be sent it."""
+    return batch

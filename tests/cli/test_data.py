@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import csv
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tmca import cli
+from tmca.data.manifest import Manifest
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def tmca(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*arguments: object) -> Outcome:
+        code = cli.run(["data", *map(str, arguments)])
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.out + captured.err
+        return Outcome(code, captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    """A folder in TGANet's layout, one of whose masks is missing and one of whose images is in no list."""
+    root = tmp_path / "dataset"
+    for name in ("images", "masks"):
+        (root / name).mkdir(parents=True)
+    for number in range(8):
+        pixels = np.full((20, 30), 40 * (number % 2), np.uint8)
+        pixels[4:9, 2 : 8 + number] = 255
+        Image.fromarray(pixels).convert("RGB").save(root / "images" / f"{number}.jpg")
+        if number != 5:
+            Image.fromarray(pixels > 127).save(root / "masks" / f"{number}.png")
+    (root / "train.txt").write_text("0\n1\n2\n3\n5\n")
+    (root / "val.txt").write_text("4\n6\n")
+    return root
+
+
+def test_importing_lists_what_does_not_fit(tmca: Callable[..., Outcome], dataset: Path, tmp_path: Path):
+    outcome = tmca("import", dataset, "-o", tmp_path / "m.csv")
+    assert outcome.code == 4
+    assert "tganet: 4 train, 2 val; 0 distinct sentences" in outcome.out
+    manifest = Manifest.read(tmp_path / "m.csv")
+    assert [record.id for record in manifest.records] == ["0", "1", "2", "3", "4", "6"]
+    assert all(len(record.image_sha256) == len(record.mask_sha256) == 64 for record in manifest.records)
+    assert manifest.image_path(manifest.records[0]).is_file()
+    with (tmp_path / "m.problems.csv").open() as stream:
+        problems = {(row["kind"], Path(row["file"]).stem) for row in csv.DictReader(stream)}
+    assert {("missing mask", "5"), ("unused image", "7"), ("unused mask", "7")} <= problems
+    assert "1 rows of" in outcome.err
+
+
+def test_importing_a_whole_folder_says_nothing_else(tmca: Callable[..., Outcome], dataset: Path, tmp_path: Path):
+    for name in ("images/5.jpg", "images/7.jpg", "masks/7.png"):
+        (dataset / name).unlink()
+    (dataset / "train.txt").write_text("0\n1\n2\n3\n")
+    outcome = tmca("import", "tganet", dataset, "-o", tmp_path / "m.jsonl", "--copy", tmp_path / "copy")
+    assert outcome.code == 0, outcome.err
+    assert not (tmp_path / "m.problems.csv").exists()
+    copied = Manifest.read(tmp_path / "copy" / "manifest.csv")
+    assert {path.name for path in (tmp_path / "copy" / "masks").iterdir()} == {f"{n}.png" for n in (0, 1, 2, 3, 4, 6)}
+    assert Manifest.read(tmp_path / "m.jsonl").content_hash() == copied.content_hash()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("import", "-o", "m.csv"), 2, "needs a folder"),
+        (("import", "a", "b", "c", "-o", "m.csv"), 2, "needs a folder"),
+        (("import", "tgannet", ".", "-o", "m.csv"), 2, "did you mean 'tganet'?"),
+        (("import", "nowhere", "-o", "m.csv"), 3, "does not exist"),
+    ],
+)
+def test_a_wrong_import_is_explained(
+    tmca: Callable[..., Outcome], arguments: tuple[str, ...], code: int, said: str, tmp_path: Path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    outcome = tmca(*arguments)
+    assert outcome.code == code
+    assert said in outcome.err
+    assert not (tmp_path / "m.csv").exists()
+
+
+def test_no_manifest_is_overwritten_by_accident(tmca: Callable[..., Outcome], phantoms: Manifest, tmp_path: Path):
+    (tmp_path / "m.csv").write_text("mine")
+    data = phantoms.root / "manifest.csv"
+    for arguments in (
+        ("import", data, "-o", tmp_path / "m.csv"),
+        ("describe", data, "-o", tmp_path / "m.csv", "--grammar", "phantom"),
+        ("split", data, "-o", tmp_path / "m.csv", "--resplit"),
+    ):
+        outcome = tmca(*arguments)
+        assert outcome.code == 1
+        assert "--overwrite" in outcome.err
+        assert (tmp_path / "m.csv").read_text() == "mine"
+        assert tmca(*arguments, "--overwrite").code == 0
+        (tmp_path / "m.csv").write_text("mine")
+
+
+def test_masks_become_sentences(tmca: Callable[..., Outcome], phantoms: Manifest, tmp_path: Path):
+    data = Path(shutil.copytree(phantoms.root, tmp_path / "data"))
+    bare = Manifest.read(data / "manifest.csv")
+    arguments = ("describe", data, "-o", tmp_path / "d.csv", "--grammar", "phantom", "--level", "p1")
+    outcome = tmca(*arguments)
+    assert outcome.code == 0, outcome.err
+    assert "note: " in outcome.err
+    assert "carry ground truth" in outcome.err
+    described = Manifest.read(tmp_path / "d.csv")
+    assert len(described.records) == len(bare.records)
+    assert {record.text for record in described.records} <= {"lesion", "lesions", "no lesion in the image"}
+    assert {record.text_provenance for record in described.records} == {"from_mask"}
+
+
+def test_splits_and_fractions_are_written(tmca: Callable[..., Outcome], phantoms: Manifest, tmp_path: Path):
+    data = phantoms.root / "manifest.csv"
+    refused = tmca("split", data, "-o", tmp_path / "s.csv")
+    assert refused.code == 3
+    assert "--resplit" in refused.err
+    outcome = tmca(
+        "split", data, "-o", tmp_path / "s.csv", "--train", "0.5", "--val", "0", "--test", "0.5", "--resplit"
+    )
+    assert outcome.code == 0, outcome.err
+    total = len(phantoms.records)
+    assert Manifest.read(tmp_path / "s.csv").splits == pytest.approx({"train": total / 2, "test": total / 2}, abs=1)
+    outcome = tmca("split", data, "-o", tmp_path / "f.csv", "--fractions", "0.25", "0.5")
+    assert outcome.code == 0, outcome.err
+    quarter, half = (Manifest.read(tmp_path / f"f-{share}.csv") for share in (25, 50))
+    assert {record.id for record in quarter.records} < {record.id for record in half.records}
+    assert quarter.splits["val"] == half.splits["val"] == phantoms.splits["val"]
