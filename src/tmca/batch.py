@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from tmca.checkpoints import file_hashes, resolve_checkpoint
+from tmca.data.manifest import file_hash
 from tmca.data.tables import read_rows
 from tmca.environment import describe_environment
 from tmca.errors import DataError, StorageError, TMCAError
-from tmca.files import sha256_of, write_json
+from tmca.files import write_json
 from tmca.imaging.overlay import draw_overlay
-from tmca.imaging.raster import IMAGE_SUFFIXES, read_image, write_image, write_mask, write_probability
+from tmca.imaging.raster import write_image, write_mask, write_probability
+from tmca.imaging.reading import IMAGE_SUFFIXES, case_name, is_image, read_image, split_frame
 from tmca.inference import Mask, Predictor
 from tmca.metrics import check_threshold
 from tmca.progress import track
@@ -80,10 +82,10 @@ def find_images(inputs: Sequence[str | Path]) -> list[Path]:
     for item in inputs:
         path = Path(item)
         if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+            files = sorted(file for file in path.rglob("*") if file.is_file() and is_image(file))
             if not files:
                 raise DataError(f"Folder {path} holds no image", hint=f"known endings: {', '.join(IMAGE_SUFFIXES)}")
-        elif path.exists():
+        elif path.exists() or split_frame(path)[0].is_file():
             files = [path]
         else:
             files = sorted(Path(match) for match in glob.glob(str(item), recursive=True))  # noqa: PTH207
@@ -132,7 +134,7 @@ def _match(path: Path, line: int, name: str, images: Sequence[Path]) -> Path:
     length = len(wanted)
     by_path = [image for image in images if image.resolve() == meant or str(image) == name]
     by_end = [image for image in images if image.absolute().parts[-length:] == wanted]
-    by_stem = [image for image in images if image.absolute().with_suffix("").parts[-length:] == wanted]
+    by_stem = [image for image in images if (*image.absolute().parent.parts, case_name(image))[-length:] == wanted]
     for found in (by_path, by_end, by_stem):
         if len(found) > 1:
             raise DataError(
@@ -225,7 +227,7 @@ def predict_batch(
         report.cases.append(
             {
                 "image": str(job.image),
-                "sha256": sha256_of(job.image),
+                "sha256": file_hash(job.image),
                 "shape": [int(side) for side in mask.shape],
                 "prompt": job.text,
                 "setting": "guided" if guided else "no text",
@@ -251,15 +253,15 @@ def _difference(mask: Mask, other: Mask) -> float:
 
 def _names(paths: Sequence[Path]) -> list[str]:
     """Return a name for each path: its stem; where stems are equal, with folders in front; never the same twice."""
-    stems = Counter(path.stem for path in paths)
+    stems = Counter(case_name(path) for path in paths)
     parents = [str(path.absolute().parent) for path in paths]
     root = os.path.commonpath(parents) if parents else ""
     names: dict[str, None] = {}
     for path in paths:
-        name = path.stem
+        name = case_name(path)
         if stems[name] > 1:
-            name = "_".join(path.absolute().relative_to(root).with_suffix("").parts)
+            name = "_".join((*path.absolute().parent.relative_to(root).parts, name))
         numbered = (f"{name}_{number}" for number in itertools.count(2))
-        choices = itertools.chain([name, f"{name}_{path.suffix[1:]}"], numbered)
+        choices = itertools.chain([name, f"{name}_{split_frame(path)[0].suffix[1:]}"], numbered)
         names[next(choice for choice in choices if choice not in names)] = None
     return list(names)

@@ -28,7 +28,7 @@ from tmca.devices import resolve_device
 from tmca.environment import describe_hardware, source_commit
 from tmca.errors import CheckpointError, ConfigError
 from tmca.files import write_json, write_text
-from tmca.imaging.raster import image_size, read_mask
+from tmca.imaging.reading import image_size, read_mask
 from tmca.metrics import (
     Counts,
     EmptyPolicy,

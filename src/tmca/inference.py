@@ -15,7 +15,8 @@ from tmca.checkpoints import load_checkpoint
 from tmca.data.preprocessing import prepare_image, restore
 from tmca.devices import resolve_device
 from tmca.errors import ConfigError, OutOfMemoryError
-from tmca.imaging.raster import read_image, rgb_from_array
+from tmca.imaging.raster import rgb_from_array
+from tmca.imaging.reading import read_image
 from tmca.metrics import check_threshold
 from tmca.models import TMCA
 from tmca.types import ImageFeatures
@@ -61,9 +62,9 @@ class Predictor:
         """Encode an image; later calls of :meth:`predict` refer to it.
 
         Args:
-            image: A file, or an upright array: ``(height, width)`` grey, ``(height, width, 3)`` RGB or
-                ``(height, width, 4)`` RGBA. uint8 is taken as it is; other types are scaled from their own minimum
-                and maximum.
+            image: A file of any kind that :mod:`tmca.imaging.reading` knows, or an upright array: ``(height, width)``
+                grey, ``(height, width, 3)`` RGB or ``(height, width, 4)`` RGBA. uint8 is taken as it is; other types
+                are scaled from their own minimum and maximum.
 
         Raises:
             DataError: The file cannot be read, or the array is no image.

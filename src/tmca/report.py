@@ -19,7 +19,8 @@ from tmca.environment import describe_environment
 from tmca.evaluation import RIGHT, VARIANTS, Evaluation
 from tmca.files import write_text
 from tmca.imaging.overlay import PREDICTION_COLOUR, TRUTH_COLOUR, Panel, draw_strip
-from tmca.imaging.raster import read_image, read_mask, write_image
+from tmca.imaging.raster import write_image
+from tmca.imaging.reading import read_image, read_mask
 from tmca.inference import Predictor
 from tmca.metrics import case_scores
 from tmca.progress import track

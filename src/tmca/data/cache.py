@@ -24,11 +24,11 @@ import numpy as np
 from jaxtyping import UInt8
 from numpy.lib import format as npy
 
-from tmca.data.manifest import Manifest, Record
+from tmca.data.manifest import Manifest, Record, file_hash
 from tmca.data.preprocessing import Drawn, resize_image, resize_mask
 from tmca.errors import DataError, StorageError
-from tmca.files import home, recorded_sha256_of, storage_error
-from tmca.imaging.raster import read_image, read_mask
+from tmca.files import home, storage_error
+from tmca.imaging.reading import read_image, read_mask
 
 FORMAT = 1
 """Raised whenever a decoded case would come out differently."""
@@ -176,7 +176,7 @@ def _key(manifest: Manifest, size: int) -> str:
     paths = itertools.chain.from_iterable(
         (manifest.image_path(record), manifest.mask_path(record)) for record in manifest.records
     )
-    hashes = [None if path is None else recorded_sha256_of(path) for path in paths]
+    hashes = [None if path is None else file_hash(path) for path in paths]
     return hashlib.sha256(json.dumps([FORMAT, size, hashes]).encode()).hexdigest()
 
 

@@ -33,7 +33,7 @@ from tmca.data.grammar import (
 )
 from tmca.data.manifest import Manifest, Record, seeded_number
 from tmca.errors import ConfigError, DataError, unknown_name
-from tmca.imaging.raster import read_image, read_mask
+from tmca.imaging.reading import read_image, read_mask
 from tmca.progress import say, track
 
 MaskArray = Bool[np.ndarray, "height width"]

@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from tmca.data.tables import read_rows, write_rows
 from tmca.errors import ConfigError, DataError
 from tmca.files import recorded_sha256_of
-from tmca.imaging.raster import image_size
+from tmca.imaging.reading import case_name, image_size, split_frame
 from tmca.progress import track
 
 _HASHING_THREADS = 8
@@ -34,7 +34,7 @@ class Record:
 
     Attributes:
         id: Name, unique in its manifest; the image's stem where the file gives none.
-        image: Path relative to the manifest's root, with forward slashes.
+        image: Path relative to the manifest's root, with forward slashes; ``scan.nii.gz#12`` is one image of a volume.
         mask: Path of the ground truth, or ``None``.
         text: The sentence, or ``None``.
         split: ``train``, ``val``, ``test`` or any other name; empty where there are no splits.
@@ -201,8 +201,8 @@ class Manifest:
         digest = hashlib.sha256()
         for record in sorted(self.records, key=lambda record: record.id):
             mask_path = self.mask_path(record)
-            mask_hash = None if mask_path is None else recorded_sha256_of(mask_path)
-            row = [record.id, record.split, record.text, recorded_sha256_of(self.image_path(record)), mask_hash]
+            mask_hash = None if mask_path is None else file_hash(mask_path)
+            row = [record.id, record.split, record.text, file_hash(self.image_path(record)), mask_hash]
             digest.update(json.dumps(row).encode())
         return digest.hexdigest()
 
@@ -219,8 +219,8 @@ class Manifest:
             mask_path = self.mask_path(record)
             return replace(
                 record,
-                image_sha256=recorded_sha256_of(self.image_path(record)),
-                mask_sha256="" if mask_path is None else recorded_sha256_of(mask_path),
+                image_sha256=file_hash(self.image_path(record)),
+                mask_sha256="" if mask_path is None else file_hash(mask_path),
             )
 
         with ThreadPoolExecutor(_HASHING_THREADS) as pool:
@@ -238,7 +238,7 @@ class Manifest:
             DataError: Names the first cases that lack something and how many do.
         """
         hint = "check the column image and that the files were copied"
-        self._refuse("no image file", lambda record: not self.image_path(record).is_file(), hint)
+        self._refuse("no image file", lambda record: not _is_file(self.image_path(record)), hint)
         if require_text:
             hint = "fill the column text, or allow missing sentences where the method can do without"
             self._refuse("no sentence", lambda record: record.text is None, hint)
@@ -249,7 +249,7 @@ class Manifest:
 
     def _has_mask(self, record: Record) -> bool:
         mask_path = self.mask_path(record)
-        return mask_path is not None and mask_path.is_file()
+        return mask_path is not None and _is_file(mask_path)
 
     def _sizes_differ(self, record: Record) -> bool:
         mask_path = self.mask_path(record)
@@ -271,6 +271,21 @@ class Manifest:
         return row
 
 
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of the bytes of an image or mask file, with ``#12`` behind it for one image of a volume.
+
+    Raises:
+        DataError: The file cannot be read.
+    """
+    file, number = split_frame(path)
+    digest = recorded_sha256_of(file)
+    return digest if number is None else f"{digest}#{number}"
+
+
+def _is_file(path: Path) -> bool:
+    return split_frame(path)[0].is_file()
+
+
 def seeded_number(seed: int, name: str) -> int:
     """Return a number that looks random but depends on seed and name only, not on the other names or their order."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest())
@@ -282,7 +297,7 @@ def _record(path: Path, line: int, row: dict[str, str]) -> Record:
     values = {name: value.strip() or _DEFAULTS.get(name, "") for name, value in cells.items()}
     if not values["image"]:
         raise DataError(f"{path}, line {line}: the cell image is blank", hint="every row needs the path of an image")
-    values["id"] = values["id"] or PurePosixPath(values["image"]).stem
+    values["id"] = values["id"] or case_name(values["image"])
     if "/" in values["id"] or "\\" in values["id"]:
         raise DataError(
             f"{path}, line {line}: the id {values['id']!r} holds a slash", hint="ids become the names of written files"

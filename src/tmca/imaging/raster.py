@@ -129,7 +129,7 @@ def read_mask(path: Path | str) -> NDArray[np.bool_]:
                 upright = upright.convert("RGBA")
             channels = np.asarray(upright.convert("L" if upright.mode in ("1", "L", "LA") else "RGB"))
             grey_levels = channels if channels.ndim == 2 else channels.max(axis=2)
-    return _foreground(path, grey_levels, lossy=lossy)
+    return foreground(path, grey_levels, lossy=lossy)
 
 
 def image_size(path: Path | str) -> tuple[int, int]:
@@ -178,16 +178,55 @@ def write_probability(path: Path | str, probability: NDArray[np.floating[Any]]) 
     _write(path, np.rint(values * 65535).astype(np.uint16))
 
 
+def stored_orientation(path: Path | str) -> int:
+    """Return the EXIF orientation of an image file: 1 to 8, where 1 is stored as shown; from the header only.
+
+    Raises:
+        DataError: As for :func:`image_size`.
+    """
+    path = Path(path)
+    with _opened(path) as image:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if _may_hold_exif(path, image) else 1
+        return orientation if orientation in range(1, 9) else 1
+
+
+def check_file(path: Path) -> None:
+    """Refuse what cannot be any image: a missing file, a folder, 0 bytes, a file that may not be read.
+
+    Raises:
+        DataError: Says which.
+    """
+    try:
+        if not path.exists():
+            raise DataError(f"Image file {path} does not exist", hint="check the path")
+        if path.is_dir():
+            raise DataError(f"{path} is a folder, expected an image file", hint="name one file in it")
+        if path.stat().st_size == 0:
+            raise DataError(f"{path} is empty (0 bytes)", hint="copy or download it again")
+    except OSError as error:
+        raise damaged(path, error) from error
+
+
+def damaged(path: Path, error: Exception) -> DataError:
+    """Return the error for a file whose bytes a decoder could not follow, or that may not be read."""
+    if isinstance(error, PermissionError):
+        return DataError(f"No permission to read {path}", hint="change the file's permissions")
+    return DataError(f"{path} is damaged or cut off: {error}", hint="copy or download it again")
+
+
+def too_large(path: Path, got: str) -> DataError:
+    """Return the error for an image of more than :data:`MAX_PIXELS`."""
+    return DataError(
+        f"{path} is too large: {got}; at most {MAX_PIXELS // 1_000_000} million pixels are read",
+        hint="scale it down or cut it into tiles",
+    )
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
     """Open an image file; every way in which this or decoding it in the block can fail becomes a DataError."""
-    if not path.exists():
-        raise DataError(f"Image file {path} does not exist", hint="check the path")
-    if path.is_dir():
-        raise DataError(f"{path} is a folder, expected an image file", hint="name one file in it")
+    check_file(path)
     try:
-        if path.stat().st_size == 0:
-            raise DataError(f"{path} is empty (0 bytes)", hint="copy or download it again")
         # By stream: given a path, Pillow maps uncompressed files, which scrambles a TIFF that is stored on its side.
         with path.open("rb") as stream, Image.open(stream, formats=_FORMATS) as image:
             _require_decodable(path, image)
@@ -199,17 +238,15 @@ def _opened(path: Path) -> Iterator[Image.Image]:
             f"{path} is not an image that can be read", hint=f"expected one of {', '.join(IMAGE_SUFFIXES)}"
         ) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise _too_large(path, f"{error}") from error
-    except PermissionError as error:
-        raise DataError(f"No permission to read {path}", hint="change the file's permissions") from error
+        raise too_large(path, f"{error}") from error
     except Exception as error:  # decoders raise almost anything on damaged bytes
-        raise DataError(f"{path} is damaged or cut off: {error}", hint="copy or download it again") from error
+        raise damaged(path, error) from error
 
 
 def _require_decodable(path: Path, image: Image.Image) -> None:
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise _too_large(path, f"{width} × {height}")
+        raise too_large(path, f"{width} × {height}")
     # An MPO is a camera's JPEG with previews appended: its first frame is the picture.
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO":
@@ -220,17 +257,13 @@ def _is_turned(path: Path, image: Image.Image) -> bool:
     """Return whether the EXIF orientation exchanges rows and columns of the size that Pillow reports."""
     if image.format == "TIFF":  # reported upright
         return False
+    return _may_hold_exif(path, image) and bool(image.getexif().get(ExifTags.Base.Orientation, 1) >= 5)
+
+
+def _may_hold_exif(path: Path, image: Image.Image) -> bool:
     # For a PNG, getexif() decodes the image, as the chunk may come last: look first whether there is any such chunk.
-    if image.format == "PNG" and not any(chunk in path.read_bytes() for chunk in (b"eXIf", b"iTXt", b"zTXt", b"tEXt")):
-        return False
-    return bool(image.getexif().get(ExifTags.Base.Orientation, 1) >= 5)
-
-
-def _too_large(path: Path, got: str) -> DataError:
-    return DataError(
-        f"{path} is too large: {got}; at most {MAX_PIXELS // 1_000_000} million pixels are read",
-        hint="scale it down or cut it into tiles",
-    )
+    chunks = (b"eXIf", b"iTXt", b"zTXt", b"tEXt")
+    return image.format != "PNG" or any(chunk in path.read_bytes() for chunk in chunks)
 
 
 def _is_wide(image: Image.Image) -> bool:
@@ -256,7 +289,17 @@ def _stretched(values: NDArray[np.float64]) -> NDArray[np.uint8]:
     return np.asarray(np.rint(shares * 255), dtype=np.uint8)
 
 
-def _foreground(path: Path, values: NDArray[Any], *, lossy: bool) -> NDArray[np.bool_]:
+def foreground(path: Path, values: NDArray[Any], *, lossy: bool) -> NDArray[np.bool_]:
+    """Return where the values of a mask mean foreground, by the rules of :func:`read_mask`.
+
+    Args:
+        path: Where they come from, for messages.
+        values: Numbers of any shape.
+        lossy: The file's compression adds noise, so that few dark values are not taken for classes.
+
+    Raises:
+        DataError: The values are grey or several classes.
+    """
     low, high = values.min(), values.max()
     if low >= 0 and np.all((values == 0) | (values == high)) and (low == 0 or high == 1):
         return np.asarray(values > 0)

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 from tmca.data.manifest import Manifest, Record
 from tmca.data.tables import write_rows
 from tmca.errors import DataError
-from tmca.imaging.raster import IMAGE_SUFFIXES
+from tmca.imaging.reading import IMAGE_SUFFIXES
 
 SUFFIXES = tuple(sorted(IMAGE_SUFFIXES, key=len, reverse=True))
 """Endings of the files that can be images or masks, lower case, the longest first."""
@@ -265,8 +265,12 @@ class CaseList:
 
 def stem(name: str) -> str:
     """Return a file's name without its ending, if that is one of :data:`SUFFIXES`."""
-    ending = next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), "")
-    return name[: len(name) - len(ending)]
+    return name[: len(name) - len(ending(name))]
+
+
+def ending(name: str) -> str:
+    """Return the one of :data:`SUFFIXES` with which a file's name ends, in lower case; empty where it has none."""
+    return next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), "")
 
 
 def _files(folder: Path) -> list[str]:

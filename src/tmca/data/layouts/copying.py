@@ -6,10 +6,12 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from tmca.data.layouts.cases import ending
 from tmca.data.manifest import Manifest, Record
 from tmca.errors import DataError, StorageError
 from tmca.files import replace_folder
-from tmca.imaging.raster import read_mask, write_mask
+from tmca.imaging.raster import write_mask
+from tmca.imaging.reading import join_frame, read_mask, split_frame
 from tmca.progress import track
 
 
@@ -34,7 +36,7 @@ def copy_dataset(manifest: Manifest, folder: Path | str) -> Manifest:
     folder = Path(folder).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise StorageError(f"{folder} is there already and not empty", hint="choose a new folder, nothing was changed")
-    copied: dict[str, str] = {}
+    copied: dict[Path, str] = {}
     names: set[str] = set()
     records: list[Record] = []
     with replace_folder(folder) as new:
@@ -42,14 +44,16 @@ def copy_dataset(manifest: Manifest, folder: Path | str) -> Manifest:
             (new / name).mkdir()
         for record in track(manifest.records, f"Copying {manifest.name}", len(manifest.records)):
             name = _free_name(record.id, names)
-            if record.image not in copied:
-                copied[record.image] = f"images/{name}{Path(record.image).suffix.lower()}"
-                _copy(manifest.image_path(record), new / copied[record.image])
+            source, number = split_frame(record.image)
+            if source not in copied:
+                copied[source] = f"images/{name}{ending(source.name)}"
+                _copy(manifest.root / source, new / copied[source])
+            image = join_frame(copied[source], number).as_posix()
             mask_path = manifest.mask_path(record)
             if mask_path is not None:
                 write_mask(new / "masks" / f"{name}.png", read_mask(mask_path))
             mask = None if mask_path is None else f"masks/{name}.png"
-            records.append(replace(record, image=copied[record.image], mask=mask, mask_sha256=""))
+            records.append(replace(record, image=image, mask=mask, mask_sha256=""))
         Manifest(new, tuple(records), manifest.name).write(new / "manifest.csv")
     return Manifest(folder, tuple(records), manifest.name)
 
