@@ -153,7 +153,7 @@ def test_the_commands_that_are_shown_are_accepted():
 import json, shlex, sys
 from tmca import cli
 for command in json.load(sys.stdin):
-    words = [word for word in shlex.split(command)[1:] if word not in cli.GLOBAL_FLAGS]
+    words = [word for word in shlex.split(command.partition(' > ')[0])[1:] if word not in cli.GLOBAL_FLAGS]
     print(command, file=sys.stderr)
     verb, rest = cli._verb(words)
     assert type(cli._parse(verb, rest)) is cli.VERBS[verb]

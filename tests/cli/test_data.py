@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ from PIL import Image
 
 from tmca import cli
 from tmca.data.manifest import Manifest
+from tmca.data.phantom import write_phantoms
+from tmca.models import TMCA
 
 
 class Outcome(NamedTuple):
@@ -109,6 +112,38 @@ def test_no_manifest_is_overwritten_by_accident(tmca: Callable[..., Outcome], ph
         assert (tmp_path / "m.csv").read_text() == "mine"
         assert tmca(*arguments, "--overwrite").code == 0
         (tmp_path / "m.csv").write_text("mine")
+
+
+def test_an_audit_tells_a_sound_dataset_from_a_faulty_one(tmca: Callable[..., Outcome], tmp_path: Path):
+    sizes = {"size": 64, "seed": 3, "no_lesion_share": 0.0, "absent_share": 0.0}
+    write_phantoms(tmp_path / "data", {"train": 10, "val": 4, "test": 4}, **sizes)
+    data = tmp_path / "data" / "manifest.csv"
+    sound = tmca("audit", data)
+    assert sound.code == 0, sound.err + sound.out
+    assert "0 errors" not in sound.out
+
+    rows = Manifest.read(data)
+    shutil.copy(rows.image_path(rows.records[0]), rows.image_path(rows.records[-1]))
+    shutil.copy(rows.root / str(rows.records[0].mask), rows.root / str(rows.records[-1].mask))
+    faulty = tmca("audit", data, "--report", tmp_path / "audit.html", "--preset", "tiny")
+    assert faulty.code == 3
+    assert "same_image_across_splits" in faulty.out
+    assert rows.records[-1].id in (tmp_path / "audit.html").read_text("utf-8")
+    printed = tmca("audit", data, "--json", "-q")
+    assert printed.code == 3
+    found = {finding["check"] for finding in json.loads(printed.out)["findings"]}
+    assert "same_image_across_splits" in found
+
+
+def test_an_audit_counts_tokens_with_the_tokenizer_that_is_named(
+    tmca: Callable[..., Outcome], phantoms: Manifest, tiny_model: Callable[..., TMCA], tmp_path: Path
+):
+    tiny_model().save_pretrained(tmp_path / "model")
+    data = phantoms.root / "manifest.csv"
+    printed = json.loads(tmca("audit", data, "--json", "--tokenizer", tmp_path / "model").out)
+    assert printed["token_limit"] == 24
+    wrong = tmca("audit", data, "--tokenizer", "nowhere/at-all", "--offline")
+    assert wrong.code == 5
 
 
 def test_masks_become_sentences(tmca: Callable[..., Outcome], phantoms: Manifest, tmp_path: Path):

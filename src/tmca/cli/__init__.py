@@ -16,7 +16,7 @@ import tyro
 from rich.console import Console
 
 from tmca.cli.catalogue import ModelsList, PresetsList, PresetsShow
-from tmca.cli.data import DataDescribe, DataImport, DataPhantom, DataSplit
+from tmca.cli.data import DataAudit, DataDescribe, DataImport, DataPhantom, DataSplit
 from tmca.cli.options import show
 from tmca.cli.verbs import Demo, Evaluate, Predict, Train
 from tmca.errors import EXIT_INTERRUPTED, ConfigError, TMCAError, unknown_name
@@ -29,6 +29,7 @@ VERBS: dict[str, Any] = {
     "evaluate": Evaluate,
     "predict": Predict,
     "data import": DataImport,
+    "data audit": DataAudit,
     "data describe": DataDescribe,
     "data split": DataSplit,
     "data phantom": DataPhantom,

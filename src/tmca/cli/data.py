@@ -1,15 +1,19 @@
-"""Datasets: import, describe, split, draw."""
+"""Datasets: import, audit, describe, split, draw."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from tmca.cli.options import Data, Output, PromptLevel, show
-from tmca.errors import ConfigError, PartialFailureError, StorageError
+from tmca.config import TextEncoderConfig
+from tmca.errors import ConfigError, DataError, PartialFailureError, StorageError
+from tmca.presets import get_preset
 from tmca.progress import say
 
 if TYPE_CHECKING:
@@ -64,6 +68,48 @@ class DataImport:
             raise PartialFailureError(
                 f"{imported.left_out} rows of {folder} were left out, the manifest holds the others",
                 hint=f"see {problems}",
+            )
+
+
+@dataclass(frozen=True)
+class DataAudit:
+    """Find what is wrong with a dataset before it is trained on; exit code 3 if anything is."""
+
+    data: tyro.conf.Positional[Data]
+    """Manifest file, or a dataset folder in a known layout."""
+    report: Annotated[Path | None, tyro.conf.arg(metavar="FILE.html")] = None
+    """Write the findings with pictures."""
+    json: bool = False
+    """Print everything as JSON instead of a table."""
+    preset: str | None = None
+    """Count tokens as this preset's text encoder does; by default with a vocabulary learned from the training
+    sentences, as the mobile presets do."""
+    tokenizer: Annotated[str | None, tyro.conf.arg(metavar="FOLDER|HUB-ID")] = None
+    """Count tokens with this tokenizer."""
+    prompt_level: PromptLevel = "p6"
+    """Detail of the sentences in datasets that have levels."""
+    workers: int = 2
+    """Threads that read images."""
+
+    def run(self) -> None:
+        """Audit, print the table, and fail if there are errors."""
+        from tmca.audit_report import audit_table, write_audit_report
+        from tmca.data.audit import audit
+        from tmca.data.layouts import open_dataset
+
+        manifest = open_dataset(self.data, prompt=self.prompt_level)
+        count_tokens, limit = _token_counter(self.preset, self.tokenizer, manifest)
+        found = audit(manifest, count_tokens=count_tokens, token_limit=limit, workers=self.workers)
+        if self.report is not None:
+            write_audit_report(found, manifest, self.report)
+        if self.json:
+            show(json.dumps(found.as_dict(), indent=2, ensure_ascii=False))
+        else:
+            show(audit_table(found))
+            show(f"Pictures: {self.report}" if self.report else "With pictures: add --report audit.html")
+        if found.errors:
+            raise DataError(
+                f"{len(found.errors)} errors in {manifest.name}", hint="correct them, or know that they are there"
             )
 
 
@@ -209,3 +255,21 @@ def _counts(manifest: Manifest) -> str:
 def _require_new(path: Path, *, overwrite: bool) -> None:
     if path.exists() and not overwrite:
         raise StorageError(f"{path} is there already", hint="replace it with --overwrite, or choose another name")
+
+
+def _token_counter(
+    preset: str | None, tokenizer: str | None, manifest: Manifest
+) -> tuple[Callable[[list[str]], list[int]] | None, int | None]:
+    """Return a function that counts tokens as a text encoder would, and the encoder's limit."""
+    from tmca.models.text import SCRATCH, build_tokenizer
+
+    config = TextEncoderConfig(weights=SCRATCH, freeze=False)
+    if preset is not None:
+        config = get_preset(preset).model.text_encoder
+    if tokenizer is not None:
+        config = replace(config, tokenizer=tokenizer)
+    training = [record.text for record in manifest.records if record.text and record.split in ("train", "")]
+    if config.weights == SCRATCH and not config.tokenizer and not training:
+        return None, None
+    built = build_tokenizer(config, training)
+    return lambda texts: list(built(texts).token_counts), config.max_tokens

@@ -1,0 +1,767 @@
+"""Faults of a dataset before anyone trains on it: leaks between splits, broken pairs, sentences that do not fit.
+
+Every file is read once; a few kilobytes of each case are kept and compared. Each check is one function in
+:data:`CHECKS`, which also says why it matters and what to do: the documentation and the report are written from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import numpy as np
+
+from tmca.data.case_facts import CaseFacts, examine
+from tmca.data.fingerprint import Fingerprint, effective_number, fingerprint
+from tmca.data.grammar import unknown_words
+from tmca.data.manifest import Manifest, Record
+from tmca.data.similarity import SAME_DETAIL, Candidate, detail_correlation, detail_view, find_candidates, oriented
+from tmca.errors import ConfigError, DataError
+from tmca.imaging.reading import is_image, read_image, split_frame
+from tmca.progress import track
+
+Severity = Literal["error", "warning", "note"]
+
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
+"""Error: scores or training would be wrong. Warning: have a look. Note: a fact to know."""
+
+SCHEMA_VERSION = 1
+"""Version of :meth:`Audit.as_dict`; raised whenever a field changes its meaning."""
+
+FULL_SHARE = 0.99
+"""Share of foreground from which a mask is full."""
+
+BLANK_CONTRAST = 1.0
+"""Standard deviation of the grey values, of 255, below which an image is blank."""
+
+FEWEST_SENTENCES = 4.0
+"""Effective number of sentences below which they hardly tell cases apart."""
+
+FOREIGN_SHARE = 0.5
+"""Share of the distinct sentences from which words that are not known mean that the grammar is not."""
+
+SHIFT_DISTANCE = 0.3
+"""Distance of two distributions from which a split counts as different from the training split."""
+
+_FEWEST_JUDGED = 20
+_SURE = 0.001
+_NAMED = 4
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fault.
+
+    Attributes:
+        check: Name of the check, a key of :data:`CHECKS`.
+        severity: How bad it is.
+        cases: Ids of the cases it is about.
+        files: Paths as in the manifest, relative to its root.
+        message: What was found, in one sentence.
+        details: Numbers and words behind it; JSON values only.
+    """
+
+    check: str
+    severity: Severity
+    cases: tuple[str, ...]
+    files: tuple[str, ...]
+    message: str
+    details: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What an audit found.
+
+    Attributes:
+        dataset: Name of the manifest.
+        cases: Number of cases.
+        findings: All of them, by check in the order of :data:`CHECKS`.
+        fingerprint: What the splits look like.
+        token_limit: Tokens to which sentences are cut; ``None`` if none was given.
+        seconds: How long it took.
+    """
+
+    dataset: str
+    cases: int
+    findings: tuple[Finding, ...]
+    fingerprint: Fingerprint
+    token_limit: int | None
+    seconds: float
+
+    @property
+    def errors(self) -> tuple[Finding, ...]:
+        """Findings that make training or scores wrong."""
+        return self._of("error")
+
+    @property
+    def warnings(self) -> tuple[Finding, ...]:
+        """Findings to look at."""
+        return self._of("warning")
+
+    @property
+    def notes(self) -> tuple[Finding, ...]:
+        """Facts to know."""
+        return self._of("note")
+
+    @property
+    def by_check(self) -> dict[str, list[Finding]]:
+        """Findings of each check that found something, in the order of :data:`CHECKS`."""
+        grouped: dict[str, list[Finding]] = {}
+        for finding in self.findings:
+            grouped.setdefault(finding.check, []).append(finding)
+        return grouped
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything as JSON values; the schema is told in ``docs/how-to/audit.md``."""
+        grouped = self.by_check
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "dataset": self.dataset,
+            "cases": self.cases,
+            "seconds": round(self.seconds, 3),
+            "token_limit": self.token_limit,
+            "counts": {severity: len(self._of(severity)) for severity in SEVERITIES},
+            "checks": [
+                {
+                    "name": check.name,
+                    "severity": check.severity,
+                    "finds": check.finds,
+                    "why": check.why,
+                    "advice": check.advice,
+                    "findings": len(grouped.get(check.name, [])),
+                }
+                for check in CHECKS.values()
+            ],
+            "findings": [_json(dataclasses.asdict(finding)) for finding in self.findings],
+            "fingerprint": _json(dataclasses.asdict(self.fingerprint)),
+        }
+
+    def _of(self, severity: Severity) -> tuple[Finding, ...]:
+        return tuple(finding for finding in self.findings if finding.severity == severity)
+
+
+def audit(
+    manifest: Manifest,
+    *,
+    count_tokens: Callable[[list[str]], list[int]] | None = None,
+    token_limit: int | None = None,
+    workers: int = 2,
+) -> Audit:
+    """Look for the faults of :data:`CHECKS` in a dataset.
+
+    A file that cannot be read is a finding and never the end of the audit. Memory grows by some four kilobytes a case.
+
+    Args:
+        manifest: The cases of all splits.
+        count_tokens: Returns the number of tokens of each sentence, with the tokenizer that will be used.
+        token_limit: Number of tokens to which a sentence will be cut.
+        workers: Number of threads that read files.
+
+    Raises:
+        ConfigError: A token limit without a way to count tokens, or no worker.
+    """
+    if token_limit is not None and count_tokens is None:
+        raise ConfigError("A token limit was given but no tokenizer", hint="pass count_tokens too")
+    if workers < 1:
+        raise ConfigError(f"{workers} workers, expected at least 1", hint="workers=2")
+    started = time.perf_counter()
+    records = manifest.records
+    with ThreadPoolExecutor(workers) as pool:
+        examined = pool.map(partial(examine, manifest), records)
+        facts = list(track(examined, f"Reading {manifest.name}", len(records)))
+        copies = _find_copies(manifest, facts, pool)
+    token_counts = None
+    if count_tokens is not None:
+        sentences = list(manifest.sentences)
+        token_counts = dict(zip(sentences, count_tokens(sentences), strict=True))
+    cases = _Cases(manifest, facts, copies, token_counts, token_limit, fingerprint(records, facts, token_counts))
+    findings = [
+        Finding(check.name, check.severity, hit.cases, hit.files, hit.message, hit.details)
+        for check in CHECKS.values()
+        for hit in check.run(cases)
+    ]
+    seconds = time.perf_counter() - started
+    return Audit(manifest.name, len(records), tuple(findings), cases.fingerprint, token_limit, seconds)
+
+
+@dataclass(frozen=True)
+class _Hit:
+    """A finding that does not know its check yet."""
+
+    message: str
+    cases: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Copy:
+    candidate: Candidate
+    correlation: float
+
+
+@dataclass(frozen=True)
+class _Cases:
+    """All that the checks look at."""
+
+    manifest: Manifest
+    facts: Sequence[CaseFacts]
+    copies: Sequence[_Copy]
+    token_counts: Mapping[str, int] | None
+    token_limit: int | None
+    fingerprint: Fingerprint
+
+    def __iter__(self) -> Iterator[tuple[Record, CaseFacts]]:
+        return iter(zip(self.manifest.records, self.facts, strict=True))
+
+    @cached_property
+    def by_sentence(self) -> dict[str, list[Record]]:
+        """The cases of each distinct sentence."""
+        grouped: dict[str, list[Record]] = defaultdict(list)
+        for record in self.manifest.records:
+            if record.text is not None:
+                grouped[record.text].append(record)
+        return grouped
+
+    @cached_property
+    def same_images(self) -> list[list[int]]:
+        """Numbers of the cases that show the same pixels, from different files or in different splits."""
+        grouped: dict[bytes, list[int]] = defaultdict(list)
+        for number, facts in enumerate(self.facts):
+            if facts.pixel_hash is not None and not _is_blank(facts):
+                grouped[facts.pixel_hash].append(number)
+        return [group for group in grouped.values() if len(self._files(group)) > 1 or len(self.splits_of(group)) > 1]
+
+    def splits_of(self, numbers: Iterable[int]) -> list[str]:
+        """The splits of some cases, each once, in order of appearance."""
+        return list(dict.fromkeys(self.manifest.records[number].split for number in numbers))
+
+    def hit(self, message: str, records: Iterable[Record], *, masks: bool = False, **details: Any) -> _Hit:  # noqa: ANN401
+        """A finding on some cases with their images, or their images and masks."""
+        chosen = list(records)
+        names = [name for record in chosen for name in ((record.image, record.mask) if masks else (record.image,))]
+        files = tuple(dict.fromkeys(name for name in names if name is not None))
+        return _Hit(message, tuple(record.id for record in chosen), files, details)
+
+    def _files(self, numbers: Iterable[int]) -> set[str]:
+        return {self.manifest.records[number].image for number in numbers}
+
+
+def _find_copies(manifest: Manifest, facts: Sequence[CaseFacts], pool: ThreadPoolExecutor) -> list[_Copy]:
+    """Return pairs of cases whose images are copies without having the same pixels."""
+    numbers = list(
+        {case.pixel_hash: number for number, case in enumerate(facts) if case.thumbnail is not None}.values()
+    )
+    if len(numbers) < 2:
+        return []
+    thumbnails = np.stack([thumbnail for number in numbers if (thumbnail := facts[number].thumbnail) is not None])
+    found = find_candidates(thumbnails)
+    candidates = [dataclasses.replace(one, first=numbers[one.first], second=numbers[one.second]) for one in found]
+    correlations = pool.map(partial(_correlate, manifest), candidates)
+    tracked = track(correlations, f"Comparing {manifest.name}", len(candidates))
+    pairs = zip(candidates, tracked, strict=True)
+    return [_Copy(candidate, correlation) for candidate, correlation in pairs if correlation >= SAME_DETAIL]
+
+
+def _correlate(manifest: Manifest, candidate: Candidate) -> float:
+    paths = [manifest.image_path(manifest.records[number]) for number in (candidate.first, candidate.second)]
+    try:
+        first, second = (detail_view(read_image(path)) for path in paths)
+    except DataError:  # removed or changed since it was read
+        return 0.0
+    return detail_correlation(first, oriented(second, candidate.orientation), candidate.crop)
+
+
+def _unreadable(cases: _Cases) -> Iterator[_Hit]:
+    for record, facts in cases:
+        for name, error in ((record.image, facts.image_error), (record.mask, facts.mask_error)):
+            if name is not None and error is not None:
+                yield _Hit(f"{record.id}: {error}", (record.id,), (name,), {"error": error})
+
+
+def _size_mismatch(cases: _Cases) -> Iterator[_Hit]:
+    for record, facts in cases:
+        if _sizes_differ(facts) and not _is_transposed(facts):
+            yield _sizes_hit(cases, record, facts, "")
+
+
+def _transposed(cases: _Cases) -> Iterator[_Hit]:
+    for record, facts in cases:
+        if _sizes_differ(facts) and _is_transposed(facts):
+            yield _sizes_hit(cases, record, facts, ": rows and columns are exchanged")
+
+
+def _mask_not_binary(cases: _Cases) -> Iterator[_Hit]:
+    for record, facts in cases:
+        if facts.mask_problem is not None:
+            yield cases.hit(f"{record.id}: {facts.mask_problem}", [record], masks=True, problem=facts.mask_problem)
+
+
+def _same_image_across_splits(cases: _Cases) -> Iterator[_Hit]:
+    return _same_images(cases, across=True)
+
+
+def _same_image_within_split(cases: _Cases) -> Iterator[_Hit]:
+    return _same_images(cases, across=False)
+
+
+def _same_images(cases: _Cases, *, across: bool) -> Iterator[_Hit]:
+    for group in cases.same_images:
+        splits = cases.splits_of(group)
+        if (len(splits) > 1) != across:
+            continue
+        records = [cases.manifest.records[number] for number in group]
+        same_mask = len({cases.facts[number].mask_hash for number in group}) == 1
+        same_text = len({record.text for record in records}) == 1
+        differ = " and ".join(["masks"] * (not same_mask) + ["sentences"] * (not same_text))
+        message = f"{_named(records)} are the same image" + (f"; their {differ} differ" if differ else "")
+        yield cases.hit(message, records, masks=True, splits=splits, same_mask=same_mask, same_text=same_text)
+
+
+def _copy_across_splits(cases: _Cases) -> Iterator[_Hit]:
+    return _copies(cases, across=True)
+
+
+def _copy_within_split(cases: _Cases) -> Iterator[_Hit]:
+    return _copies(cases, across=False)
+
+
+def _copies(cases: _Cases, *, across: bool) -> Iterator[_Hit]:
+    for copy in cases.copies:
+        candidate = copy.candidate
+        records = [cases.manifest.records[number] for number in sorted((candidate.first, candidate.second))]
+        if (records[0].split != records[1].split) != across:
+            continue
+        how = {"same": "", "turned": ", turned by 180°"}.get(
+            candidate.orientation, f", mirrored {candidate.orientation}"
+        )
+        same_text = records[0].text == records[1].text
+        differ = "" if same_text else "; their sentences differ"
+        yield cases.hit(
+            f"{_named(records)} are copies of one image{how}{differ} (correlation {copy.correlation:.2f})",
+            records,
+            masks=True,
+            splits=list(dict.fromkeys(record.split for record in records)),
+            same_text=same_text,
+            correlation=round(copy.correlation, 3),
+            orientation=candidate.orientation,
+        )
+
+
+def _patient_across_splits(cases: _Cases) -> Iterator[_Hit]:
+    patients: dict[str, list[Record]] = defaultdict(list)
+    for record in cases.manifest.records:
+        if record.patient_id:
+            patients[record.patient_id].append(record)
+    for name, records in patients.items():
+        counts = Counter(record.split for record in records)
+        if len(counts) > 1:
+            spread = ", ".join(f"{count} in {split or '(none)'}" for split, count in counts.items())
+            yield cases.hit(
+                f"Patient {name} has images in several splits: {spread}", records, patient=name, splits=counts
+            )
+
+
+def _contradicted(kind: str, cases: _Cases) -> Iterator[_Hit]:
+    for record, facts in cases:
+        for found in facts.contradictions:
+            if found.kind == kind:
+                message = f"{record.id}: the sentence says {found.said}, the mask shows {found.seen}"
+                details: dict[str, Any] = {"text": record.text, "said": found.said, "seen": found.seen}
+                yield cases.hit(message, [record], masks=True, **details)
+
+
+def _missing_mask(cases: _Cases) -> Iterator[_Hit]:
+    without = [record for record in cases.manifest.records if record.mask is None]
+    if without and len(without) < len(cases.facts):
+        yield cases.hit(f"{len(without)} of {len(cases.facts)} cases have no mask", without)
+
+
+def _missing_text(cases: _Cases) -> Iterator[_Hit]:
+    without = [record for record in cases.manifest.records if record.text is None]
+    if without and len(without) < len(cases.facts):
+        yield cases.hit(f"{len(without)} of {len(cases.facts)} cases have no sentence", without)
+
+
+def _mask_full(cases: _Cases) -> Iterator[_Hit]:
+    for record, facts in cases:
+        if facts.foreground is not None and facts.foreground >= FULL_SHARE:
+            message = f"{record.id}: the mask covers {100 * facts.foreground:.1f} % of the image"
+            yield cases.hit(message, [record], masks=True, foreground=facts.foreground)
+
+
+def _mask_empty(cases: _Cases) -> Iterator[_Hit]:
+    for record, facts in cases:
+        if facts.foreground == 0 and facts.mask_problem is None:
+            yield cases.hit(f"{record.id}: the mask is empty", [record], masks=True, text=record.text)
+
+
+def _stray_specks(cases: _Cases) -> Iterator[_Hit]:
+    for record, facts in cases:
+        if facts.specks:
+            few = len(facts.specks) == 1
+            message = (
+                f"{record.id}: the mask holds {len(facts.specks)} speck{'' if few else 's'} "
+                f"({sum(facts.specks)} pixels) far from the rest"
+            )
+            yield cases.hit(message, [record], masks=True, specks=list(facts.specks), parts=facts.parts)
+
+
+def _blank_image(cases: _Cases) -> Iterator[_Hit]:
+    for record, facts in cases:
+        if _is_blank(facts):
+            yield cases.hit(f"{record.id}: the image is one grey value", [record], brightness=facts.brightness)
+
+
+def _orphan_file(cases: _Cases) -> Iterator[_Hit]:
+    records = cases.manifest.records
+    named = [name for record in records for name in (record.image, record.mask) if name is not None]
+    known = {split_frame(name)[0].as_posix() for name in named}
+    for folder in sorted({str(PurePosixPath(name).parent) for name in named}):
+        path = cases.manifest.root / folder
+        files = sorted(_files_in(path)) if path.is_dir() else []
+        orphans = tuple(name for file in files if (name := str(PurePosixPath(folder) / file)) not in known)
+        if orphans:
+            shown = ", ".join(orphans[:_NAMED]) + (" …" if len(orphans) > _NAMED else "")
+            yield _Hit(f"{len(orphans)} of {len(files)} files in {folder} belong to no case: {shown}", (), orphans)
+
+
+def _changed_file(cases: _Cases) -> Iterator[_Hit]:
+    for record, facts in cases:
+        if facts.changed:
+            names = " and ".join(facts.changed)
+            yield _Hit(f"{record.id}: {names} changed since the manifest was written", (record.id,), facts.changed)
+
+
+def _text_too_long(cases: _Cases) -> Iterator[_Hit]:
+    if cases.token_counts is None or cases.token_limit is None:
+        return
+    for text, records in cases.by_sentence.items():
+        count = cases.token_counts[text]
+        if count > cases.token_limit:
+            message = f"“{text}” has {count} tokens; the last {count - cases.token_limit} will be cut"
+            yield cases.hit(message, records, text=text, tokens=count)
+
+
+def _text_one_class(cases: _Cases) -> Iterator[_Hit]:
+    texts = [record.text for record in cases.manifest.records if record.text is not None]
+    number = effective_number(texts)
+    if len(texts) >= _FEWEST_JUDGED and number < FEWEST_SENTENCES:
+        text, count = Counter(texts).most_common(1)[0]
+        message = (
+            f"The sentences hardly tell cases apart: {count} of {len(texts)} are “{text}”; "
+            f"effectively there are {number:.1f} sentences"
+        )
+        details: dict[str, Any] = {"text": text, "share": count / len(texts), "effective": number}
+        yield cases.hit(message, cases.by_sentence[text], **details)
+
+
+def _unknown_words(cases: _Cases) -> Iterator[_Hit]:
+    unknown: dict[str, list[str]] = defaultdict(list)
+    for text in cases.by_sentence:
+        for word in dict.fromkeys(unknown_words(text)):
+            unknown[word].append(text)
+    concerned = {text for texts in unknown.values() for text in texts}
+    total = len(cases.by_sentence)
+    if total and len(concerned) >= FOREIGN_SHARE * total and total >= _FEWEST_JUDGED:
+        records = [record for text in concerned for record in cases.by_sentence[text]]
+        message = (
+            f"{len(concerned)} of {total} distinct sentences follow no known grammar: they were not held against masks"
+        )
+        yield cases.hit(message, records, words=len(unknown))
+        return
+    for word, texts in unknown.items():
+        records = [record for text in texts for record in cases.by_sentence[text]]
+        message = f"“{word}” is not known, in {len(records)} sentence{'s' * (len(records) > 1)}, e.g. “{texts[0]}”"
+        yield cases.hit(message, records, word=word, text=texts[0])
+
+
+def _split_shift(cases: _Cases) -> Iterator[_Hit]:
+    for shift in cases.fingerprint.shifts:
+        sure = shift.p_value is None or shift.p_value < _SURE
+        if shift.distance >= SHIFT_DISTANCE and sure:
+            if shift.feature == "source":
+                message = f"Other sources in {shift.split} than in train, by the names of the files"
+            else:
+                message = f"The distribution of {shift.feature} in {shift.split} is not that of train"
+            yield _Hit(f"{message} (distance {shift.distance:.2f} of 1)", details=dataclasses.asdict(shift))
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check.
+
+    Attributes:
+        name: Its name, stable.
+        severity: How bad a finding is.
+        finds: What it finds.
+        why: Why that matters.
+        advice: What to do about a finding.
+        run: Yields the findings.
+    """
+
+    name: str
+    severity: Severity
+    finds: str
+    why: str
+    advice: str
+    run: Callable[[_Cases], Iterable[_Hit]] = field(repr=False)
+
+
+_ALL = (
+    Check(
+        "unreadable",
+        "error",
+        "an image or mask that is missing, damaged, cut off, or holds undefined pixels",
+        "training stops at it",
+        "copy the file again or remove its row",
+        _unreadable,
+    ),
+    Check(
+        "size_mismatch",
+        "error",
+        "an image and a mask of different size",
+        "the mask marks other places than it was drawn on",
+        "export the mask at the image's size",
+        _size_mismatch,
+    ),
+    Check(
+        "transposed",
+        "error",
+        "a mask whose height and width are those of its image exchanged",
+        "the mask lies on its side",
+        "exchange rows and columns of the mask, then look at it on the image: it may be mirrored too",
+        _transposed,
+    ),
+    Check(
+        "mask_not_binary",
+        "error",
+        "a mask of grey values, or of more classes than background and foreground",
+        "what is foreground is a guess",
+        "save the class to segment as 255 and everything else as 0",
+        _mask_not_binary,
+    ),
+    Check(
+        "same_image_across_splits",
+        "error",
+        "the same pixels in two splits, whatever the files are called",
+        "the score is too good: the model has seen the answer",
+        "keep the case in one split only",
+        _same_image_across_splits,
+    ),
+    Check(
+        "copy_across_splits",
+        "error",
+        "a re-encoded, resized, slightly cropped, brighter or mirrored copy in another split",
+        "the score is too good: the model has seen the answer",
+        "look at both; keep the copies in one split",
+        _copy_across_splits,
+    ),
+    Check(
+        "patient_across_splits",
+        "error",
+        "a patient, volume or sequence with images in several splits",
+        "the score is too good: images of one patient resemble each other",
+        "split by patient; if the split is published and must stay, say so beside the score",
+        _patient_across_splits,
+    ),
+    Check(
+        "contradicted_presence",
+        "error",
+        "a sentence that names a target beside an empty mask, or none beside a mask",
+        "the model learns to ignore the sentence",
+        "correct the sentence or the mask",
+        partial(_contradicted, "presence"),
+    ),
+    Check(
+        "contradicted_side",
+        "warning",
+        "left or right in the sentence, where the mask holds next to nothing",
+        "the model learns the wrong side",
+        "correct the sentence; check whether it means the patient's left or the image's",
+        partial(_contradicted, "side"),
+    ),
+    Check(
+        "contradicted_height",
+        "warning",
+        "a height in the sentence (top, lower …), where the mask holds next to nothing",
+        "the model learns the wrong place",
+        "correct the sentence",
+        partial(_contradicted, "height"),
+    ),
+    Check(
+        "contradicted_count",
+        "warning",
+        "a number of targets that is not that of the mask's connected parts, small gaps and specks allowed for",
+        "the sentence or the mask misses a target",
+        "look which of them is right",
+        partial(_contradicted, "count"),
+    ),
+    Check(
+        "contradicted_size",
+        "warning",
+        "a size class far from the area in the mask",
+        "the model learns sizes that mean nothing",
+        "correct the sentence",
+        partial(_contradicted, "size"),
+    ),
+    Check(
+        "same_image_within_split",
+        "warning",
+        "the same pixels twice in one split",
+        "the case counts twice; where masks or sentences differ, one of them is wrong",
+        "remove one; look at the masks and sentences first",
+        _same_image_within_split,
+    ),
+    Check(
+        "copy_within_split",
+        "warning",
+        "a re-encoded, resized, slightly cropped, brighter or mirrored copy in the same split",
+        "the case counts twice",
+        "remove one unless both are wanted",
+        _copy_within_split,
+    ),
+    Check(
+        "missing_mask",
+        "warning",
+        "cases without a mask beside others with one",
+        "they cannot be trained or scored on",
+        "fill the column mask or remove the rows",
+        _missing_mask,
+    ),
+    Check(
+        "missing_text",
+        "warning",
+        "cases without a sentence beside others with one",
+        "guided training refuses them",
+        "fill the column text or remove the rows",
+        _missing_text,
+    ),
+    Check(
+        "text_too_long",
+        "warning",
+        "a sentence over the token limit of the tokenizer in use",
+        "its end, often the place, is cut and never read",
+        "shorten it or raise the limit",
+        _text_too_long,
+    ),
+    Check(
+        "text_one_class",
+        "warning",
+        "sentences so repeated that effectively fewer than four are left",
+        "they tell the model next to nothing",
+        "write what differs: place, side, count, size",
+        _text_one_class,
+    ),
+    Check(
+        "unknown_words",
+        "warning",
+        "words outside the known grammar, mostly misspelt",
+        "a misspelt side or place is not learnt, and mirroring cannot exchange it",
+        "correct the spelling; other wordings are no fault",
+        _unknown_words,
+    ),
+    Check(
+        "mask_full",
+        "warning",
+        "a mask that covers the whole image",
+        "it may be inverted or a placeholder",
+        "look at it",
+        _mask_full,
+    ),
+    Check(
+        "stray_specks",
+        "warning",
+        "tiny parts of a mask far from the lesion",
+        "a slip of the pen moves boxes, counts and surface distances",
+        "erase them",
+        _stray_specks,
+    ),
+    Check(
+        "blank_image",
+        "warning",
+        "an image of one grey value",
+        "there is nothing to see",
+        "export it again",
+        _blank_image,
+    ),
+    Check(
+        "changed_file",
+        "warning",
+        "a file whose bytes are not those the manifest has the hash of",
+        "scores cannot be compared with earlier ones",
+        "restore the file, or import the dataset again",
+        _changed_file,
+    ),
+    Check(
+        "split_shift",
+        "warning",
+        "a split whose images, masks, sentences or sources are distributed unlike the training split's",
+        "validation may then choose the wrong epoch, and its score says little about the test",
+        "know it; report it; split by patient at random if the split is yours to choose",
+        _split_shift,
+    ),
+    Check(
+        "orphan_file",
+        "note",
+        "image files in the dataset's folders that no case names",
+        "a row may be missing",
+        "add a row, or leave it",
+        _orphan_file,
+    ),
+    Check(
+        "mask_empty",
+        "note",
+        "a mask without foreground",
+        "right where there is no lesion; metrics treat such cases apart",
+        "check that no lesion is there",
+        _mask_empty,
+    ),
+)
+
+CHECKS: dict[str, Check] = {check.name: check for check in _ALL}
+"""Every check by its name, the worst first."""
+
+
+def _is_blank(facts: CaseFacts) -> bool:
+    return facts.contrast is not None and facts.contrast < BLANK_CONTRAST
+
+
+def _sizes_differ(facts: CaseFacts) -> bool:
+    return None not in (facts.image_size, facts.mask_size) and facts.image_size != facts.mask_size
+
+
+def _is_transposed(facts: CaseFacts) -> bool:
+    return facts.image_size is not None and facts.mask_size == facts.image_size[::-1]
+
+
+def _sizes_hit(cases: _Cases, record: Record, facts: CaseFacts, remark: str) -> _Hit:
+    sizes = {"image_size": list(facts.image_size or ()), "mask_size": list(facts.mask_size or ())}
+    image, mask = (" × ".join(map(str, size)) for size in sizes.values())
+    return cases.hit(f"{record.id}: the image is {image}, its mask {mask}{remark}", [record], masks=True, **sizes)
+
+
+def _named(records: Sequence[Record]) -> str:
+    names = [f"{record.id}{f' ({record.split})' if record.split else ''}" for record in records[:_NAMED]]
+    if len(records) > _NAMED:
+        return f"{', '.join(names)} and {len(records) - _NAMED} more"
+    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
+
+
+def _files_in(folder: Path) -> Iterator[str]:
+    return (file.name for file in folder.iterdir() if file.is_file() and is_image(file))
+
+
+def _json(value: Any) -> Any:  # noqa: ANN401
+    """Return tuples as lists, so that what is written is what is read."""
+    if isinstance(value, dict):
+        return {str(key): _json(item) for key, item in value.items()}
+    return [_json(item) for item in value] if isinstance(value, list | tuple) else value
