@@ -278,6 +278,17 @@ def _assert_equal_runs(first: Path, second: Path) -> None:
             assert torch.equal(value, other[key]), f"{name}: {key}"
 
 
+def test_sentences_written_from_masks_are_said_to_carry_ground_truth(
+    few: Manifest, tiny_experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    experiment = _with_trainer(tiny_experiment, max_epochs=1)
+    fit(experiment, few, tmp_path / "written")
+    assert "carry ground truth" in capsys.readouterr().err
+    human = few.with_records(replace(record, text_provenance="human") for record in few.records)
+    fit(experiment, human, tmp_path / "human")
+    assert "carry ground truth" not in capsys.readouterr().err
+
+
 def test_an_interrupted_run_keeps_its_finished_epochs(interrupted: Path):
     assert [row["epoch"] for row in _history(interrupted)] == ["1", "2"]
     load_checkpoint(interrupted)
