@@ -298,6 +298,26 @@ def test_sequences_of_clinicdb(medvlsm: Path):
     assert open_dataset(medvlsm).records[0].patient_id == ""
 
 
+def test_sequences_of_clinicdb_are_known_by_the_numbers_of_its_frames(medvlsm: Path):
+    for file in (medvlsm / "images").iterdir():
+        file.unlink()
+    for number in range(1, 613):
+        (medvlsm / "images" / f"{number}.png").write_bytes(b"x")
+        (medvlsm / "masks" / f"{number}.png").write_bytes(b"x")
+    entries = [{"img_name": f"{n}.png", "mask_name": f"{n}.png", "prompts": {"p6": "one polyp"}} for n in range(1, 613)]
+    (medvlsm / "anns" / "train.json").write_text(json.dumps(entries))
+    for split in ("val", "test"):
+        (medvlsm / "anns" / f"{split}.json").unlink(missing_ok=True)
+    sequence = {int(record.id): record.patient_id for record in open_dataset(medvlsm).records}
+    assert len(set(sequence.values())) == 29
+    assert [sequence[n] for n in (1, 25, 26, 67, 68, 612)] == [f"sequence-{n}" for n in (1, 1, 2, 3, 4, 29)]
+    assert all(sequence[n + 1] in (sequence[n], f"sequence-{int(sequence[n][9:]) + 1}") for n in range(1, 612))
+    (medvlsm / "images" / "612.png").rename(medvlsm / "images" / "cover.png")  # no longer those 612 images
+    entries[-1]["img_name"] = "cover.png"
+    (medvlsm / "anns" / "train.json").write_text(json.dumps(entries))
+    assert {record.patient_id for record in open_dataset(medvlsm).records} == {""}
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

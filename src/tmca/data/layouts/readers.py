@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,14 @@ def patient_of(name: str) -> str:
             groups = found.groupdict()
             return groups["upper"].upper() if "upper" in groups else groups["lower"].lower()
     return ""
+
+
+# CVC-ClinicDB's published correspondence of frames and sequences: the first frame of each of the 29.
+_CLINICDB_STARTS = (
+    *(1, 26, 51, 68, 79, 104, 127, 152, 178, 200, 206, 228, 253, 278, 298, 318, 343, 364, 384, 409, 429, 448, 467),
+    *(479, 504, 529, 547, 572, 592),
+)
+_CLINICDB_FRAMES = 612
 
 
 # medvlsm ----------------------------------------------------------------------------------------------------------
@@ -100,9 +109,17 @@ def _prompt(where: str, prompts: Any, level: str, number: int) -> str | None:  #
 
 
 def _sequences(root: Path) -> dict[str, str]:
-    """Return the video sequence of each frame's stem, from the table that comes with ClinicDB on Kaggle."""
+    """Return the video sequence of each frame's stem.
+
+    From the table that comes with ClinicDB on Kaggle; without it, a folder of the 612 images 1 to 612 is ClinicDB.
+    """
     path = root / "metadata.csv"
-    rows = read_rows(path, required=()) if path.is_file() else []
+    if not path.is_file():
+        stems = [file.stem for file in (root / "images").iterdir() if not file.name.startswith(".")]
+        if sorted(stems) != sorted(map(str, range(1, _CLINICDB_FRAMES + 1))):
+            return {}
+        return {name: f"sequence-{bisect(_CLINICDB_STARTS, int(name))}" for name in stems}
+    rows = read_rows(path, required=())
     return {
         stem(Path(row["png_image_path"]).name).lower(): f"sequence-{row['sequence_id'].strip()}"
         for _, row in rows
