@@ -21,10 +21,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image
 
-from tmca.data.layouts import open_dataset
-from tmca.data.manifest import Manifest
-from tmca.data.phantom import write_phantoms
-from tmca.data.similarity import (
+from tmca.data.audit.similarity import (
     SAME_DETAIL,
     Candidate,
     detail_correlation,
@@ -33,6 +30,9 @@ from tmca.data.similarity import (
     oriented,
     thumbnail,
 )
+from tmca.data.layouts import open_dataset
+from tmca.data.manifest import Manifest
+from tmca.data.phantom import write_phantoms
 from tmca.imaging.raster import read_image
 
 RESULT = Path(__file__).parent / "results" / "copy_detection.json"

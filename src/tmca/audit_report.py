@@ -16,8 +16,8 @@ from PIL import Image, ImageDraw
 from rich.table import Table
 
 from tmca.data.audit import CHECKS, SEVERITIES, Audit, Check, Finding, Severity
-from tmca.data.case_facts import stray_specks
-from tmca.data.fingerprint import Fingerprint, SplitFacts, Spread
+from tmca.data.audit.case_facts import stray_specks
+from tmca.data.audit.fingerprint import Fingerprint, SplitFacts, Spread
 from tmca.data.manifest import Manifest, Record
 from tmca.errors import DataError
 from tmca.files import write_text

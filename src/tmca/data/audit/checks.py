@@ -1,39 +1,32 @@
-"""Faults of a dataset before anyone trains on it: leaks between splits, broken pairs, sentences that do not fit.
+"""The checks of an audit: leaks between splits, broken pairs, sentences that do not fit.
 
-Every file is read once; a few kilobytes of each case are kept and compared. Each check is one function in
-:data:`CHECKS`, which also says why it matters and what to do: the documentation and the report are written from it.
+Each is one function in :data:`CHECKS`, which also says why it matters and what to do: the documentation and the report
+are written from it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-import numpy as np
-
-from tmca.data.case_facts import CaseFacts, examine
-from tmca.data.fingerprint import Fingerprint, effective_number, fingerprint
+from tmca.data.audit.case_facts import CaseFacts
+from tmca.data.audit.fingerprint import Fingerprint, effective_number
+from tmca.data.audit.similarity import (
+    Candidate,
+)
 from tmca.data.grammar import unknown_words
 from tmca.data.manifest import Manifest, Record
-from tmca.data.similarity import SAME_DETAIL, Candidate, detail_correlation, detail_view, find_candidates, oriented
-from tmca.errors import ConfigError, DataError
-from tmca.imaging.reading import is_image, read_image, split_frame
-from tmca.progress import track
+from tmca.imaging.reading import is_image, split_frame
 
 Severity = Literal["error", "warning", "note"]
 
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 """Error: scores or training would be wrong. Warning: have a look. Note: a fact to know."""
-
-SCHEMA_VERSION = 1
-"""Version of :meth:`Audit.as_dict`; raised whenever a field changes its meaning."""
 
 FULL_SHARE = 0.99
 """Share of foreground from which a mask is full."""
@@ -56,144 +49,7 @@ _NAMED = 4
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One fault.
-
-    Attributes:
-        check: Name of the check, a key of :data:`CHECKS`.
-        severity: How bad it is.
-        cases: Ids of the cases it is about.
-        files: Paths as in the manifest, relative to its root.
-        message: What was found, in one sentence.
-        details: Numbers and words behind it; JSON values only.
-    """
-
-    check: str
-    severity: Severity
-    cases: tuple[str, ...]
-    files: tuple[str, ...]
-    message: str
-    details: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Audit:
-    """What an audit found.
-
-    Attributes:
-        dataset: Name of the manifest.
-        cases: Number of cases.
-        findings: All of them, by check in the order of :data:`CHECKS`.
-        fingerprint: What the splits look like.
-        token_limit: Tokens to which sentences are cut; ``None`` if none was given.
-        seconds: How long it took.
-    """
-
-    dataset: str
-    cases: int
-    findings: tuple[Finding, ...]
-    fingerprint: Fingerprint
-    token_limit: int | None
-    seconds: float
-
-    @property
-    def errors(self) -> tuple[Finding, ...]:
-        """Findings that make training or scores wrong."""
-        return self._of("error")
-
-    @property
-    def warnings(self) -> tuple[Finding, ...]:
-        """Findings to look at."""
-        return self._of("warning")
-
-    @property
-    def notes(self) -> tuple[Finding, ...]:
-        """Facts to know."""
-        return self._of("note")
-
-    @property
-    def by_check(self) -> dict[str, list[Finding]]:
-        """Findings of each check that found something, in the order of :data:`CHECKS`."""
-        grouped: dict[str, list[Finding]] = {}
-        for finding in self.findings:
-            grouped.setdefault(finding.check, []).append(finding)
-        return grouped
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return everything as JSON values; the schema is told in ``docs/how-to/audit.md``."""
-        grouped = self.by_check
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "dataset": self.dataset,
-            "cases": self.cases,
-            "seconds": round(self.seconds, 3),
-            "token_limit": self.token_limit,
-            "counts": {severity: len(self._of(severity)) for severity in SEVERITIES},
-            "checks": [
-                {
-                    "name": check.name,
-                    "severity": check.severity,
-                    "finds": check.finds,
-                    "why": check.why,
-                    "advice": check.advice,
-                    "findings": len(grouped.get(check.name, [])),
-                }
-                for check in CHECKS.values()
-            ],
-            "findings": [_json(dataclasses.asdict(finding)) for finding in self.findings],
-            "fingerprint": _json(dataclasses.asdict(self.fingerprint)),
-        }
-
-    def _of(self, severity: Severity) -> tuple[Finding, ...]:
-        return tuple(finding for finding in self.findings if finding.severity == severity)
-
-
-def audit(
-    manifest: Manifest,
-    *,
-    count_tokens: Callable[[list[str]], list[int]] | None = None,
-    token_limit: int | None = None,
-    workers: int = 2,
-) -> Audit:
-    """Look for the faults of :data:`CHECKS` in a dataset.
-
-    A file that cannot be read is a finding and never the end of the audit. Memory grows by some four kilobytes a case.
-
-    Args:
-        manifest: The cases of all splits.
-        count_tokens: Returns the number of tokens of each sentence, with the tokenizer that will be used.
-        token_limit: Number of tokens to which a sentence will be cut.
-        workers: Number of threads that read files.
-
-    Raises:
-        ConfigError: A token limit without a way to count tokens, or no worker.
-    """
-    if token_limit is not None and count_tokens is None:
-        raise ConfigError("A token limit was given but no tokenizer", hint="pass count_tokens too")
-    if workers < 1:
-        raise ConfigError(f"{workers} workers, expected at least 1", hint="workers=2")
-    started = time.perf_counter()
-    records = manifest.records
-    with ThreadPoolExecutor(workers) as pool:
-        examined = pool.map(partial(examine, manifest), records)
-        facts = list(track(examined, f"Reading {manifest.name}", len(records)))
-        copies = _find_copies(manifest, facts, pool)
-    token_counts = None
-    if count_tokens is not None:
-        sentences = list(manifest.sentences)
-        token_counts = dict(zip(sentences, count_tokens(sentences), strict=True))
-    cases = _Cases(manifest, facts, copies, token_counts, token_limit, fingerprint(records, facts, token_counts))
-    findings = [
-        Finding(check.name, check.severity, hit.cases, hit.files, hit.message, hit.details)
-        for check in CHECKS.values()
-        for hit in check.run(cases)
-    ]
-    seconds = time.perf_counter() - started
-    return Audit(manifest.name, len(records), tuple(findings), cases.fingerprint, token_limit, seconds)
-
-
-@dataclass(frozen=True)
-class _Hit:
+class Hit:
     """A finding that does not know its check yet."""
 
     message: str
@@ -203,18 +59,20 @@ class _Hit:
 
 
 @dataclass(frozen=True)
-class _Copy:
+class Copy:
+    """Two cases whose images are copies, by their numbers, and how well their details correlate."""
+
     candidate: Candidate
     correlation: float
 
 
 @dataclass(frozen=True)
-class _Cases:
+class Cases:
     """All that the checks look at."""
 
     manifest: Manifest
     facts: Sequence[CaseFacts]
-    copies: Sequence[_Copy]
+    copies: Sequence[Copy]
     token_counts: Mapping[str, int] | None
     token_limit: int | None
     fingerprint: Fingerprint
@@ -244,76 +102,51 @@ class _Cases:
         """The splits of some cases, each once, in order of appearance."""
         return list(dict.fromkeys(self.manifest.records[number].split for number in numbers))
 
-    def hit(self, message: str, records: Iterable[Record], *, masks: bool = False, **details: Any) -> _Hit:  # noqa: ANN401
+    def hit(self, message: str, records: Iterable[Record], *, masks: bool = False, **details: Any) -> Hit:  # noqa: ANN401
         """A finding on some cases with their images, or their images and masks."""
         chosen = list(records)
         names = [name for record in chosen for name in ((record.image, record.mask) if masks else (record.image,))]
         files = tuple(dict.fromkeys(name for name in names if name is not None))
-        return _Hit(message, tuple(record.id for record in chosen), files, details)
+        return Hit(message, tuple(record.id for record in chosen), files, details)
 
     def _files(self, numbers: Iterable[int]) -> set[str]:
         return {self.manifest.records[number].image for number in numbers}
 
 
-def _find_copies(manifest: Manifest, facts: Sequence[CaseFacts], pool: ThreadPoolExecutor) -> list[_Copy]:
-    """Return pairs of cases whose images are copies without having the same pixels."""
-    numbers = list(
-        {case.pixel_hash: number for number, case in enumerate(facts) if case.thumbnail is not None}.values()
-    )
-    if len(numbers) < 2:
-        return []
-    thumbnails = np.stack([thumbnail for number in numbers if (thumbnail := facts[number].thumbnail) is not None])
-    found = find_candidates(thumbnails)
-    candidates = [dataclasses.replace(one, first=numbers[one.first], second=numbers[one.second]) for one in found]
-    correlations = pool.map(partial(_correlate, manifest), candidates)
-    tracked = track(correlations, f"Comparing {manifest.name}", len(candidates))
-    pairs = zip(candidates, tracked, strict=True)
-    return [_Copy(candidate, correlation) for candidate, correlation in pairs if correlation >= SAME_DETAIL]
-
-
-def _correlate(manifest: Manifest, candidate: Candidate) -> float:
-    paths = [manifest.image_path(manifest.records[number]) for number in (candidate.first, candidate.second)]
-    try:
-        first, second = (detail_view(read_image(path)) for path in paths)
-    except DataError:  # removed or changed since it was read
-        return 0.0
-    return detail_correlation(first, oriented(second, candidate.orientation), candidate.crop)
-
-
-def _unreadable(cases: _Cases) -> Iterator[_Hit]:
+def _unreadable(cases: Cases) -> Iterator[Hit]:
     for record, facts in cases:
         for name, error in ((record.image, facts.image_error), (record.mask, facts.mask_error)):
             if name is not None and error is not None:
-                yield _Hit(f"{record.id}: {error}", (record.id,), (name,), {"error": error})
+                yield Hit(f"{record.id}: {error}", (record.id,), (name,), {"error": error})
 
 
-def _size_mismatch(cases: _Cases) -> Iterator[_Hit]:
+def _size_mismatch(cases: Cases) -> Iterator[Hit]:
     for record, facts in cases:
         if _sizes_differ(facts) and not _is_transposed(facts):
             yield _sizes_hit(cases, record, facts, "")
 
 
-def _transposed(cases: _Cases) -> Iterator[_Hit]:
+def _transposed(cases: Cases) -> Iterator[Hit]:
     for record, facts in cases:
         if _sizes_differ(facts) and _is_transposed(facts):
             yield _sizes_hit(cases, record, facts, ": rows and columns are exchanged")
 
 
-def _mask_not_binary(cases: _Cases) -> Iterator[_Hit]:
+def _mask_not_binary(cases: Cases) -> Iterator[Hit]:
     for record, facts in cases:
         if facts.mask_problem is not None:
             yield cases.hit(f"{record.id}: {facts.mask_problem}", [record], masks=True, problem=facts.mask_problem)
 
 
-def _same_image_across_splits(cases: _Cases) -> Iterator[_Hit]:
+def _same_image_across_splits(cases: Cases) -> Iterator[Hit]:
     return _same_images(cases, across=True)
 
 
-def _same_image_within_split(cases: _Cases) -> Iterator[_Hit]:
+def _same_image_within_split(cases: Cases) -> Iterator[Hit]:
     return _same_images(cases, across=False)
 
 
-def _same_images(cases: _Cases, *, across: bool) -> Iterator[_Hit]:
+def _same_images(cases: Cases, *, across: bool) -> Iterator[Hit]:
     for group in cases.same_images:
         splits = cases.splits_of(group)
         if (len(splits) > 1) != across:
@@ -326,15 +159,15 @@ def _same_images(cases: _Cases, *, across: bool) -> Iterator[_Hit]:
         yield cases.hit(message, records, masks=True, splits=splits, same_mask=same_mask, same_text=same_text)
 
 
-def _copy_across_splits(cases: _Cases) -> Iterator[_Hit]:
+def _copy_across_splits(cases: Cases) -> Iterator[Hit]:
     return _copies(cases, across=True)
 
 
-def _copy_within_split(cases: _Cases) -> Iterator[_Hit]:
+def _copy_within_split(cases: Cases) -> Iterator[Hit]:
     return _copies(cases, across=False)
 
 
-def _copies(cases: _Cases, *, across: bool) -> Iterator[_Hit]:
+def _copies(cases: Cases, *, across: bool) -> Iterator[Hit]:
     for copy in cases.copies:
         candidate = copy.candidate
         records = [cases.manifest.records[number] for number in sorted((candidate.first, candidate.second))]
@@ -356,7 +189,7 @@ def _copies(cases: _Cases, *, across: bool) -> Iterator[_Hit]:
         )
 
 
-def _patient_across_splits(cases: _Cases) -> Iterator[_Hit]:
+def _patient_across_splits(cases: Cases) -> Iterator[Hit]:
     patients: dict[str, list[Record]] = defaultdict(list)
     for record in cases.manifest.records:
         if record.patient_id:
@@ -370,7 +203,7 @@ def _patient_across_splits(cases: _Cases) -> Iterator[_Hit]:
             )
 
 
-def _contradicted(kind: str, cases: _Cases) -> Iterator[_Hit]:
+def _contradicted(kind: str, cases: Cases) -> Iterator[Hit]:
     for record, facts in cases:
         for found in facts.contradictions:
             if found.kind == kind:
@@ -379,32 +212,32 @@ def _contradicted(kind: str, cases: _Cases) -> Iterator[_Hit]:
                 yield cases.hit(message, [record], masks=True, **details)
 
 
-def _missing_mask(cases: _Cases) -> Iterator[_Hit]:
+def _missing_mask(cases: Cases) -> Iterator[Hit]:
     without = [record for record in cases.manifest.records if record.mask is None]
     if without and len(without) < len(cases.facts):
         yield cases.hit(f"{len(without)} of {len(cases.facts)} cases have no mask", without)
 
 
-def _missing_text(cases: _Cases) -> Iterator[_Hit]:
+def _missing_text(cases: Cases) -> Iterator[Hit]:
     without = [record for record in cases.manifest.records if record.text is None]
     if without and len(without) < len(cases.facts):
         yield cases.hit(f"{len(without)} of {len(cases.facts)} cases have no sentence", without)
 
 
-def _mask_full(cases: _Cases) -> Iterator[_Hit]:
+def _mask_full(cases: Cases) -> Iterator[Hit]:
     for record, facts in cases:
         if facts.foreground is not None and facts.foreground >= FULL_SHARE:
             message = f"{record.id}: the mask covers {100 * facts.foreground:.1f} % of the image"
             yield cases.hit(message, [record], masks=True, foreground=facts.foreground)
 
 
-def _mask_empty(cases: _Cases) -> Iterator[_Hit]:
+def _mask_empty(cases: Cases) -> Iterator[Hit]:
     for record, facts in cases:
         if facts.foreground == 0 and facts.mask_problem is None:
             yield cases.hit(f"{record.id}: the mask is empty", [record], masks=True, text=record.text)
 
 
-def _stray_specks(cases: _Cases) -> Iterator[_Hit]:
+def _stray_specks(cases: Cases) -> Iterator[Hit]:
     for record, facts in cases:
         if facts.specks:
             few = len(facts.specks) == 1
@@ -415,13 +248,13 @@ def _stray_specks(cases: _Cases) -> Iterator[_Hit]:
             yield cases.hit(message, [record], masks=True, specks=list(facts.specks), parts=facts.parts)
 
 
-def _blank_image(cases: _Cases) -> Iterator[_Hit]:
+def _blank_image(cases: Cases) -> Iterator[Hit]:
     for record, facts in cases:
         if _is_blank(facts):
             yield cases.hit(f"{record.id}: the image is one grey value", [record], brightness=facts.brightness)
 
 
-def _orphan_file(cases: _Cases) -> Iterator[_Hit]:
+def _orphan_file(cases: Cases) -> Iterator[Hit]:
     records = cases.manifest.records
     named = [name for record in records for name in (record.image, record.mask) if name is not None]
     known = {split_frame(name)[0].as_posix() for name in named}
@@ -431,17 +264,17 @@ def _orphan_file(cases: _Cases) -> Iterator[_Hit]:
         orphans = tuple(name for file in files if (name := str(PurePosixPath(folder) / file)) not in known)
         if orphans:
             shown = ", ".join(orphans[:_NAMED]) + (" …" if len(orphans) > _NAMED else "")
-            yield _Hit(f"{len(orphans)} of {len(files)} files in {folder} belong to no case: {shown}", (), orphans)
+            yield Hit(f"{len(orphans)} of {len(files)} files in {folder} belong to no case: {shown}", (), orphans)
 
 
-def _changed_file(cases: _Cases) -> Iterator[_Hit]:
+def _changed_file(cases: Cases) -> Iterator[Hit]:
     for record, facts in cases:
         if facts.changed:
             names = " and ".join(facts.changed)
-            yield _Hit(f"{record.id}: {names} changed since the manifest was written", (record.id,), facts.changed)
+            yield Hit(f"{record.id}: {names} changed since the manifest was written", (record.id,), facts.changed)
 
 
-def _text_too_long(cases: _Cases) -> Iterator[_Hit]:
+def _text_too_long(cases: Cases) -> Iterator[Hit]:
     if cases.token_counts is None or cases.token_limit is None:
         return
     for text, records in cases.by_sentence.items():
@@ -451,7 +284,7 @@ def _text_too_long(cases: _Cases) -> Iterator[_Hit]:
             yield cases.hit(message, records, text=text, tokens=count)
 
 
-def _text_one_class(cases: _Cases) -> Iterator[_Hit]:
+def _text_one_class(cases: Cases) -> Iterator[Hit]:
     texts = [record.text for record in cases.manifest.records if record.text is not None]
     number = effective_number(texts)
     if len(texts) >= _FEWEST_JUDGED and number < FEWEST_SENTENCES:
@@ -464,7 +297,7 @@ def _text_one_class(cases: _Cases) -> Iterator[_Hit]:
         yield cases.hit(message, cases.by_sentence[text], **details)
 
 
-def _unknown_words(cases: _Cases) -> Iterator[_Hit]:
+def _unknown_words(cases: Cases) -> Iterator[Hit]:
     unknown: dict[str, list[str]] = defaultdict(list)
     for text in cases.by_sentence:
         for word in dict.fromkeys(unknown_words(text)):
@@ -484,7 +317,7 @@ def _unknown_words(cases: _Cases) -> Iterator[_Hit]:
         yield cases.hit(message, records, word=word, text=texts[0])
 
 
-def _split_shift(cases: _Cases) -> Iterator[_Hit]:
+def _split_shift(cases: Cases) -> Iterator[Hit]:
     for shift in cases.fingerprint.shifts:
         sure = shift.p_value is None or shift.p_value < _SURE
         if shift.distance >= SHIFT_DISTANCE and sure:
@@ -492,7 +325,7 @@ def _split_shift(cases: _Cases) -> Iterator[_Hit]:
                 message = f"Other sources in {shift.split} than in train, by the names of the files"
             else:
                 message = f"The distribution of {shift.feature} in {shift.split} is not that of train"
-            yield _Hit(f"{message} (distance {shift.distance:.2f} of 1)", details=dataclasses.asdict(shift))
+            yield Hit(f"{message} (distance {shift.distance:.2f} of 1)", details=dataclasses.asdict(shift))
 
 
 @dataclass(frozen=True)
@@ -513,7 +346,7 @@ class Check:
     finds: str
     why: str
     advice: str
-    run: Callable[[_Cases], Iterable[_Hit]] = field(repr=False)
+    run: Callable[[Cases], Iterable[Hit]] = field(repr=False)
 
 
 _ALL = (
@@ -743,7 +576,7 @@ def _is_transposed(facts: CaseFacts) -> bool:
     return facts.image_size is not None and facts.mask_size == facts.image_size[::-1]
 
 
-def _sizes_hit(cases: _Cases, record: Record, facts: CaseFacts, remark: str) -> _Hit:
+def _sizes_hit(cases: Cases, record: Record, facts: CaseFacts, remark: str) -> Hit:
     sizes = {"image_size": list(facts.image_size or ()), "mask_size": list(facts.mask_size or ())}
     image, mask = (" × ".join(map(str, size)) for size in sizes.values())
     return cases.hit(f"{record.id}: the image is {image}, its mask {mask}{remark}", [record], masks=True, **sizes)
@@ -758,10 +591,3 @@ def _named(records: Sequence[Record]) -> str:
 
 def _files_in(folder: Path) -> Iterator[str]:
     return (file.name for file in folder.iterdir() if file.is_file() and is_image(file))
-
-
-def _json(value: Any) -> Any:  # noqa: ANN401
-    """Return tuples as lists, so that what is written is what is read."""
-    if isinstance(value, dict):
-        return {str(key): _json(item) for key, item in value.items()}
-    return [_json(item) for item in value] if isinstance(value, list | tuple) else value

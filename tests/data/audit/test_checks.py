@@ -20,7 +20,7 @@ from tmca.errors import ConfigError
 from tmca.imaging.raster import read_image, read_mask, write_image, write_mask
 
 SIZE = 96
-DOCS = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "audit.md"
+DOCS = Path(__file__).resolve().parents[3] / "docs" / "how-to" / "audit.md"
 
 
 @pytest.fixture(scope="module")

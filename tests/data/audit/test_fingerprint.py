@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tmca.data.case_facts import CaseFacts
-from tmca.data.fingerprint import effective_number, fingerprint
+from tmca.data.audit.case_facts import CaseFacts
+from tmca.data.audit.fingerprint import effective_number, fingerprint
 from tmca.data.manifest import Record
 
 

@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 import numpy as np
 from scipy import stats
 
-from tmca.data.case_facts import CaseFacts
+from tmca.data.audit.case_facts import CaseFacts
 from tmca.data.manifest import Record
 
 REFERENCE_SPLIT = "train"

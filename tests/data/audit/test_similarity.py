@@ -9,9 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tmca.data.layouts import open_dataset
-from tmca.data.phantom import draw_phantom
-from tmca.data.similarity import (
+from tmca.data.audit.similarity import (
     ALIKE,
     ORIENTATIONS,
     SAME_DETAIL,
@@ -22,6 +20,8 @@ from tmca.data.similarity import (
     oriented,
     thumbnail,
 )
+from tmca.data.layouts import open_dataset
+from tmca.data.phantom import draw_phantom
 from tmca.imaging.raster import read_image
 
 COUNT = 60

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tmca.data.case_facts import CaseFacts, examine, stray_specks
+from tmca.data.audit.case_facts import CaseFacts, examine, stray_specks
 from tmca.data.manifest import Manifest, Record
 from tmca.imaging.raster import write_image, write_mask
 
