@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import random
-from collections.abc import Callable, Sequence
+import runpy
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,16 @@ import numpy as np
 import pytest
 import torch
 
-from tmca.config import Experiment
+from tmca.config import Experiment, ImageEncoderConfig
 from tmca.data.manifest import Manifest
 from tmca.data.phantom import write_phantoms
-from tmca.models import TMCA, build_model
+from tmca.models import _METHODS, SegmentationModel, build_model
 from tmca.models.text import build_tokenizer
-from tmca.presets import get_preset
+from tmca.presets import NO_ALIGNMENT, NO_ENHANCEMENT, PRESETS, get_preset
+from tmca.reproduction.tables import TABLES
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 SENTENCES = (
     "one small bright round lesion, located in upper left of the image",
@@ -29,6 +32,60 @@ SENTENCES = (
     "three medium oval lesions, located in left, right, lower centre of the image",
     "no lesion in the image",
 )
+
+IMAGE_ONLY: dict[str, Any] = {"guidance": False, "alignment": NO_ALIGNMENT, "enhancement": NO_ENHANCEMENT}
+
+TINY: dict[str, dict[str, Any]] = {
+    "attention-unet": IMAGE_ONLY | {"options": {"widths": [4, 8, 8, 8, 8]}},
+    "cpam": {
+        "alignment": NO_ALIGNMENT,
+        "enhancement": NO_ENHANCEMENT,
+        "options": {"width": 8, "grid": 4},
+    },
+    "film": {"alignment": NO_ALIGNMENT, "enhancement": NO_ENHANCEMENT},
+    "lga": {
+        "image_encoder": ImageEncoderConfig(
+            weights="none",
+            architecture="sam",
+            options={
+                "vision_config": {
+                    "hidden_size": 32,
+                    "num_hidden_layers": 3,
+                    "num_attention_heads": 2,
+                    "output_channels": 16,
+                    "image_size": 128,
+                    "window_size": 2,
+                    "global_attn_indexes": [1],
+                    "num_pos_feats": 8,
+                    "initializer_range": 0.2,
+                },
+                "mask_decoder_config": {"hidden_size": 16, "mlp_dim": 32, "num_attention_heads": 2},
+                "prompt_encoder_config": {"hidden_size": 16, "image_size": 128},
+                "initializer_range": 0.35,
+            },
+        ),
+        "options": {"fusion_blocks": 2, "attention_reduction": 1, "gate": 0.5},
+    },
+    "lvit": {
+        "alignment": NO_ALIGNMENT,
+        "enhancement": NO_ENHANCEMENT,
+        "options": {"width": 8, "grid": 4, "attention_heads": 2},
+    },
+    "tganet": IMAGE_ONLY
+    | {
+        "image_encoder": ImageEncoderConfig(
+            weights="none",
+            architecture="resnet",
+            options={"embedding_size": 8, "hidden_sizes": [8, 16, 32, 64], "depths": [1, 1, 1, 1]},
+        ),
+        "options": {"width": 16},
+    },
+    "tmca": {},
+    "unet": IMAGE_ONLY | {"options": {"widths": [4, 8, 8, 8, 8]}},
+    "unet-lvit": IMAGE_ONLY | {"options": {"widths": [4, 8, 8, 8, 8]}},
+    "unet-plus-plus": IMAGE_ONLY | {"options": {"widths": [4, 8, 8, 8, 8], "deep_supervision": True}},
+}
+"""Method → what its tiny model sets apart from the preset ``tiny``: fields of ModelConfig."""
 
 # Wall-clock limits on one example fail on a busy machine, not on wrong code.
 hypothesis.settings.register_profile("tmca", deadline=None, print_blob=True)
@@ -68,14 +125,15 @@ def tiny_experiment() -> Experiment:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tiny_experiment: Experiment) -> Callable[..., TMCA]:
-    """Return a factory of tiny models in training mode; keywords replace fields of the tiny ``ModelConfig``.
+def tiny_model(tiny_experiment: Experiment) -> Callable[..., SegmentationModel]:
+    """Return a factory of tiny models in training mode; keywords replace fields of the method's tiny ``ModelConfig``.
 
     Models of the same sentences share one tokenizer, so that weights can be carried from one to the other.
     """
     tokenizer_of = functools.cache(build_tokenizer)
 
-    def build(seed: int = 0, *, sentences: Sequence[str] = SENTENCES, **fields: Any) -> TMCA:
+    def build(seed: int = 0, *, sentences: Sequence[str] = SENTENCES, **fields: Any) -> SegmentationModel:
+        fields = TINY[fields.get("method", "tmca")] | fields
         experiment = dataclasses.replace(tiny_experiment, model=dataclasses.replace(tiny_experiment.model, **fields))
         config = experiment.model
         tokenizer = tokenizer_of(config.text_encoder, tuple(sentences)) if config.guidance else None
@@ -85,6 +143,21 @@ def tiny_model(tiny_experiment: Experiment) -> Callable[..., TMCA]:
         return model
 
     return build
+
+
+@pytest.fixture(scope="module")
+def added_method() -> Iterator[str]:
+    """Register the method of examples/add_a_method.py for the tests of one module, and return its name."""
+    with pytest.MonkeyPatch.context() as patch:
+        for registry in (_METHODS, PRESETS, TABLES):
+            for name, value in registry.items():
+                patch.setitem(registry, name, value)  # what it was is restored …
+        before = (set(_METHODS), set(PRESETS))
+        runpy.run_path(str(EXAMPLES / "add_a_method.py"))
+        yield "film"
+        for registry, names in zip((_METHODS, PRESETS), before, strict=True):
+            for name in set(registry) - names:
+                del registry[name]  # … and what was added goes
 
 
 @pytest.fixture(scope="session")

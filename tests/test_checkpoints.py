@@ -182,8 +182,8 @@ def frozen(tiny_experiment: Experiment, tmp_path_factory: pytest.TempPathFactory
 
 def test_a_frozen_text_encoder_has_its_own_file(frozen: TMCA, tmp_path: Path):
     frozen.save_pretrained(tmp_path / "model")
-    assert all(name.startswith("text_encoder.bert.") for name in load_file(tmp_path / "model" / TEXT_ENCODER_FILE))
-    assert not any(name.startswith("text_encoder.bert.") for name in load_file(tmp_path / "model" / MODEL_FILE))
+    assert all(name.startswith("text_encoder.backbone.") for name in load_file(tmp_path / "model" / TEXT_ENCODER_FILE))
+    assert not any(name.startswith("text_encoder.backbone.") for name in load_file(tmp_path / "model" / MODEL_FILE))
     loaded = load_checkpoint(tmp_path / "model")
     assert torch.equal(_logits(loaded), _logits(frozen))
     assert loaded.text_encoder is not None

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tmca.config import Experiment
 from tmca.losses import objective
-from tmca.models import TMCA, list_models
+from tmca.models import SegmentationModel, list_models
 from tmca.types import ModelOutput, TextTokens
 
 TEXTS = (
@@ -24,13 +24,14 @@ TEXTS = (
 FIRST, SECOND, *_ = TEXTS
 
 
-@pytest.fixture(params=list_models())
-def method(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=[*list_models(), "film"])  # film: the method that examples/add_a_method.py adds
+def method(request: pytest.FixtureRequest, added_method: str) -> str:
+    assert added_method in list_models()
     return request.param
 
 
 @pytest.fixture
-def model(method: str, tiny_model: Callable[..., TMCA]) -> TMCA:
+def model(method: str, tiny_model: Callable[..., SegmentationModel]) -> SegmentationModel:
     """Return a model in evaluation mode in which no path from the sentence to the mask is closed."""
     built = tiny_model(method=method).eval()
     _open_gates(built)
@@ -38,13 +39,13 @@ def model(method: str, tiny_model: Callable[..., TMCA]) -> TMCA:
 
 
 @pytest.fixture
-def reader(model: TMCA) -> TMCA:
+def reader(model: SegmentationModel) -> SegmentationModel:
     if not model.reads_text:
         pytest.skip("the method does not read text")
     return model
 
 
-def _open_gates(model: TMCA) -> None:
+def _open_gates(model: SegmentationModel) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("gate") and not parameter.any():
@@ -63,17 +64,17 @@ def _masks(batch: int = 4, size: int = 64) -> Tensor:
     return masks
 
 
-def _tokens(model: TMCA, *texts: str | None) -> TextTokens | None:
+def _tokens(model: SegmentationModel, *texts: str | None) -> TextTokens | None:
     return None if model.text_encoder is None else model.text_encoder.tokenizer(texts)
 
 
 @torch.no_grad()
-def _run(model: TMCA, images: Tensor, *texts: str | None) -> ModelOutput:
+def _run(model: SegmentationModel, images: Tensor, *texts: str | None) -> ModelOutput:
     return model(images, _tokens(model, *texts))
 
 
 @pytest.mark.parametrize("size", [(64, 64), (33, 50), (64, 97), (20, 130)], ids="{0[0]}x{0[1]}".format)
-def test_logits_have_the_size_of_the_images(model: TMCA, size: tuple[int, int]):
+def test_logits_have_the_size_of_the_images(model: SegmentationModel, size: tuple[int, int]):
     output = _run(model, _images(2, *size), FIRST, None)
     assert output.mask_logits.shape == (2, 1, *size)
     assert output.mask_logits.dtype == torch.float32
@@ -81,31 +82,31 @@ def test_logits_have_the_size_of_the_images(model: TMCA, size: tuple[int, int]):
     assert output.present.tolist() == [model.reads_text, False]
 
 
-def test_logits_are_not_probabilities(model: TMCA):
+def test_logits_are_not_probabilities(model: SegmentationModel):
     logits = _run(model, 3 * _images(), *TEXTS).mask_logits
     assert logits.min() < 0 or logits.max() > 1
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_a_batch_of_one(model: TMCA, training: bool):
+def test_a_batch_of_one(model: SegmentationModel, training: bool):
     output = _run(model.train(training), _images(1), FIRST)
     assert output.mask_logits.shape == (1, 1, 64, 64)
     assert output.present.shape == (1,)
 
 
-def test_images_of_a_batch_do_not_see_each_other(model: TMCA):
+def test_images_of_a_batch_do_not_see_each_other(model: SegmentationModel):
     together = _run(model, _images(), *TEXTS).mask_logits
     alone = [_run(model, image[None], text).mask_logits for image, text in zip(_images(), TEXTS, strict=True)]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
 
 
-def test_images_change_the_logits(model: TMCA):
+def test_images_change_the_logits(model: SegmentationModel):
     assert not torch.allclose(
         _run(model, _images(1, seed=1), FIRST).mask_logits, _run(model, _images(1, seed=2), FIRST).mask_logits
     )
 
 
-def test_padding_tokens_change_nothing(reader: TMCA):
+def test_padding_tokens_change_nothing(reader: SegmentationModel):
     tokens = _tokens(reader, *TEXTS[:3], None)
     assert not tokens.attention_mask.all(dim=1).any()
     noise = torch.randint(0, reader.text_encoder.tokenizer.vocabulary_size, tokens.input_ids.shape)
@@ -119,7 +120,7 @@ def test_padding_tokens_change_nothing(reader: TMCA):
 
 
 def test_gradients_reach_every_trainable_parameter(
-    method: str, tiny_model: Callable[..., TMCA], tiny_experiment: Experiment
+    method: str, tiny_model: Callable[..., SegmentationModel], tiny_experiment: Experiment
 ):
     # As built: the gates of the enhancement are still at 0, so the projection heads learn through the alignment.
     model = tiny_model(method=method).train()
@@ -135,19 +136,19 @@ def test_gradients_reach_every_trainable_parameter(
     assert zero == []
 
 
-def test_evaluation_is_deterministic(model: TMCA):
+def test_evaluation_is_deterministic(model: SegmentationModel):
     first = _run(model, _images(), *TEXTS).mask_logits
     torch.randn(7)
     assert torch.equal(_run(model, _images(), *TEXTS).mask_logits, first)
 
 
-def test_evaluation_leaves_the_state_alone(model: TMCA):
+def test_evaluation_leaves_the_state_alone(model: SegmentationModel):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     _run(model, _images(), *TEXTS)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_a_state_dict_carries_the_whole_model(model: TMCA):
+def test_a_state_dict_carries_the_whole_model(model: SegmentationModel):
     expected = _run(model, _images(), *TEXTS).mask_logits
     other = copy.deepcopy(model)
     with torch.no_grad():
@@ -159,7 +160,7 @@ def test_a_state_dict_carries_the_whole_model(model: TMCA):
     assert torch.equal(_run(other, _images(), *TEXTS).mask_logits, expected)
 
 
-def test_no_text_equals_sentences_without_a_token(model: TMCA):
+def test_no_text_equals_sentences_without_a_token(model: SegmentationModel):
     with torch.no_grad():
         without = model(_images())
     assert not without.present.any()
@@ -170,7 +171,7 @@ def test_no_text_equals_sentences_without_a_token(model: TMCA):
     torch.testing.assert_close(blank.mask_logits, without.mask_logits, rtol=0, atol=1e-6)
 
 
-def test_a_mixed_batch_equals_its_parts(reader: TMCA):
+def test_a_mixed_batch_equals_its_parts(reader: SegmentationModel):
     images = _images()
     output = _run(reader, images, FIRST, None, SECOND, "  ")
     assert output.present.tolist() == [True, False, True, False]
@@ -186,14 +187,14 @@ def test_a_mixed_batch_equals_its_parts(reader: TMCA):
         torch.testing.assert_close(embeddings.text_embedding, expected.text_embedding, rtol=1e-4, atol=1e-5)
 
 
-def test_the_sentence_changes_the_logits(reader: TMCA):
+def test_the_sentence_changes_the_logits(reader: SegmentationModel):
     first, second = (_run(reader, _images(1), text).mask_logits for text in (FIRST, SECOND))
     assert (first - second).abs().max() > 1e-4
     assert (first - _run(reader, _images(1), None).mask_logits).abs().max() > 1e-4
 
 
 @torch.no_grad()
-def test_encoding_and_segmenting_equal_forward(model: TMCA):
+def test_encoding_and_segmenting_equal_forward(model: SegmentationModel):
     expected = model(_images(), _tokens(model, *TEXTS))
     output = model.segment(model.encode_image(_images()), model.encode_text(TEXTS))
     assert torch.equal(output.mask_logits, expected.mask_logits)
@@ -202,7 +203,7 @@ def test_encoding_and_segmenting_equal_forward(model: TMCA):
 
 
 @torch.no_grad()
-def test_one_image_takes_many_sentences(reader: TMCA):
+def test_one_image_takes_many_sentences(reader: SegmentationModel):
     image = reader.encode_image(_images(1, 40, 70))
     texts = (*TEXTS, None)
     together = reader.segment(image.expand(len(texts)), reader.encode_text(texts)).mask_logits
@@ -211,6 +212,6 @@ def test_one_image_takes_many_sentences(reader: TMCA):
 
 
 @torch.no_grad()
-def test_one_sentence_serves_many_images(reader: TMCA):
+def test_one_sentence_serves_many_images(reader: SegmentationModel):
     together = reader.segment(reader.encode_image(_images()), reader.encode_text([FIRST]).expand(4)).mask_logits
     torch.testing.assert_close(together, _run(reader, _images(), *[FIRST] * 4).mask_logits, rtol=1e-4, atol=1e-5)

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -15,13 +16,17 @@ from torch.nn import functional
 
 from tmca.config import ObjectiveConfig
 from tmca.losses import (
+    IGNORED,
     alignment_loss,
+    class_loss,
     contrastive_loss,
     cross_entropy_loss,
     dice_loss,
     mask_dice_similarity,
     objective,
+    pool_masked,
     segmentation_loss,
+    target_classes,
     target_entropy,
 )
 from tmca.types import LevelEmbeddings, ModelOutput
@@ -342,3 +347,135 @@ def test_the_loss_carries_the_gradient_and_the_excess_does_not():
     assert not losses["alignment_excess"].requires_grad
     losses["loss"].backward()
     assert all(tensor.grad.any() for tensor in tensors)
+
+
+# --- other forms, for the authors' recipes -------------------------------------------------------------------------
+
+
+def _logits_and_masks() -> tuple[Tensor, Tensor]:
+    """Return two images of four pixels: probabilities 0.5, 0.5, 0.8, 0.2 and 0.2 everywhere; the second mask empty."""
+    probabilities = torch.tensor([[0.5, 0.5, 0.8, 0.2], [0.2, 0.2, 0.2, 0.2]])
+    masks = torch.tensor([[True, False, True, False], [False, False, False, False]])
+    return probabilities.logit().view(2, 1, 2, 2).requires_grad_(), masks.view(2, 1, 2, 2)
+
+
+def test_the_forms_of_dice_by_hand():
+    logits, masks = _logits_and_masks()
+    overlap = 2 * (0.5 + 0.8)
+    squares = 0.25 + 0.25 + 0.64 + 0.04
+    per_image = dice_loss(logits, masks)
+    assert per_image.item() == pytest.approx(((1 - overlap / 4) + 1) / 2, abs=1e-4)
+    assert dice_loss(logits, masks, "squared").item() == pytest.approx(
+        ((1 - overlap / (squares + 2)) + 1) / 2, abs=1e-4
+    )
+    assert dice_loss(logits, masks, "batch").item() == pytest.approx(1 - overlap / (2.0 + 0.8 + 2), abs=1e-4)
+
+
+def test_balanced_cross_entropy_by_hand():
+    logits, masks = _logits_and_masks()
+    foreground = -(np.log(0.5) + np.log(0.8)) / 2
+    background = -(np.log(0.5) + np.log(0.8) + 4 * np.log(0.8)) / 6
+    assert cross_entropy_loss(logits, masks, "balanced").item() == pytest.approx(
+        (foreground + background) / 2, abs=1e-6
+    )
+    nothing = torch.zeros_like(masks)
+    assert cross_entropy_loss(logits, nothing, "balanced").item() == pytest.approx(
+        cross_entropy_loss(logits, nothing).item() / 2, abs=1e-6
+    )
+
+
+@pytest.mark.parametrize("form", ["image", "squared", "batch"])
+def test_every_form_of_dice_teaches(form: str):
+    logits, masks = _logits_and_masks()
+    dice_loss(logits, masks, form).backward()
+    assert logits.grad is not None
+    assert (logits.grad[0, 0].flatten() * torch.tensor([1, -1, 1, -1]) < 0).all()
+    perfect = torch.where(masks, 30.0, -30.0)
+    assert dice_loss(perfect, masks, form).item() == pytest.approx(0, abs=1e-4)
+
+
+def _squares(*blocks: tuple[int, int, int]) -> Tensor:
+    """Return one mask of 20 pixels with squares given as top, left, side."""
+    mask = torch.zeros(1, 1, 20, 20, dtype=torch.bool)
+    for top, left, side in blocks:
+        mask[:, :, top : top + side, left : left + side] = True
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("blocks", "count", "size"),
+    [
+        ([(0, 0, 6)], 0, 0),
+        ([(0, 0, 7)], 0, 1),
+        ([(0, 0, 10)], 0, 1),
+        ([(0, 0, 11)], 0, 2),
+        ([(0, 0, 11), (15, 15, 2)], 1, 2),
+        ([(15, 15, 2), (0, 0, 11)], 1, 2),
+        ([(0, 0, 3), (3, 3, 3)], 0, 0),  # they touch at a corner
+        ([], IGNORED, IGNORED),
+    ],
+)
+def test_the_classes_of_a_target(blocks: list[tuple[int, int, int]], count: int, size: int):
+    classes = target_classes(_squares(*blocks))
+    assert {name: value.tolist() for name, value in classes.items()} == {"count": [count], "size": [size]}
+    assert all(value.dtype == torch.int64 for value in classes.values())
+
+
+def test_the_class_loss_leaves_empty_masks_out():
+    masks = torch.cat([_squares((0, 0, 6)), _squares()])
+    logits = {"count": torch.zeros(2, 2, requires_grad=True), "size": torch.zeros(2, 3, requires_grad=True)}
+    loss = class_loss(logits, masks)
+    assert loss.item() == pytest.approx(np.log(2) + np.log(3), abs=1e-6)
+    loss.backward()
+    for value in logits.values():
+        assert value.grad is not None
+        assert value.grad[0].any()
+        assert not value.grad[1].any()
+    nothing = class_loss(logits, torch.zeros_like(masks))
+    assert nothing.item() == 0
+    nothing.backward()
+
+
+def test_side_logits_and_classes_join_the_objective():
+    logits, masks = _logits_and_masks()
+    output = ModelOutput(logits, {}, torch.zeros(2, dtype=torch.bool))
+    config = ObjectiveConfig(class_weight=0.5)
+    alone = objective(output, masks, config)
+    side = torch.where(masks, 2.0, -1.0)
+    both = objective(replace(output, side_logits=(side,)), masks, config)
+    other = segmentation_loss(side, masks, config)["segmentation_loss"]
+    assert both["segmentation_loss"] == alone["segmentation_loss"]
+    assert both["loss"].item() == pytest.approx((alone["loss"].item() + other.item()) / 2, abs=1e-6)
+    classes = {"count": torch.zeros(2, 2)}
+    told = objective(replace(output, class_logits=classes), masks, config)
+    assert told["class_loss"].item() == pytest.approx(np.log(2), abs=1e-6)
+    assert told["loss"].item() == pytest.approx(alone["loss"].item() + 0.5 * np.log(2), abs=1e-6)
+
+
+def test_pooling_over_the_mask_by_hand():
+    feature_map = torch.arange(8.0).reshape(1, 2, 2, 2)
+    level = LevelEmbeddings(torch.full((1, 2), 9.0), torch.ones(1, 2), feature_map)
+    mask = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
+    mask[0, 0, :2, :2] = True  # the whole first position
+    mask[0, 0, 2, 2] = True  # a quarter of the last one
+    pooled = pool_masked(level, mask)
+    torch.testing.assert_close(pooled.image_embedding, torch.tensor([[(0 + 3 / 4) / 1.25, (4 + 7 / 4) / 1.25]]))
+    assert pooled.feature_map is None
+    assert torch.equal(pooled.text_embedding, level.text_embedding)
+    assert torch.equal(pool_masked(level, torch.zeros_like(mask)).image_embedding, level.image_embedding)
+    plain = replace(level, feature_map=None)
+    assert pool_masked(plain, mask) is plain
+
+
+def test_pooling_over_the_mask_teaches_the_map_there_only():
+    feature_map = torch.randn(2, 3, 2, 2, requires_grad=True)
+    texts = torch.randn(2, 3)
+    masks = torch.zeros(2, 1, 4, 4, dtype=torch.bool)
+    masks[0, 0, :2, :2] = True
+    masks[1, 0, 2:, 2:] = True
+    level = LevelEmbeddings(feature_map.mean((2, 3)), texts, feature_map)
+    output = ModelOutput(torch.zeros(2, 1, 4, 4), {"8": level}, torch.ones(2, dtype=torch.bool))
+    objective(output, masks, ObjectiveConfig())["alignment_loss"].backward()
+    assert feature_map.grad is not None
+    touched = feature_map.grad.abs().sum(dim=1) > 0
+    assert touched.tolist() == [[[True, False], [False, False]], [[False, False], [False, True]]]

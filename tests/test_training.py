@@ -305,7 +305,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert (record.epochs, record.stopped) == (4, "all epochs done")
     best = min(_history(uninterrupted), key=lambda row: float(row["val_segmentation_loss"]))
     assert record.best_epoch == int(best["epoch"])
-    assert record.best_loss == pytest.approx(float(best["val_segmentation_loss"]), rel=0, abs=0)
+    assert record.best_score == pytest.approx(float(best["val_segmentation_loss"]), rel=0, abs=0)
     assert float(_history(run)[-1]["seconds"]) == pytest.approx(record.seconds, abs=0.06)
     _assert_equal_runs(uninterrupted, run)
 
@@ -521,9 +521,9 @@ def test_a_frozen_text_encoder_is_kept_and_encodes_each_sentence_once(
     assert best.samefile(last)
     original = load_file(bert_folder / "model.safetensors")
     stored = load_file(last)
-    assert stored.keys() == {f"text_encoder.bert.{name}" for name in original}
+    assert stored.keys() == {f"text_encoder.backbone.{name}" for name in original}
     for name, value in original.items():
-        assert torch.equal(stored[f"text_encoder.bert.{name}"], value)
+        assert torch.equal(stored[f"text_encoder.backbone.{name}"], value)
     assert not any("text_encoder" in name for name in load_file(last.parent / "model.safetensors"))
 
 
@@ -596,6 +596,42 @@ def test_the_learning_rate_falls_after_warm_up():
     assert factors[19:] == sorted(factors[19:], reverse=True)
     assert min(factors) == pytest.approx(0.01)
     assert max(factors) == 1
+
+
+def test_restarts_begin_again_at_the_peak():
+    factors = [learning_rate_factor(step, 10, 2, 0.1, restarts=True) for step in range(32)]
+    assert factors[2] == factors[12] == factors[22] == 1.0
+    assert factors[2:12] == pytest.approx(factors[12:22])
+    assert factors[7] == pytest.approx(0.55)
+    assert min(factors[2:]) > 0.1
+
+
+def test_restarts_follow_epochs(few: Manifest, tiny_experiment: Experiment, tmp_path: Path):
+    settings = {"schedule": "restarts", "restart_epochs": 1, "min_learning_rate": 0.0}
+    fit(change(tiny_experiment, "tiny", optimiser=settings), few, tmp_path / "run")
+    rates = [float(row["learning_rate"]) for row in _history(tmp_path / "run")]
+    assert rates == pytest.approx([1e-3, 1e-3])  # each epoch ends where the next cosine begins
+
+
+def test_a_plateau_lowers_the_learning_rate(few: Manifest, tiny_experiment: Experiment, tmp_path: Path):
+    experiment = change(
+        tiny_experiment,
+        "tiny",
+        optimiser={"schedule": "plateau", "plateau_patience": 1, "learning_rate": 1e-12, "min_learning_rate": 0.0},
+        trainer={"max_epochs": 4, "patience": 4},
+    )
+    fit(experiment, few, tmp_path / "run")
+    rates = [float(row["learning_rate"]) for row in _history(tmp_path / "run")]
+    assert rates[0] == pytest.approx(1e-12)
+    assert rates[-1] == pytest.approx(1e-13)  # too small a step for the loss to fall
+
+
+def test_the_dice_may_choose_the_best_epoch(few: Manifest, tiny_experiment: Experiment, tmp_path: Path):
+    experiment = change(tiny_experiment, "tiny", trainer={"max_epochs": 3, "min_epochs": 3, "monitor": "dice"})
+    record = fit(experiment, few, tmp_path / "run")
+    scores = [float(row["val_per_case_dice"]) for row in _history(tmp_path / "run")]
+    assert record.best_score == pytest.approx(max(scores))
+    assert record.best_epoch == 1 + scores.index(max(scores))
 
 
 def test_a_schedule_may_be_longer_than_the_run(few: Manifest, tiny_experiment: Experiment, tmp_path: Path):
@@ -782,7 +818,7 @@ def test_a_resumed_run_remembers_its_best_epoch(few: Manifest, tiny_experiment: 
     first = fit(_with_trainer(tiny_experiment, max_epochs=1), few, tmp_path / "run")
     before = _content(tmp_path / "run" / "checkpoints" / "best")
     second = fit(_with_trainer(tiny_experiment, max_epochs=2), few, tmp_path / "run", resume=True)
-    assert (second.epochs, second.best_epoch, second.best_loss) == (2, 1, first.best_loss)
+    assert (second.epochs, second.best_epoch, second.best_score) == (2, 1, first.best_score)
     assert _content(tmp_path / "run" / "checkpoints" / "best") == before
 
 

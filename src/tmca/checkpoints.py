@@ -26,18 +26,18 @@ from torch import Tensor
 from tmca.config import Experiment, PreprocessingConfig, from_dict, to_dict
 from tmca.errors import CheckpointError, ConfigError, WeightsError
 from tmca.files import replace_folder, sha256_of, write_bytes, write_json, write_text
-from tmca.models import TMCA, build_model
+from tmca.models import SegmentationModel, build_model
 from tmca.models.text import SentenceTokenizer
 from tmca.models.weights import load_tensors, locate
 
 FORMAT_VERSION = 1
 MODEL_FILE = "model.safetensors"
 TEXT_ENCODER_FILE = "text_encoder.safetensors"
-TEXT_ENCODER_PREFIX = "text_encoder.bert."
+TEXT_ENCODER_PREFIX = "text_encoder.backbone."
 
 
 def save_checkpoint(
-    model: TMCA,
+    model: SegmentationModel,
     experiment: Experiment,
     folder: Path,
     *,
@@ -61,7 +61,7 @@ def save_checkpoint(
 
 
 def write_checkpoint(
-    model: TMCA,
+    model: SegmentationModel,
     experiment: Experiment,
     place: Path,
     *,
@@ -87,15 +87,14 @@ def write_checkpoint(
         text = text_encoder.tokenizer.tokenizer.to_str(pretty=True)
         write_text(place / "tokenizer.json", text)
         hashes["tokenizer.json"] = sha256_of(place / "tokenizer.json")
-    backbone = model.image_encoder.backbone.config
     write_json(
         place / "config.json",
         {
             "format": "tmca",
             "format_version": FORMAT_VERSION,
             "experiment": to_dict(experiment),
-            "image_encoder": {"architecture": backbone.model_type, "options": _architecture(backbone)},
-            "text_encoder": None if text_encoder is None else _architecture(text_encoder.bert.config),
+            "image_encoder": model.image_architecture(),
+            "text_encoder": None if text_encoder is None else text_encoder.architecture(),
             "sha256": hashes,
         },
     )
@@ -103,7 +102,7 @@ def write_checkpoint(
     write_text(place / "README.md", model_card(model, experiment, metrics or {}))
 
 
-def load_checkpoint(name: str | Path) -> TMCA:
+def load_checkpoint(name: str | Path) -> SegmentationModel:
     """Load a model from a run folder (its best checkpoint), a checkpoint folder, or a hub id.
 
     Returns:
@@ -188,7 +187,7 @@ def preprocessor_config(config: PreprocessingConfig) -> dict[str, Any]:
     }
 
 
-def model_card(model: TMCA, experiment: Experiment, metrics: dict[str, Any]) -> str:
+def model_card(model: SegmentationModel, experiment: Experiment, metrics: dict[str, Any]) -> str:
     """Return the README of a model folder."""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -238,21 +237,23 @@ decision about a patient. The licence of the training data may restrict the use 
 """
 
 
-def _build(folder: Path, experiment: Experiment, values: dict[str, Any]) -> TMCA:
-    image_encoder = values["image_encoder"]
+def _build(folder: Path, experiment: Experiment, values: dict[str, Any]) -> SegmentationModel:
     config = to_dict(experiment.model)
-    config["image_encoder"] = {"weights": "none", **image_encoder}
+    if values["image_encoder"] is not None:
+        config["image_encoder"] = {"weights": "none", **values["image_encoder"]}
     try:
         tokenizer = None
         if experiment.model.guidance:
             tokenizer = SentenceTokenizer.read(folder, experiment.model.text_encoder.max_tokens)
         built = from_dict(type(experiment.model), config, where="model")
-        return build_model(built, tokenizer=tokenizer, bert_config=values["text_encoder"], load_weights=False)
+        return build_model(built, tokenizer=tokenizer, text_architecture=values["text_encoder"], load_weights=False)
+    except ModuleNotFoundError:
+        raise  # a package that the method needs, which is no fault of the folder
     except Exception as error:  # whatever transformers makes of a damaged architecture
         raise CheckpointError(f"{folder / 'config.json'} describes no model: {error}", hint="copy it again") from error
 
 
-def _fill(model: TMCA, state: dict[str, Tensor], folder: Path) -> None:
+def _fill(model: SegmentationModel, state: dict[str, Tensor], folder: Path) -> None:
     wanted = model.state_dict()
     missing = sorted(set(wanted) - set(state))
     unexpected = sorted(set(state) - set(wanted))
@@ -285,17 +286,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
     for key in ("experiment", "image_encoder", "text_encoder", "sha256"):
         if key not in values:
             raise CheckpointError(f"{path} lacks {key!r}", hint="copy the folder again")
-        absent = key == "text_encoder" and values[key] is None
+        absent = key.endswith("_encoder") and values[key] is None
         if not isinstance(values[key], dict) and not absent:
             raise CheckpointError(f"{path}: {key!r} is no object", hint="copy the folder again")
     return values
-
-
-def _architecture(config: Any) -> dict[str, Any]:  # noqa: ANN401
-    """Return the fields of a transformers config that differ from its defaults."""
-    values: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
-    private = {"model_type", "architectures", "transformers_version", "_name_or_path", "dtype", "torch_dtype"}
-    return {key: value for key, value in values.items() if key not in private}
 
 
 def _stored(value: Tensor) -> Tensor:

@@ -61,13 +61,19 @@ class AugmentationConfig:
     """Largest relative change of brightness, drawn for each image; 0.2 means a factor of 0.8 to 1.2."""
     contrast: float = 0.0
     """Largest relative change of contrast."""
+    rotation_probability: float = 0.0
+    """Share of training images that are turned about their centre, image and mask together."""
+    rotation_degrees: float = 15.0
+    """Largest angle; small ones leave "left" and "top" true."""
     text_dropout: float = 0.0
     """Share of training sentences that are withheld, so that the model also learns to work without one."""
 
     def __post_init__(self) -> None:
-        for name in ("zoom_probability", "mirror_probability", "text_dropout"):
+        for name in ("zoom_probability", "mirror_probability", "rotation_probability", "text_dropout"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"augmentation.{name}", value, "a share in [0, 1]")
+        degrees = self.rotation_degrees
+        _require(0 <= degrees <= 45, "augmentation.rotation_degrees", degrees, "an angle from 0 to 45")
         low, high = self.zoom_range
         _require(0 < low <= high, "augmentation.zoom_range", self.zoom_range, "0 < low <= high")
         for name in ("brightness", "contrast"):
@@ -89,7 +95,7 @@ class ImageEncoderConfig:
 
 @dataclass(frozen=True)
 class TextEncoderConfig:
-    """The text encoder: a BERT read from a folder or the hub, or a small one learned from the training sentences."""
+    """The text encoder: a BERT or CLIP read from a folder or the hub, or a small BERT learned with the model."""
 
     weights: str = "microsoft/BiomedVLP-CXR-BERT-specialized"
     """Hub id, local folder in Hugging Face layout, or "scratch" for a small BERT trained with the model."""
@@ -99,10 +105,13 @@ class TextEncoderConfig:
     """Tokens a sentence may have, [CLS] and [SEP] included; longer ones are cut and counted in every report."""
     freeze: bool = True
     """Keep the encoder's weights; its features are then computed once a distinct sentence and cached."""
+    mask_padding: bool = True
+    """Zero the features of padding tokens; off: what the encoder gives there is read as words are (Ariadne)."""
     word_layers: int = 3
     """How many of the last layers are averaged into the word features (3: the paper; 1: Ariadne)."""
-    sentence_pooling: Literal["mean", "first"] = "mean"
-    """mean: of the real tokens' features; first: the [CLS] token's."""
+    sentence_pooling: Literal["mean", "first", "last"] = "mean"
+    """mean: of the real tokens' features; first: the [CLS] token's; last: the last token's, which a CLIP projects into
+    the space it shares with images."""
     hidden_size: int = 256
     """Width of a scratch encoder."""
     layers: int = 4
@@ -138,6 +147,9 @@ class AlignmentConfig:
     """Encoder strides whose pooled feature maps are aligned."""
     align_global: bool = True
     """Align the encoder's pooled embedding as well (TSDM-G)."""
+    pooling: Literal["mean", "attended", "mask"] = "mean"
+    """How a feature map becomes the vector that is aligned: mean over positions; attended: weighted by how much the
+    image's own sentence points at a position (Eq. 2); mask: mean over the true mask, in training."""
 
     def __post_init__(self) -> None:
         _require(set(self.strides) <= {8, 16, 32}, "alignment.strides", self.strides, "a subset of (8, 16, 32)")
@@ -169,6 +181,9 @@ class DecoderConfig:
     """Summary tokens the sentence is condensed to in the stages that end at stride 4, 8, 16."""
     attention_heads: int = 4
     """Heads of the cross-attention."""
+    positions: Literal["grid", "flat", "flat_columns"] = "grid"
+    """grid: rows and columns of the image are encoded apart; flat: its positions are numbered row by row (Ariadne);
+    flat_columns: column by column (Ariadne, which sees transposed images, converted to upright ones)."""
     gate: float = 1.421
     """Start value of the learnable factor on each cross-attention."""
     head_channels: int = 24
@@ -195,6 +210,9 @@ class ModelConfig:
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     enhancement: EnhancementConfig = field(default_factory=EnhancementConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    options: dict[str, Any] = field(default_factory=dict)
+    """Settings of a method other than tmca, which ignores the alignment, enhancement and decoder above; the method's
+    page lists them."""
 
     def __post_init__(self) -> None:
         aligned = bool(self.alignment.strides) or self.alignment.align_global
@@ -221,12 +239,19 @@ class ObjectiveConfig:
     """Temperature of the softmax over target similarities (tau_1)."""
     logit_temperature: float = 0.1
     """Temperature of the softmax over predicted similarities (tau_2)."""
+    dice_form: Literal["image", "squared", "batch"] = "image"
+    """image: a soft Dice an image, averaged; squared: the same with squared probabilities in the denominator (LViT);
+    batch: one soft Dice of all pixels of the batch (TGANet)."""
+    cross_entropy_form: Literal["pixels", "balanced"] = "pixels"
+    """pixels: the mean over all pixels; balanced: the mean over foreground and the mean over background, half each."""
+    class_weight: float = 1.0
+    """Weight of the classification of count and size, for methods that are trained to tell them (TGANet)."""
 
     def __post_init__(self) -> None:
         for name in ("target_temperature", "logit_temperature"):
             value = getattr(self, name)
             _require(value > 0, f"objective.{name}", value, "a positive value")
-        for name in ("alignment_weight", "dice_weight", "cross_entropy_weight"):
+        for name in ("alignment_weight", "dice_weight", "cross_entropy_weight", "class_weight"):
             value = getattr(self, name)
             _require(value >= 0, f"objective.{name}", value, "zero or more")
         _require(
@@ -239,7 +264,7 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class OptimiserConfig:
-    """AdamW with a cosine schedule, stepped every batch."""
+    """AdamW with a schedule that is stepped every batch; without weight decay it is Adam."""
 
     learning_rate: float = 3e-4
     """Peak learning rate."""
@@ -250,7 +275,14 @@ class OptimiserConfig:
     weight_decay: float = 0.01
     """Decoupled weight decay of AdamW."""
     warmup_steps: int = 0
-    """Steps of linear warm-up before the cosine."""
+    """Steps of linear warm-up before the schedule."""
+    schedule: Literal["cosine", "restarts", "plateau"] = "cosine"
+    """cosine: down to min_learning_rate once; restarts: the same again every restart_epochs (LViT); plateau: a tenth
+    after plateau_patience epochs without a better validation loss (TGANet)."""
+    restart_epochs: int = 10
+    """Length of each cosine of the restarts, in epochs."""
+    plateau_patience: int = 5
+    """Epochs without improvement before the learning rate falls."""
     schedule_epochs: int | None = 200
     """Length of the cosine in epochs (200: Ariadne's, so that epoch 100 is half way); none: trainer.max_epochs."""
     gradient_clip: float | None = None
@@ -272,6 +304,9 @@ class OptimiserConfig:
         for name in ("encoder_factor", "weight_decay", "warmup_steps"):
             value = getattr(self, name)
             _require(value >= 0, f"optimiser.{name}", value, "zero or more")
+        for name in ("restart_epochs", "plateau_patience"):
+            value = getattr(self, name)
+            _require(value >= 1, f"optimiser.{name}", value, "at least 1")
         for name in ("schedule_epochs", "gradient_clip"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"optimiser.{name}", value, "a positive value or none")
@@ -292,7 +327,9 @@ class TrainerConfig:
     min_epochs: int = 20
     """Epochs at least, before early stopping may act."""
     patience: int = 20
-    """Epochs without a better validation segmentation loss before training stops."""
+    """Epochs without a better validation score before training stops."""
+    monitor: Literal["loss", "dice"] = "loss"
+    """What chooses the best epoch and stops training: the validation segmentation loss or the per-case Dice."""
     precision: Literal["auto", "32", "bf16"] = "auto"
     """auto: bf16 mixed precision where the device computes it natively, else float32."""
     num_workers: int = 0
@@ -393,7 +430,30 @@ def _tuple_from_plain(hint: Any, value: Any, where: str) -> tuple[Any, ...]:  # 
     raise ConfigError(f"{where} is {value!r}, expected a list of {length} values", hint="see `tmca presets show NAME`")
 
 
-def config_hash(config: object) -> str:
-    """Return a short stable hash of a config's values."""
-    text = json.dumps(to_dict(config), sort_keys=True)
+UNHASHED = frozenset({"name", "trainer.evaluation_batch_size", "trainer.num_workers"})
+"""Fields of an experiment that change no result."""
+
+
+def config_hash(experiment: Experiment) -> str:
+    """Return a short hash of what decides an experiment's result.
+
+    Fields at their default do not count, so that a field added later does not change the hash of what ran before it;
+    weights count by the last part of their path or hub id, wherever the folder lies on this machine.
+    """
+    values = _changed(experiment, Experiment(), "")
+    for name in ("model.image_encoder.weights", "model.text_encoder.weights"):
+        if name in values:
+            values[name] = str(values[name]).rstrip("/").rpartition("/")[2]
+    text = json.dumps({name: value for name, value in values.items() if name not in UNHASHED}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _changed(config: Any, default: Any, path: str) -> dict[str, Any]:  # noqa: ANN401
+    """Return the fields that differ from the default, as ``section.field`` → value."""
+    if not dataclasses.is_dataclass(config):
+        return {} if config == default else {path: config}
+    changed: dict[str, Any] = {}
+    for item in dataclasses.fields(config):
+        inner = f"{path}.{item.name}" if path else item.name
+        changed |= _changed(getattr(config, item.name), getattr(default, item.name), inner)
+    return changed

@@ -18,7 +18,7 @@ from tmca.errors import ConfigError, OutOfMemoryError
 from tmca.imaging.raster import rgb_from_array
 from tmca.imaging.reading import read_image
 from tmca.metrics import check_threshold
-from tmca.models import TMCA
+from tmca.models import SegmentationModel
 from tmca.types import ImageFeatures
 
 Mask = NDArray[np.bool_]
@@ -38,7 +38,7 @@ class Predictor:
         >>> mask = predictor.predict("one small polyp, located in top left of the image")  # doctest: +SKIP
     """
 
-    def __init__(self, model: TMCA, device: str = "auto") -> None:
+    def __init__(self, model: SegmentationModel, device: str = "auto") -> None:
         if model.experiment is None:
             raise ConfigError("This model does not know its preprocessing", hint="load it with from_pretrained")
         self.device = resolve_device(device)

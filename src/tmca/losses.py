@@ -6,9 +6,12 @@ Every term is computed in float32, whatever the autocast of the model.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
+from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional
 
@@ -16,31 +19,100 @@ from tmca.config import ObjectiveConfig
 from tmca.types import LevelEmbeddings, ModelOutput
 
 DICE_SMOOTHING = 1e-5
+IGNORED = -100
+"""Class of a target that has none (PyTorch's own value)."""
+SIZE_LIMITS = (0.1, 0.3)
+"""Share of the image from which a bounding box is medium, and large."""
+
+DiceForm = Literal["image", "squared", "batch"]
+CrossEntropyForm = Literal["pixels", "balanced"]
 
 
 def dice_loss(
-    mask_logits: Float[Tensor, "batch 1 height width"], masks: Bool[Tensor, "batch 1 height width"]
+    mask_logits: Float[Tensor, "batch 1 height width"],
+    masks: Bool[Tensor, "batch 1 height width"],
+    form: DiceForm = "image",
 ) -> Float[Tensor, ""]:
-    """Return one minus the soft Dice coefficient, per image, averaged over the batch.
+    """Return one minus the soft Dice coefficient.
 
     An image without foreground costs nothing once its predicted foreground vanishes.
 
     Args:
         mask_logits: Before the sigmoid.
         masks: Ground-truth foreground.
+        form: ``image``: of each image, averaged; ``squared``: the same with the squares of probabilities and masks in
+            the denominator; ``batch``: of all pixels of the batch together.
     """
     probabilities = mask_logits.float().sigmoid().flatten(1)
     truth = masks.flatten(1).float()
     overlap = 2 * (probabilities * truth).sum(dim=1)
-    total = probabilities.sum(dim=1) + truth.sum(dim=1)
+    total = (probabilities.square() if form == "squared" else probabilities).sum(dim=1) + truth.sum(dim=1)
+    if form == "batch":
+        overlap, total = overlap.sum(), total.sum()
     return (1 - (overlap + DICE_SMOOTHING) / (total + DICE_SMOOTHING)).mean()
 
 
 def cross_entropy_loss(
-    mask_logits: Float[Tensor, "batch 1 height width"], masks: Bool[Tensor, "batch 1 height width"]
+    mask_logits: Float[Tensor, "batch 1 height width"],
+    masks: Bool[Tensor, "batch 1 height width"],
+    form: CrossEntropyForm = "pixels",
 ) -> Float[Tensor, ""]:
-    """Return the binary cross-entropy of the logits, averaged over all pixels."""
-    return functional.binary_cross_entropy_with_logits(mask_logits.float(), masks.float())
+    """Return the binary cross-entropy of the logits.
+
+    Args:
+        mask_logits: Before the sigmoid.
+        masks: Ground-truth foreground.
+        form: ``pixels``: averaged over all pixels; ``balanced``: the mean over the foreground of the batch and the
+            mean over its background, half each; a class without a pixel adds nothing.
+    """
+    losses = functional.binary_cross_entropy_with_logits(mask_logits.float(), masks.float(), reduction="none")
+    if form == "pixels":
+        return losses.mean()
+    foreground = masks.float()
+    means = [(losses * part).sum() / part.sum().clamp(min=1) for part in (foreground, 1 - foreground)]
+    return (means[0] + means[1]) / 2
+
+
+def target_classes(masks: Bool[Tensor, "batch 1 height width"]) -> dict[str, Int[Tensor, " batch"]]:
+    """Return what TGANet is taught about the target of each image, told from its mask.
+
+    ``count`` is 0 for one region and 1 for several; ``size`` is 0 (small), 1 (medium) or 2 (large) by the share of the
+    image that the bounding box of the largest region fills: below 0.1, below 0.3, more. Regions are 8-connected. An
+    empty mask has neither and gets :data:`IGNORED`.
+
+    Differs from the paper in:
+        1. The published code takes the last region it finds; the largest one does not depend on an order.
+        2. Empty masks are left out; the published code has no answer for them.
+
+    Source:
+        Tomar et al., TGANet, MICCAI 2022, Sec. 2.
+    """
+    counts, sizes = [], []
+    for mask in masks[:, 0].cpu().numpy():
+        regions, count = ndimage.label(mask, structure=np.ones((3, 3)))
+        if not count:
+            counts.append(IGNORED)
+            sizes.append(IGNORED)
+            continue
+        largest = 1 + int(np.argmax(np.bincount(regions.ravel())[1:]))
+        rows, cols = ndimage.find_objects(regions)[largest - 1]
+        share = (rows.stop - rows.start) * (cols.stop - cols.start) / mask.size
+        counts.append(int(count > 1))
+        sizes.append(int(np.searchsorted(SIZE_LIMITS, share, side="right")))
+    return {"count": torch.tensor(counts, device=masks.device), "size": torch.tensor(sizes, device=masks.device)}
+
+
+def class_loss(
+    class_logits: Mapping[str, Float[Tensor, "batch _"]], masks: Bool[Tensor, "batch 1 height width"]
+) -> Float[Tensor, ""]:
+    """Return the cross-entropy of every attribute, summed; images with an empty mask are left out."""
+    classes = target_classes(masks)
+    losses = []
+    for name, logits in class_logits.items():
+        told = classes[name] != IGNORED
+        losses.append(functional.cross_entropy(logits[told].float(), classes[name][told], reduction="sum"))
+        losses[-1] = losses[-1] / told.sum().clamp(min=1)
+    return torch.stack(losses).sum()
 
 
 def mask_dice_similarity(masks: Bool[Tensor, "batch 1 height width"]) -> Float[Tensor, "batch batch"]:
@@ -106,6 +178,23 @@ def target_entropy(target_similarity: Float[Tensor, "batch batch"], temperature:
     return -(log_targets.exp() * log_targets).sum(dim=1).mean()
 
 
+def pool_masked(level: LevelEmbeddings, masks: Bool[Tensor, "batch 1 height width"]) -> LevelEmbeddings:
+    """Return a level whose image vector is the mean of its feature map over the mask, if it carries a map.
+
+    A position counts by the share of it that the mask covers; an empty mask leaves the vector as it is.
+
+    Differs from the paper in:
+        1. The paper does not say how a map becomes a vector. Taking it where the target is makes the cosine of
+           position and sentence (Eq. 2), which the enhancement relies on, large there by training.
+    """
+    if level.feature_map is None:
+        return level
+    shares = functional.adaptive_avg_pool2d(masks.float(), level.feature_map.shape[2:])
+    covered = shares.sum((2, 3))
+    inside = (level.feature_map.float() * shares).sum((2, 3)) / covered.clamp(min=1e-6)
+    return LevelEmbeddings(torch.where(covered > 0, inside, level.image_embedding.float()), level.text_embedding)
+
+
 def alignment_loss(
     alignments: Mapping[str, LevelEmbeddings], target_similarity: Float[Tensor, "batch batch"], config: ObjectiveConfig
 ) -> Float[Tensor, ""]:
@@ -141,8 +230,8 @@ def segmentation_loss(
     config: ObjectiveConfig,
 ) -> dict[str, Float[Tensor, ""]]:
     """Return ``dice_loss``, ``cross_entropy_loss`` and their weighted sum ``segmentation_loss`` (L_SEG)."""
-    dice = dice_loss(mask_logits, masks)
-    cross_entropy = cross_entropy_loss(mask_logits, masks)
+    dice = dice_loss(mask_logits, masks, config.dice_form)
+    cross_entropy = cross_entropy_loss(mask_logits, masks, config.cross_entropy_form)
     return {
         "dice_loss": dice,
         "cross_entropy_loss": cross_entropy,
@@ -157,7 +246,8 @@ def objective(
 
     ``alignment_loss`` (and ``alignment_excess``, what it lies above the entropy of its targets: 0 is perfect) is there
     when the model aligns and at least two images of the batch have a sentence; one image has nothing to be contrasted
-    with.
+    with. Side logits are supervised like the mask's, all averaged (``segmentation_loss`` remains that of the mask);
+    ``class_loss`` is there for methods that classify the target.
 
     Args:
         output: Of the model.
@@ -166,9 +256,17 @@ def objective(
     """
     losses = segmentation_loss(output.mask_logits, masks, config)
     losses["loss"] = losses["segmentation_loss"]
+    if output.side_logits:
+        supervised = [segmentation_loss(side, masks, config)["segmentation_loss"] for side in output.side_logits]
+        losses["loss"] = torch.stack([losses["segmentation_loss"], *supervised]).mean()
+    if output.class_logits:
+        losses["class_loss"] = class_loss(output.class_logits, masks)
+        losses["loss"] = losses["loss"] + config.class_weight * losses["class_loss"]
     if output.alignments and int(output.present.sum()) > 1:
-        similarity = mask_dice_similarity(masks[output.present])
-        losses["alignment_loss"] = alignment_loss(output.alignments, similarity, config)
+        targets = masks[output.present]
+        similarity = mask_dice_similarity(targets)
+        pooled = {name: pool_masked(level, targets) for name, level in output.alignments.items()}
+        losses["alignment_loss"] = alignment_loss(pooled, similarity, config)
         floor = target_entropy(similarity, config.target_temperature) if config.targets == "mask_dice" else 0.0
         losses["alignment_excess"] = (losses["alignment_loss"] - floor).detach()
         losses["loss"] = losses["loss"] + config.alignment_weight * losses["alignment_loss"]

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
@@ -43,7 +43,7 @@ from tmca.errors import CheckpointError, ConfigError, DataError, OutOfMemoryErro
 from tmca.files import replace_folder, write_bytes, write_json, write_text
 from tmca.losses import objective
 from tmca.metrics import Counts, confusion_counts, per_case_mean, pooled_scores
-from tmca.models import TMCA, build_model
+from tmca.models import SegmentationModel, build_model
 from tmca.models.text import SentenceTokenizer
 from tmca.models.vision import encoder_normalisation
 from tmca.presets import differences
@@ -53,7 +53,11 @@ from tmca.types import Batch
 Row = dict[str, float | int]
 """What a run's ``metrics.csv`` says of one epoch."""
 
-MONITOR = "val_segmentation_loss"
+MONITORS: dict[str, tuple[str, Literal["min", "max"]]] = {
+    "loss": ("val_segmentation_loss", "min"),
+    "dice": ("val_per_case_dice", "max"),
+}
+"""``trainer.monitor`` → the column of a run's ``metrics.csv`` that chooses the best epoch, and which end is best."""
 TRAINER_STATE = "trainer_state.ckpt"
 LENGTH_FIELDS = {
     "trainer.max_epochs",
@@ -73,8 +77,8 @@ class RunRecord:
     Attributes:
         folder: The run folder.
         epochs: Epochs trained, over all resumes.
-        best_epoch: Epoch of the best validation segmentation loss, from 1.
-        best_loss: That loss.
+        best_epoch: Epoch of the best validation score, from 1.
+        best_score: That score: the segmentation loss or the Dice, see ``trainer.monitor``.
         seconds: Spent training, over all resumes.
         stopped: Why it ended.
     """
@@ -82,7 +86,7 @@ class RunRecord:
     folder: Path
     epochs: int
     best_epoch: int
-    best_loss: float
+    best_score: float
     seconds: float
     stopped: str
 
@@ -90,7 +94,7 @@ class RunRecord:
 class SegmentationTask(pl.LightningModule):
     """Model, losses and optimiser joined for Lightning; one step serves training and validation."""
 
-    def __init__(self, model: TMCA, experiment: Experiment) -> None:
+    def __init__(self, model: SegmentationModel, experiment: Experiment) -> None:
         super().__init__()
         self.model = model
         self.experiment = experiment
@@ -99,11 +103,11 @@ class SegmentationTask(pl.LightningModule):
         self._counts: list[Counts] = []
 
     @property
-    def kept(self) -> TMCA:
+    def kept(self) -> SegmentationModel:
         """The model that is validated and kept as best: the average of the weights, or the model itself."""
         return self.model if self.average is None else self.average
 
-    def shared_step(self, model: TMCA, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+    def shared_step(self, model: SegmentationModel, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         """Return the losses by name and the mask logits of a batch."""
         images = batch.images.contiguous(memory_format=torch.channels_last)
         output = model.segment(model.encode_image(images), model.encode_text(batch.texts))
@@ -153,21 +157,31 @@ class SegmentationTask(pl.LightningModule):
     def configure_optimizers(self) -> Any:  # noqa: ANN401
         """Return AdamW and a cosine schedule with linear warm-up, stepped every batch."""
         config = self.experiment.optimiser
-        encoder = [value for value in self.model.image_encoder.parameters() if value.requires_grad]
+        encoder = [value for value in self.model.pretrained_parameters() if value.requires_grad]
         chosen = {id(value) for value in encoder}
         others = [value for value in self.model.parameters() if value.requires_grad and id(value) not in chosen]
         groups = [
             {"params": encoder, "lr": config.learning_rate * config.encoder_factor},
             {"params": others, "lr": config.learning_rate},
         ]
+        groups = [group for group in groups if group["params"]]
         optimiser = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
-        steps = int(self.trainer.estimated_stepping_batches)
-        epochs = config.schedule_epochs or self.experiment.trainer.max_epochs
-        total = max(1, steps * epochs // self.experiment.trainer.max_epochs)
         floor = config.min_learning_rate / config.learning_rate
+        scheduler: torch.optim.lr_scheduler.LRScheduler
+        if config.schedule == "plateau":
+            name, mode = MONITORS[self.experiment.trainer.monitor]
+            lowest = [group["lr"] * floor for group in optimiser.param_groups]
+            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
+                optimiser, mode, patience=config.plateau_patience, min_lr=lowest
+            )
+            return {"optimizer": optimiser, "lr_scheduler": {"scheduler": scheduler, "monitor": name}}
+        steps = int(self.trainer.estimated_stepping_batches) / self.experiment.trainer.max_epochs
+        restarts = config.schedule == "restarts"
+        epochs = config.restart_epochs if restarts else config.schedule_epochs or self.experiment.trainer.max_epochs
+        total = max(1, int(steps * epochs))
 
         def factor(step: int) -> float:
-            return learning_rate_factor(step, total, config.warmup_steps, floor)
+            return learning_rate_factor(step, total, config.warmup_steps, floor, restarts=restarts)
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -187,7 +201,7 @@ class SegmentationTask(pl.LightningModule):
         self.log_dict(named, on_step=False, on_epoch=True, batch_size=batch_size)
 
 
-def averaged_copy(model: TMCA) -> TMCA:
+def averaged_copy(model: SegmentationModel) -> SegmentationModel:
     """Return a copy of a model that carries no gradient; a frozen text encoder is shared, not copied."""
     shared = {}
     if model.text_encoder is not None and model.text_encoder.config.freeze:
@@ -195,7 +209,7 @@ def averaged_copy(model: TMCA) -> TMCA:
     return copy.deepcopy(model, memo=shared).requires_grad_(requires_grad=False)
 
 
-def trained_state(model: TMCA) -> dict[str, Tensor]:
+def trained_state(model: SegmentationModel) -> dict[str, Tensor]:
     """Return the state of a model without that of a frozen text encoder."""
     frozen = model.text_encoder is not None and model.text_encoder.config.freeze
     return {
@@ -204,7 +218,7 @@ def trained_state(model: TMCA) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def follow(average: TMCA, model: TMCA, decay: float) -> None:
+def follow(average: SegmentationModel, model: SegmentationModel, decay: float) -> None:
     """Move averaged weights and BatchNorm statistics towards a model's; counters are copied."""
     now = trained_state(model)
     for name, value in trained_state(average).items():
@@ -214,7 +228,7 @@ def follow(average: TMCA, model: TMCA, decay: float) -> None:
             value.copy_(now[name])
 
 
-def channels_last(model: TMCA) -> TMCA:
+def channels_last(model: SegmentationModel) -> SegmentationModel:
     """Lay convolution weights out with the channels last, which is faster on CPUs and GPUs and changes no value."""
     for parameter in model.parameters():
         if parameter.ndim == 4:
@@ -222,11 +236,20 @@ def channels_last(model: TMCA) -> TMCA:
     return model
 
 
-def learning_rate_factor(step: int, total: int, warmup: int, floor: float) -> float:
-    """Return the factor on the peak learning rate: linear warm-up, then a cosine down to ``floor`` at ``total``."""
+def learning_rate_factor(step: int, total: int, warmup: int, floor: float, *, restarts: bool = False) -> float:
+    """Return the factor on the peak learning rate: linear warm-up, then a cosine down to ``floor``.
+
+    Args:
+        step: Optimiser step, from 0.
+        total: Step at which the cosine, warm-up included, reaches ``floor``; with ``restarts`` the steps of a cosine.
+        warmup: Steps of warm-up.
+        floor: Least factor.
+        restarts: Start again at the peak after every ``total`` steps instead of staying at ``floor``.
+    """
     if step < warmup:
         return (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    after = step - warmup
+    progress = after % total / total if restarts else min(1.0, after / max(1, total - warmup))
     return floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2
 
 
@@ -237,7 +260,8 @@ class RunWriter(Checkpoint):
         self.task = task
         self.folder = folder
         self.history: list[Row] = []
-        self.best_loss = math.inf
+        self.monitor, self.best_end = MONITORS[task.experiment.trainer.monitor]
+        self.best_score = math.inf if self.best_end == "min" else -math.inf
         self.best_epoch = 0
         self.seconds = 0.0
         self.out_of_time = False
@@ -257,9 +281,10 @@ class RunWriter(Checkpoint):
         rate = float(trainer.optimizers[0].param_groups[-1]["lr"])
         row: Row = {"epoch": trainer.current_epoch + 1, "seconds": round(self.seconds, 1), "learning_rate": rate}
         self.history.append(row | {name: metrics[name] for name in sorted(metrics)})
-        is_best = metrics[MONITOR] < self.best_loss
+        score = metrics[self.monitor]
+        is_best = score < self.best_score if self.best_end == "min" else score > self.best_score
         if is_best:
-            self.best_loss, self.best_epoch = metrics[MONITOR], trainer.current_epoch + 1
+            self.best_score, self.best_epoch = score, trainer.current_epoch + 1
         limit = self.task.experiment.trainer.max_train_seconds
         if limit is not None and self.seconds >= limit:
             self.out_of_time = True
@@ -278,11 +303,11 @@ class RunWriter(Checkpoint):
             with replace_folder(best) as place:
                 write_checkpoint(self.task.kept, self.task.experiment, place, metrics=scores, link_from=last)
         write_history(self.history, self.folder / "metrics.csv")
-        draw_curves(self.history, self.folder / "curves.png")
+        draw_curves(self.history, self.best_epoch, self.folder / "curves.png")
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run must know."""
-        names = ("history", "best_loss", "best_epoch", "seconds")
+        names = ("history", "best_score", "best_epoch", "seconds")
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -323,7 +348,7 @@ class EpochProgress(Callback):
         """Print the epoch's line."""
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         line = f"epoch {trainer.current_epoch + 1:>3} of {self.epochs}"
-        line += f" · train loss {metrics['train_loss']:.3f} · validation loss {metrics[MONITOR]:.3f}"
+        line += f" · train loss {metrics['train_loss']:.3f} · validation loss {metrics['val_segmentation_loss']:.3f}"
         line += f", pooled Dice {metrics['val_pooled_dice']:.3f}"
         if self._progress.disable:
             say(line)
@@ -417,8 +442,8 @@ def fit(
     if writer.out_of_time:
         stopped = "time limit reached"
     elif writer.history and writer.history[-1]["epoch"] < experiment.trainer.max_epochs:
-        stopped = f"no better validation loss for {experiment.trainer.patience} epochs"
-    return RunRecord(folder, len(writer.history), writer.best_epoch, writer.best_loss, writer.seconds, stopped)
+        stopped = f"no better validation {experiment.trainer.monitor} for {experiment.trainer.patience} epochs"
+    return RunRecord(folder, len(writer.history), writer.best_epoch, writer.best_score, writer.seconds, stopped)
 
 
 def resolve(experiment: Experiment) -> Experiment:
@@ -458,7 +483,7 @@ def _splits(experiment: Experiment, manifest: Manifest) -> tuple[Manifest, Manif
     return training, validation
 
 
-def _report_tokens(model: TMCA, *splits: Manifest) -> None:
+def _report_tokens(model: SegmentationModel, *splits: Manifest) -> None:
     if model.text_encoder is None:
         return
     tokenizer: SentenceTokenizer = model.text_encoder.tokenizer
@@ -514,7 +539,7 @@ def _make_trainer(experiment: Experiment, writer: RunWriter, device: str) -> pl.
     place = resolve_device(device)
     bfloat16 = config.precision == "bf16" or (config.precision == "auto" and computes_bfloat16(place))
     callbacks = [
-        Patience(MONITOR, patience=config.patience, mode="min", check_finite=True),
+        Patience(writer.monitor, patience=config.patience, mode=writer.best_end, check_finite=True),
         EpochProgress(writer, config.max_epochs),
         writer,
     ]
@@ -574,7 +599,7 @@ def write_history(history: list[Row], path: Path) -> None:
     write_text(path, buffer.getvalue())
 
 
-def draw_curves(history: list[Row], path: Path) -> None:
+def draw_curves(history: list[Row], best_epoch: int, path: Path) -> None:
     """Draw losses and validation Dice over epochs."""
     from matplotlib.figure import Figure
 
@@ -595,8 +620,7 @@ def draw_curves(history: list[Row], path: Path) -> None:
     left.set(xlabel="epoch", ylabel="loss")
     for name, label in {"val_pooled_dice": "pooled", "val_per_case_dice": "per case"}.items():
         right.plot(epochs, [row[name] for row in history], label=label)
-    best = min(history, key=lambda row: row[MONITOR])
-    right.axvline(best["epoch"], color="0.7", zorder=0, label=f"best epoch: {best['epoch']:.0f}")
+    right.axvline(best_epoch, color="0.7", zorder=0, label=f"best epoch: {best_epoch}")
     right.set(xlabel="epoch", ylabel="validation Dice", ylim=(0, 1))
     for axis in (left, right):
         axis.grid(alpha=0.3)

@@ -6,7 +6,7 @@ A layout becomes a manifest, its records become a ``Batch`` (or, one alone, a ``
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -107,14 +107,15 @@ class TextFeatures:
     """What a text encoder says of a batch of sentences.
 
     Attributes:
-        word_features: One vector a token; zeros at padding, so that padding changes nothing downstream.
+        word_features: One vector a token; zeros at padding, so that padding changes nothing downstream, unless
+            ``text_encoder.mask_padding`` is off.
         attention_mask: True at real tokens; a row of false stands for "no sentence".
-        sentence_embedding: Mean of the real tokens' vectors (or the first token's, by config).
+        sentence_embedding: Mean of the real tokens' vectors (or the first or last token's, by config).
     """
 
     word_features: Float[Tensor, "batch tokens text_dim"]
     attention_mask: Bool[Tensor, "batch tokens"]
-    sentence_embedding: Float[Tensor, "batch text_dim"]
+    sentence_embedding: Float[Tensor, "batch sentence_dim"]
 
     @property
     def present(self) -> Bool[Tensor, " batch"]:
@@ -135,30 +136,42 @@ class ImageFeatures:
     """What an image encoder says of a batch of images; it has not seen any sentence.
 
     Attributes:
-        feature_maps: Stride (4, 8, 16, 32) → ``(batch, channels, rows, cols)``.
-        image_embedding: Pooled global feature ``(batch, dim)``.
-        size: Height and width of the images before padding to a multiple of 32, in pixels.
+        feature_maps: Stride → ``(batch, channels, rows, cols)``; which strides there are is the method's business.
+        image_embedding: Pooled global feature ``(batch, dim)``, of methods that have one.
+        size: Height and width of the images before padding, in pixels.
     """
 
     feature_maps: dict[int, Float[Tensor, "batch _ _ _"]]
-    image_embedding: Float[Tensor, "batch dim"]
+    image_embedding: Float[Tensor, "batch dim"] | None
     size: tuple[int, int]
+
+    @property
+    def batch_size(self) -> int:
+        """Number of images."""
+        return next(iter(self.feature_maps.values())).shape[0]
 
     def expand(self, batch_size: int) -> Self:
         """Return the features of one image repeated for ``batch_size`` sentences, without a copy."""
         return type(self)(
             {stride: maps.expand(batch_size, -1, -1, -1) for stride, maps in self.feature_maps.items()},
-            self.image_embedding.expand(batch_size, -1),
+            None if self.image_embedding is None else self.image_embedding.expand(batch_size, -1),
             self.size,
         )
 
 
 @dataclass(frozen=True)
 class LevelEmbeddings:
-    """The image and text vectors of one aligned level, in one space but not yet normalised."""
+    """The image and text vectors of one aligned level, in one space but not yet normalised.
+
+    Attributes:
+        image_embedding: One vector an image.
+        text_embedding: One vector a sentence.
+        feature_map: Given where the loss shall take the image vector from the masked part of the map instead.
+    """
 
     image_embedding: Float[Tensor, "batch dim"]
     text_embedding: Float[Tensor, "batch dim"]
+    feature_map: Float[Tensor, "batch dim rows cols"] | None = None
 
 
 @dataclass(frozen=True)
@@ -170,8 +183,13 @@ class ModelOutput:
         alignments: Level name (``"8"``, ``"16"``, ``"32"``, ``"global"``) → embeddings of the images that have a
             sentence; empty for methods that do not align or when no image has one.
         present: Which images of the batch have a sentence, in the order of the batch.
+        side_logits: Further logits of the same size that training supervises like ``mask_logits`` (deep supervision).
+        class_logits: Name of an attribute of the target (see :func:`tmca.losses.target_classes`) → logits
+            ``(batch, classes)``, of methods that are also trained to tell it.
     """
 
     mask_logits: Float[Tensor, "batch 1 height width"]
     alignments: dict[str, LevelEmbeddings]
     present: Bool[Tensor, " batch"]
+    side_logits: tuple[Float[Tensor, "batch 1 height width"], ...] = ()
+    class_logits: dict[str, Float[Tensor, "batch _"]] = field(default_factory=dict)

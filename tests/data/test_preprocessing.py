@@ -19,6 +19,7 @@ from tmca.data.preprocessing import (
     resize_image,
     resize_mask,
     restore,
+    rotate,
     zoom,
 )
 from tmca.errors import DataError
@@ -247,6 +248,40 @@ def test_zoom_by_one_changes_nothing():
 def test_zooming_out_repeats_the_border():
     image = np.full((40, 40, 3), 200, dtype=np.uint8)
     assert (zoom(Drawn(image, np.zeros((40, 40), dtype=bool), None), 0.5).image == 200).all()
+
+
+@pytest.mark.parametrize("degrees", [-45.0, -15.0, 5.0, 30.0])
+@pytest.mark.parametrize("shape", [(64, 64), (48, 80)])
+def test_turning_moves_the_target_about_the_centre(degrees: float, shape: tuple[int, int]):
+    mask = _disc(*shape, 0.5, 0.7, 0.12)
+    turned = rotate(_drawn(mask), degrees)
+    assert turned.mask.shape == shape
+    assert turned.image.shape == (*shape, 3)
+    middle = (np.array(shape) - 1) / 2
+    down, across = _centre(mask) - middle
+    angle = np.radians(degrees)  # counter-clockwise: what lies right of the centre moves up
+    turned_to = np.array([down * np.cos(angle) - across * np.sin(angle), across * np.cos(angle) + down * np.sin(angle)])
+    expected = middle + turned_to
+    np.testing.assert_allclose(_centre(turned.mask), expected, atol=1)
+    inside = _away_from_the_border(turned.mask)
+    np.testing.assert_array_equal((turned.image[:, :, 0] > 127)[inside], turned.mask[inside])
+
+
+def test_turning_repeats_the_border_and_keeps_the_sentence():
+    drawn = Drawn(np.full((40, 60, 3), 200, dtype=np.uint8), np.zeros((40, 60), dtype=bool), TEXT)
+    turned = rotate(drawn, 45.0)
+    assert (turned.image == 200).all()
+    assert turned.text == TEXT
+    same = rotate(Drawn(_noise(40, 60), _disc(40, 60, 0.5, 0.5, 0.2), None), 0.0)
+    np.testing.assert_array_equal(same.mask, _disc(40, 60, 0.5, 0.5, 0.2))
+
+
+def test_as_many_images_are_turned_as_asked():
+    drawn = _drawn(_disc(48, 48, 0.5, 0.7, 0.12))
+    config = AugmentationConfig(zoom_probability=0.0, rotation_probability=0.3, rotation_degrees=20.0)
+    turned = [augment(drawn, config, np.random.default_rng(seed)) for seed in range(300)]
+    share = np.mean([not np.array_equal(changed.mask, drawn.mask) for changed in turned])
+    assert share == pytest.approx(0.3, abs=0.08)
 
 
 @pytest.mark.parametrize(

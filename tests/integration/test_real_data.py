@@ -44,7 +44,7 @@ def test_polyps_with_a_pretrained_encoder(shared: Path, tmp_path: Path):
     data = _part(open_dataset(shared / "data" / "kvasir_polyp"), train=24, val=8, test=8)
     record = fit(_mobile(weights), data, tmp_path / "run")
     assert (record.epochs, record.best_epoch) == (1, 1)
-    assert math.isfinite(record.best_loss)
+    assert math.isfinite(record.best_score)
     preprocessing = json.loads((tmp_path / "run" / "experiment.json").read_text("utf-8"))["preprocessing"]
     assert preprocessing["normalisation"] == "fixed"  # resolved from the encoder's own
     expected = json.loads((weights / "preprocessor_config.json").read_text("utf-8"))

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tmca.models.alignment import AlignmentHeads, ProjectionHead
-from tmca.types import ImageFeatures, TextFeatures
+from tmca.types import ImageFeatures, LevelEmbeddings, TextFeatures
 
 TEXT_DIM = 6
 DIMS = {"8": 4, "16": 5, "32": 7, "global": 7}
@@ -74,3 +74,28 @@ def test_heads_that_serve_the_enhancement_are_not_aligned(aligned: list[str]):
     text = _text()
     assert list(heads(_images(), heads.project(text), text.present)) == aligned
     assert set(heads.heads) == set(DIMS)
+
+
+def _level(pooling: str) -> tuple[LevelEmbeddings, Tensor, Tensor]:
+    heads = AlignmentHeads(6, {"8": 4}, ["8"], pooling=pooling, attention_temperature=0.1)
+    maps, text = torch.randn(3, 4, 2, 2), torch.randn(3, 4)
+    present = torch.tensor([True, False, True])
+    levels = heads(ImageFeatures({8: maps}, None, (16, 16)), {"8": text}, present)
+    return levels["8"], maps[present], text[present]
+
+
+def test_the_image_vector_may_be_taken_where_the_sentence_points():
+    level, maps, text = _level("attended")
+    cosines = torch.nn.functional.cosine_similarity(maps, text[:, :, None, None], dim=1)
+    weights = (cosines.flatten(1) / 0.1).softmax(dim=1)
+    expected = torch.einsum("bcn,bn->bc", maps.flatten(2), weights)
+    torch.testing.assert_close(level.image_embedding, expected)
+    assert level.feature_map is None
+
+
+def test_the_map_goes_to_the_loss_only_where_the_mask_pools_it():
+    level, maps, _ = _level("mask")
+    assert level.feature_map is not None
+    assert torch.equal(level.feature_map, maps)
+    plain, _, _ = _level("mean")
+    assert plain.feature_map is None

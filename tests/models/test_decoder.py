@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from tmca.types import TextFeatures
 CHANNELS, TEXT_DIM, TOKENS = 8, 6, 5
 
 
-def _guide(**fields: float) -> LanguageGuide:
+def _guide(**fields: Any) -> LanguageGuide:
     options = {"max_tokens": TOKENS, "summary_tokens": 3, "attention_heads": 2, "gate": 1.421} | fields
     return LanguageGuide(CHANNELS, TEXT_DIM, **options).eval()
 
@@ -60,6 +61,23 @@ def test_half_of_the_encoding_tells_the_row_and_half_the_column():
     assert torch.equal(grid[2, 0, :4], grid[0, 2, 4:])
 
 
+def test_flat_positions_number_the_cells_row_by_row_or_column_by_column():
+    numbered = sinusoidal_positions(6, 8)
+    assert torch.equal(image_positions(2, 3, 8, "flat"), numbered)
+    by_column = image_positions(2, 3, 8, "flat_columns")
+    assert torch.equal(by_column, numbered[[0, 2, 4, 1, 3, 5]])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("positions", ["grid", "flat", "flat_columns"])
+def test_a_guide_adds_the_positions_it_was_told(positions: str):
+    features, words = torch.randn(1, CHANNELS, 3, 4), _text(5).word_features
+    guide = _guide(positions=positions)
+    expected = {form: _guided(guide, features, words, form) for form in ("grid", "flat", "flat_columns")}
+    torch.testing.assert_close(guide(features, words), expected.pop(positions), rtol=1e-4, atol=1e-5)
+    assert all(not torch.allclose(guide(features, words), other, atol=1e-4) for other in expected.values())
+
+
 # --- guidance -----------------------------------------------------------------------------------------------------
 
 
@@ -90,13 +108,9 @@ def _attend(attention: nn.MultiheadAttention, queries: Tensor, keys: Tensor, val
     return attention.out_proj((scores.softmax(dim=-1) @ projected[2]).transpose(1, 2).flatten(2))
 
 
-@torch.no_grad()
-def test_positions_join_queries_and_keys_but_not_values():
-    guide = _guide()
-    for parameter in guide.parameters():
-        parameter.add_(torch.randn_like(parameter), alpha=0.3)
-    features, words = torch.randn(2, CHANNELS, 3, 4), _text(5, 2).word_features
-    sequence, positions = features.flatten(2).mT, image_positions(3, 4, CHANNELS)
+def _guided(guide: LanguageGuide, features: Tensor, words: Tensor, form: str = "grid") -> Tensor:
+    """Return what a guide makes of features, written out."""
+    sequence, positions = features.flatten(2).mT, image_positions(*features.shape[2:], CHANNELS, form)
     normed = guide.self_attention_norm(sequence)
     attended = _attend(guide.self_attention, normed + positions, normed + positions, normed)
     sequence = sequence + guide.self_attention_output_norm(attended)
@@ -104,7 +118,16 @@ def test_positions_join_queries_and_keys_but_not_values():
     keys = summary + sinusoidal_positions(3, CHANNELS)
     attended = _attend(guide.cross_attention, guide.cross_attention_norm(sequence) + positions, keys, summary)
     sequence = sequence + guide.gate * guide.cross_attention_output_norm(attended)
-    torch.testing.assert_close(guide(features, words), sequence.mT.unflatten(2, (3, 4)), rtol=1e-4, atol=1e-5)
+    return sequence.mT.unflatten(2, features.shape[2:])
+
+
+@torch.no_grad()
+def test_positions_join_queries_and_keys_but_not_values():
+    guide = _guide()
+    for parameter in guide.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    features, words = torch.randn(2, CHANNELS, 3, 4), _text(5, 2).word_features
+    torch.testing.assert_close(guide(features, words), _guided(guide, features, words), rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

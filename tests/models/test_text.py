@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import copy
 import csv
 import itertools
 import json
 import random
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +15,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
-from transformers import BertConfig, BertModel, BertTokenizerFast
+from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizerFast,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 from tmca.config import TextEncoderConfig
 from tmca.errors import ConfigError, WeightsError
@@ -121,6 +133,23 @@ def test_the_sentence_embedding_can_be_the_first_token(folder: Path):
 
 
 @torch.no_grad()
+def test_padding_can_keep_what_the_encoder_gives_there(bert: BertModel, folder: Path):
+    encoder = _build(folder, word_layers=1, mask_padding=False)
+    tokens = encoder.tokenizer([*TEXTS, None])
+    features = encoder(tokens)
+    expected = bert(input_ids=tokens.input_ids[:3], attention_mask=tokens.attention_mask[:3].long()).last_hidden_state
+    torch.testing.assert_close(features.word_features[:3], expected, rtol=1e-5, atol=1e-5)
+    assert not features.word_features[3].any()
+    assert features.present.tolist() == [True, True, True, False]
+    torch.testing.assert_close(
+        features.sentence_embedding, _build(folder, word_layers=1)(tokens).sentence_embedding, rtol=1e-5, atol=1e-5
+    )
+    remembered = encoder.encode([*TEXTS, None])
+    torch.testing.assert_close(remembered.word_features, features.word_features)
+    torch.testing.assert_close(remembered.sentence_embedding, features.sentence_embedding)
+
+
+@torch.no_grad()
 def test_a_sentence_does_not_see_its_neighbours(folder: Path):
     encoder = _build(folder)
     together = encoder(encoder.tokenizer([TEXTS[0], None, TEXTS[1]])).word_features
@@ -190,7 +219,7 @@ def test_a_checkpoint_fills_an_encoder_without_its_folder(folder: Path):
     config = TextEncoderConfig(weights="somebody/not-on-this-machine", max_tokens=MAX_TOKENS)
     tokenizer = SentenceTokenizer.read(folder, MAX_TOKENS)
     original = _build(folder)
-    encoder = build_text_encoder(config, tokenizer, bert_config=original.bert.config.to_dict())
+    encoder = build_text_encoder(config, tokenizer, architecture=original.backbone.config.to_dict())
     encoder.load_state_dict(original.state_dict())
     assert torch.equal(encoder.encode(TEXTS).word_features, original.encode(TEXTS).word_features)
 
@@ -216,13 +245,13 @@ def rows_read(monkeypatch: pytest.MonkeyPatch) -> Callable[[TextEncoder], list[i
 
     def listen(encoder: TextEncoder) -> list[int]:
         rows: list[int] = []
-        run = encoder.bert.forward
+        run = encoder.backbone.forward
 
         def counted(*, input_ids: Tensor, **others: Any) -> Any:
             rows.append(len(input_ids))
             return run(input_ids=input_ids, **others)
 
-        monkeypatch.setattr(encoder.bert, "forward", counted)
+        monkeypatch.setattr(encoder.backbone, "forward", counted)
         return rows
 
     return listen
@@ -244,7 +273,7 @@ def test_an_encoder_that_is_not_frozen_trains(folder: Path):
     encoder.train()
     assert all(module.training for module in encoder.modules())
     encoder.encode(TEXTS).word_features.sum().backward()
-    assert encoder.bert.embeddings.word_embeddings.weight.grad.any()
+    assert encoder.backbone.embeddings.word_embeddings.weight.grad.any()
     dropped = [encoder.encode(TEXTS).word_features for _ in range(2)]
     assert not torch.equal(*dropped)
 
@@ -269,7 +298,7 @@ def test_an_encoder_that_is_not_frozen_is_not_cached(folder: Path, rows_read: Ca
     rows = rows_read(encoder)
     before = encoder.encode(TEXTS).word_features
     with torch.no_grad():
-        encoder.bert.embeddings.word_embeddings.weight.mul_(2)
+        encoder.backbone.embeddings.word_embeddings.weight.mul_(2)
     assert not torch.allclose(encoder.encode(TEXTS).word_features, before)
     assert rows == [3, 3]
 
@@ -430,10 +459,10 @@ def test_a_scratch_encoder_needs_sentences():
 
 def test_a_scratch_encoder_has_the_size_of_its_config():
     encoder = _scratch(dropout=0.3)
-    assert encoder.text_dim == encoder.bert.config.hidden_size == 16
-    assert encoder.bert.config.num_hidden_layers == 3
-    assert encoder.bert.config.hidden_dropout_prob == 0.3
-    assert encoder.bert.config.vocab_size == encoder.tokenizer.vocabulary_size
+    assert encoder.text_dim == encoder.backbone.config.hidden_size == 16
+    assert encoder.backbone.config.num_hidden_layers == 3
+    assert encoder.backbone.config.hidden_dropout_prob == 0.3
+    assert encoder.backbone.config.vocab_size == encoder.tokenizer.vocabulary_size
     values = scratch_bert_config(replace(encoder.config, max_tokens=12), encoder.tokenizer)
     assert values["max_position_embeddings"] == 12
     assert all(parameter.requires_grad for parameter in encoder.parameters())
@@ -474,7 +503,7 @@ def test_an_unseen_word_is_spelled_not_lost(word: str):
 def test_new_weights_forget_the_cached_features(folder: Path):
     encoder, other = _build(folder), _build(folder)
     with torch.no_grad():
-        other.bert.embeddings.word_embeddings.weight.mul_(2)
+        other.backbone.embeddings.word_embeddings.weight.mul_(2)
     encoder.encode(TEXTS)
     encoder.load_state_dict(other.state_dict())
     assert torch.equal(encoder.encode(TEXTS).word_features, other.encode(TEXTS).word_features)
@@ -485,3 +514,189 @@ def test_more_sentences_than_the_cache_holds(folder: Path, monkeypatch: pytest.M
     encoder = _build(folder)
     encoder.encode(TEXTS[:1])
     assert encoder.encode(TEXTS).present.all()
+
+
+# --- CLIP ---------------------------------------------------------------------------------------------------------
+
+CLIP_OPTIONS = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+CLIP_SIZE = 12
+"""Width of the space that the tiny CLIP shares with images."""
+CLIP_LIMIT = 32
+CLIP_TEXTS = ("one lesion", "Two  large lesions, left", "three infected areas")
+
+
+def _write_pairs(folder: Path) -> int:
+    """Write ``vocab.json`` and ``merges.txt`` of a tiny CLIP; return the size of its vocabulary."""
+    letters = sorted(ByteLevel.alphabet())
+    merges = ("o n", "on e</w>", "l e", "le s")
+    words = [*letters, *(f"{letter}</w>" for letter in letters), *(pair.replace(" ", "") for pair in merges)]
+    vocabulary = {word: index for index, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+    return len(vocabulary)
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a whole CLIP in the layout of the hub: images, text and the projections of both."""
+    folder = tmp_path_factory.mktemp("clip")
+    size = _write_pairs(folder)
+    sizes = {"vocab_size": size, "max_position_embeddings": CLIP_LIMIT, "projection_dim": CLIP_SIZE}
+    text = CLIP_OPTIONS | sizes | {"eos_token_id": size - 1}
+    vision = CLIP_OPTIONS | {"image_size": 16, "patch_size": 8}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=CLIP_SIZE)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    model.save_pretrained(folder)
+    CLIPTokenizer.from_pretrained(folder).save_pretrained(folder)
+    return folder
+
+
+def _build_clip(folder: Path, **fields: Any) -> TextEncoder:
+    fields = {"word_layers": 1, "sentence_pooling": "last", "max_tokens": CLIP_LIMIT} | fields
+    config = TextEncoderConfig(weights=str(folder), **fields)
+    return build_text_encoder(config, build_tokenizer(config)).eval()
+
+
+def _clip_reference(folder: Path, texts: Sequence[str]) -> Any:
+    """Return what transformers makes of sentences, each alone, with its own tokenizer."""
+    model, tokenizer = CLIPTextModelWithProjection.from_pretrained(folder), CLIPTokenizer.from_pretrained(folder)
+    return [model(**tokenizer(text, return_tensors="pt"), output_hidden_states=True) for text in texts]
+
+
+@torch.no_grad()
+def test_the_features_of_a_clip_equal_those_of_transformers(clip_folder: Path):
+    encoder = _build_clip(clip_folder)
+    features = encoder.encode([*CLIP_TEXTS, None])
+    assert (encoder.text_dim, encoder.sentence_dim) == (16, CLIP_SIZE)
+    for row, expected in enumerate(_clip_reference(clip_folder, CLIP_TEXTS)):
+        count = expected.last_hidden_state.shape[1]
+        assert features.attention_mask[row].sum() == count < CLIP_LIMIT
+        torch.testing.assert_close(features.word_features[row, :count], expected.last_hidden_state[0])
+        assert not features.word_features[row, count:].any()
+        torch.testing.assert_close(features.sentence_embedding[row], expected.text_embeds[0])
+    assert not features.sentence_embedding[3].any()
+    assert features.present.tolist() == [True, True, True, False]
+    assert features.expand(4).sentence_embedding.shape == (4, CLIP_SIZE)
+
+
+@torch.no_grad()
+def test_layers_of_a_clip_are_averaged_before_its_last_norm(clip_folder: Path):
+    encoder = _build_clip(clip_folder, word_layers=2, sentence_pooling="mean")
+    features = encoder.encode(CLIP_TEXTS[:1])
+    (reference,) = _clip_reference(clip_folder, CLIP_TEXTS[:1])
+    expected = encoder.backbone.final_layer_norm(torch.stack(reference.hidden_states[-2:]).mean(dim=0))[0]
+    torch.testing.assert_close(features.word_features[0, : len(expected)], expected)
+    torch.testing.assert_close(features.sentence_embedding[0], expected.mean(dim=0))
+    assert encoder.sentence_dim == encoder.text_dim == 16
+
+
+@torch.no_grad()
+def test_a_clip_folder_may_hold_the_text_side_only(clip_folder: Path, tmp_path: Path):
+    expected = _build_clip(clip_folder).encode(CLIP_TEXTS)
+    for name, model in (("projected", CLIPTextModelWithProjection), ("plain", CLIPTextModel)):
+        model.from_pretrained(clip_folder).save_pretrained(tmp_path / name)
+        assert json.loads((tmp_path / name / "config.json").read_text())["model_type"] == "clip_text_model"
+        shutil.copy(clip_folder / "tokenizer.json", tmp_path / name)
+    projected = _build_clip(tmp_path / "projected").encode(CLIP_TEXTS)
+    assert torch.equal(projected.word_features, expected.word_features)
+    assert torch.equal(projected.sentence_embedding, expected.sentence_embedding)
+    plain = _build_clip(tmp_path / "plain").encode(CLIP_TEXTS)
+    assert torch.equal(plain.word_features, expected.word_features)
+    last = plain.attention_mask.sum(dim=1) - 1
+    assert torch.equal(plain.sentence_embedding, plain.word_features[torch.arange(3), last])
+
+
+def test_a_clip_in_half_precision_runs_in_float32(clip_folder: Path, tmp_path: Path):
+    shutil.copytree(clip_folder, tmp_path / "half")
+    CLIPModel.from_pretrained(clip_folder, dtype=torch.float16).save_pretrained(tmp_path / "half")
+    assert {value.dtype for value in load_file(tmp_path / "half" / "model.safetensors").values()} == {torch.float16}
+    assert {parameter.dtype for parameter in _build_clip(tmp_path / "half").parameters()} == {torch.float32}
+
+
+def test_clip_weights_that_do_not_fit_their_config(clip_folder: Path, tmp_path: Path):
+    shutil.copytree(clip_folder, tmp_path / "cut")
+    state = load_file(clip_folder / "model.safetensors")
+    del state["text_projection.weight"]
+    save_file(state, tmp_path / "cut" / "model.safetensors")
+    with pytest.raises(
+        WeightsError, match=r"CLIPTextModelWithProjection.*1 tensors missing.*'text_projection\.weight'"
+    ):
+        _build_clip(tmp_path / "cut")
+    assert _build_clip(tmp_path / "cut", sentence_pooling="mean").sentence_dim == 16
+
+
+@pytest.mark.parametrize("sentence_pooling", ["last", "mean"])
+def test_a_checkpoint_fills_a_clip_without_its_folder(clip_folder: Path, sentence_pooling: str):
+    original = _build_clip(clip_folder, sentence_pooling=sentence_pooling)
+    architecture = json.loads(json.dumps(original.architecture()))
+    encoder = build_text_encoder(original.config, original.tokenizer, architecture=architecture).eval()
+    encoder.load_state_dict(original.state_dict())
+    expected, features = original.encode(CLIP_TEXTS), encoder.encode(CLIP_TEXTS)
+    assert torch.equal(features.word_features, expected.word_features)
+    assert torch.equal(features.sentence_embedding, expected.sentence_embedding)
+
+
+def test_a_clip_that_is_not_frozen_trains(clip_folder: Path):
+    encoder = _build_clip(clip_folder, freeze=False).train()
+    encoder.encode(CLIP_TEXTS).sentence_embedding.square().sum().backward()
+    unreached = [name for name, value in encoder.named_parameters() if value.grad is None or not value.grad.any()]
+    # A softmax ignores what is added to all of its inputs.
+    assert [name for name in unreached if "k_proj.bias" not in name] == []
+
+
+def test_a_frozen_clip_is_cached(clip_folder: Path, rows_read: Callable[[TextEncoder], list[int]]):
+    encoder = _build_clip(clip_folder)
+    rows = rows_read(encoder)
+    live = encoder(encoder.tokenizer(CLIP_TEXTS))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cached = [encoder.encode(CLIP_TEXTS) for _ in range(2)][1]
+    assert rows == [3, 3]
+    assert not live.sentence_embedding.requires_grad
+    assert cached.sentence_embedding.dtype == torch.float32
+    torch.testing.assert_close(cached.sentence_embedding, live.sentence_embedding)
+
+
+def test_the_last_token_of_a_bert_is_its_sep(folder: Path):
+    features = _build(folder, sentence_pooling="last").encode([*TEXTS, None])
+    for row, count in enumerate(COUNTS):
+        assert torch.equal(features.sentence_embedding[row], features.word_features[row, count - 1])
+    assert not features.sentence_embedding[3].any()
+
+
+def test_the_first_token_of_a_clip_is_refused(clip_folder: Path):
+    with pytest.raises(ConfigError, match="the first token of a CLIP sees no word") as caught:
+        _build_clip(clip_folder, sentence_pooling="first")
+    assert caught.value.hint == "set it to 'last'"
+
+
+def test_more_tokens_than_the_encoder_has_positions_are_refused(clip_folder: Path):
+    with pytest.raises(ConfigError, match=f"max_tokens is {CLIP_LIMIT + 1}, but the encoder reads {CLIP_LIMIT}"):
+        _build_clip(clip_folder, max_tokens=CLIP_LIMIT + 1)
+
+
+def test_the_tokens_of_a_clip_equal_those_of_transformers(clip_folder: Path, tmp_path: Path):
+    reference = CLIPTokenizer.from_pretrained(clip_folder)
+    size = _write_pairs(tmp_path)
+    for folder in (clip_folder, tmp_path):
+        tokenizer = SentenceTokenizer.read(folder, 8)
+        assert tokenizer.vocabulary_size == size
+        for text in (*CLIP_TEXTS, *ODD_TEXTS):
+            ids = reference(text)["input_ids"]
+            assert tokenizer.tokenizer.encode(text).ids == ids
+            tokens = tokenizer([text])
+            assert tokens.token_counts == (len(ids),)
+            kept = reference(text, truncation=True, max_length=8)["input_ids"]
+            assert tokens.input_ids[0, : len(kept)].tolist() == kept
+            assert tokens.attention_mask[0].tolist() == [True] * len(kept) + [False] * (8 - len(kept))
+    assert [size - 2, size - 1] == tokenizer.tokenizer.encode("").ids
+    copied = copy.deepcopy(tokenizer)
+    assert torch.equal(copied(CLIP_TEXTS).input_ids, tokenizer(CLIP_TEXTS).input_ids)
+
+
+def test_pairs_without_merges_are_named(tmp_path: Path):
+    _write_pairs(tmp_path)
+    (tmp_path / "merges.txt").unlink()
+    with pytest.raises(WeightsError, match="cannot be read"):
+        SentenceTokenizer.read(tmp_path, 6)

@@ -40,7 +40,7 @@ def _paper_model(config: ModelConfig) -> TMCA:
     config = replace(config, image_encoder=ImageEncoderConfig(weights="none", architecture="convnext"))
     tokenizer = SentenceTokenizer.learn(TEXTS, vocabulary_size=100, max_tokens=config.text_encoder.max_tokens)
     with torch.device("meta"):
-        return build_model(config, tokenizer=tokenizer, bert_config={})
+        return build_model(config, tokenizer=tokenizer, text_architecture={})
 
 
 # --- the parts ----------------------------------------------------------------------------------------------------

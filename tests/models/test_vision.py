@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +14,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
+    AutoModel,
     ConvNextConfig,
     ConvNextForImageClassification,
     ConvNextModel,
@@ -23,7 +26,14 @@ from transformers import (
 
 from tmca.config import ImageEncoderConfig
 from tmca.errors import ConfigError, DataError, WeightsError
-from tmca.models.vision import ENCODERS, ImageEncoder, build_image_encoder, check_images, encoder_normalisation
+from tmca.models.vision import (
+    ENCODERS,
+    ImageEncoder,
+    build_image_encoder,
+    check_images,
+    describe_architecture,
+    encoder_normalisation,
+)
 from tmca.models.weights import load_config, load_tensors
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -411,3 +421,59 @@ def test_a_bin_file_that_holds_no_tensors_is_refused(tmp_path: Path, content: ob
     torch.save(content, path)
     with pytest.raises(WeightsError, match=r"pytorch_model\.bin"):
         load_tensors(path)
+
+
+# --- other strides ------------------------------------------------------------------------------------------------
+
+STEMS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "resnet": lambda model, images: model.embedder.embedder(images),
+    "mobilenet_v2": lambda model, images: model.conv_stem(images),
+}
+"""The module that makes the map at stride 2."""
+
+
+@pytest.fixture(params=STEMS)
+def whole(request: pytest.FixtureRequest) -> PreTrainedModel:
+    model = AutoModel.from_config(AutoConfig.for_model(request.param, **OPTIONS[request.param])).eval()
+    _randomise(model)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strides", [(2, 4, 8, 16), (4, 8, 16)])
+def test_maps_at_other_strides_equal_those_of_transformers(whole: PreTrainedModel, strides: tuple[int, ...]):
+    encoder = ImageEncoder(copy.deepcopy(whole), strides=strides, pooled=False).eval()
+    assert tuple(encoder.out_channels) == strides
+    images = torch.randn(2, 3, 48, 80)
+    features = encoder(images[:, :, :40])
+    assert {stride: maps.shape[2:] for stride, maps in features.feature_maps.items()} == {
+        stride: (48 // stride, 80 // stride) for stride in strides
+    }
+    features = encoder(images)
+    expected = {maps.shape[3]: maps for maps in whole(pixel_values=images, output_hidden_states=True).hidden_states}
+    expected[40] = STEMS[whole.config.model_type](whole, images)
+    for stride, maps in features.feature_maps.items():
+        torch.testing.assert_close(maps, expected[80 // stride], rtol=1e-6, atol=1e-6)
+
+
+def test_no_trainable_parameter_is_deeper_than_the_deepest_stride(whole: PreTrainedModel):
+    encoder = ImageEncoder(whole, strides=(2, 4, 8, 16), pooled=False).train()
+    sum(maps.square().mean() for maps in encoder(torch.randn(2, 3, 64, 64)).feature_maps.values()).backward()
+    reached = [parameter.grad is not None for parameter in encoder.parameters()]
+    assert [parameter.requires_grad for parameter in encoder.parameters()] == reached
+    # A ResNet loses the stage; it would be two thirds of a ResNet-50.
+    assert all(reached) == (whole.config.model_type == "resnet")
+
+
+def test_an_encoder_of_other_strides_is_built_again_from_its_architecture():
+    encoder = build_image_encoder(_config("resnet"), strides=(2, 4, 8, 16), pooled=False).eval()
+    architecture = describe_architecture(encoder.backbone.config)
+    again = build_image_encoder(ImageEncoderConfig("none", **architecture), strides=(2, 4, 8, 16), pooled=False).eval()
+    again.load_state_dict(encoder.state_dict())
+    images = torch.randn(1, 3, 32, 32)
+    assert torch.equal(again(images).feature_maps[16], encoder(images).feature_maps[16])
+
+
+def test_a_backbone_without_stride_two_is_refused():
+    with pytest.raises(ConfigError, match="no feature map at stride 2; its maps have strides"):
+        build_image_encoder(_config("convnext"), strides=(2, 4, 8, 16))

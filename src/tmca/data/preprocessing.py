@@ -102,19 +102,22 @@ class Drawn:
 
 
 def augment(drawn: Drawn, config: AugmentationConfig, rng: np.random.Generator) -> Drawn:
-    """Change a training case at random: zoom and mirror image and mask together, brightness and contrast, text dropout.
+    """Change a training case at random: zoom, mirror and turn image and mask together, tone, text dropout.
 
     The same draws are made whatever the settings, so that switching one change off does not alter the others.
     """
     share = rng.random(4)
     factor = float(rng.uniform(*config.zoom_range))
     tone = rng.uniform(-1, 1, size=2)
+    turn, angle = rng.random(), rng.uniform(-1, 1) * config.rotation_degrees
     if share[0] < config.zoom_probability:
         drawn = zoom(drawn, factor)
     if share[1] < config.mirror_probability:
         drawn = mirrored(drawn, horizontally=True)
     if share[2] < config.mirror_probability:
         drawn = mirrored(drawn, horizontally=False)
+    if turn < config.rotation_probability:
+        drawn = rotate(drawn, angle)
     if config.brightness or config.contrast:
         drawn = Drawn(_retone(drawn.image, tone * (config.brightness, config.contrast)), drawn.mask, drawn.text)
     if share[3] < config.text_dropout:
@@ -137,6 +140,19 @@ def zoom(drawn: Drawn, factor: float) -> Drawn:
     zoomed = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC, box=box)
     zoomed_mask = Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST, box=box)
     return Drawn(np.asarray(zoomed), np.asarray(zoomed_mask), drawn.text)
+
+
+def rotate(drawn: Drawn, degrees: float) -> Drawn:
+    """Turn about the centre, counter-clockwise, image bicubic and mask nearest; the border is repeated outwards."""
+    height, width = drawn.mask.shape
+    margin = math.ceil(math.hypot(height, width) - min(height, width)) // 2 + 1
+    box = (margin, margin, margin + width, margin + height)
+    around = ((margin, margin), (margin, margin))
+    image = Image.fromarray(np.pad(drawn.image, (*around, (0, 0)), mode="edge"))
+    mask = Image.fromarray(np.pad(drawn.mask, around, mode="edge"))
+    turned = image.rotate(degrees, Image.Resampling.BICUBIC).crop(box)
+    turned_mask = mask.rotate(degrees, Image.Resampling.NEAREST).crop(box)
+    return Drawn(np.asarray(turned), np.asarray(turned_mask), drawn.text)
 
 
 def mirrored(drawn: Drawn, *, horizontally: bool) -> Drawn:

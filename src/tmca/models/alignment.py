@@ -7,11 +7,16 @@ target enhancement reuses the heads, so that the text it compares with the image
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tmca.models.enhancement import target_attention
 from tmca.types import GLOBAL_LEVEL, ImageFeatures, LevelEmbeddings, TextFeatures
+
+
+Pooling = Literal["mean", "attended", "mask"]
 
 
 class ProjectionHead(nn.Sequential):
@@ -35,12 +40,24 @@ class AlignmentHeads(nn.Module):
         text_dim: Width of the sentence embedding.
         level_dims: Level name (``"8"``, …, ``"global"``) → width of the image feature there.
         aligned: The levels whose embeddings go into the alignment loss; other heads serve the enhancement only.
+        pooling: How a map becomes a vector; see :class:`~tmca.config.AlignmentConfig`.
+        attention_temperature: Of ``attended`` pooling.
     """
 
-    def __init__(self, text_dim: int, level_dims: Mapping[str, int], aligned: Iterable[str]) -> None:
+    def __init__(
+        self,
+        text_dim: int,
+        level_dims: Mapping[str, int],
+        aligned: Iterable[str],
+        *,
+        pooling: Pooling = "mean",
+        attention_temperature: float = 0.2,
+    ) -> None:
         super().__init__()
         self.heads = nn.ModuleDict({level: ProjectionHead(text_dim, dim) for level, dim in level_dims.items()})
         self.aligned = tuple(aligned)
+        self.pooling = pooling
+        self.attention_temperature = attention_temperature
 
     def project(self, text: TextFeatures) -> dict[str, Float[Tensor, "batch dim"]]:
         """Return the sentence embedding in the space of each level."""
@@ -51,11 +68,20 @@ class AlignmentHeads(nn.Module):
     ) -> dict[str, LevelEmbeddings]:
         """Return the embeddings of the aligned levels, of the images that have a sentence.
 
-        The image feature of a level is the average of its map over positions; that of the global level is the
-        encoder's pooled embedding.
+        The image feature of the global level is the encoder's pooled embedding.
         """
         embeddings = {}
         for level in self.aligned:
-            image = images.image_embedding if level == GLOBAL_LEVEL else images.feature_maps[int(level)].mean((2, 3))
-            embeddings[level] = LevelEmbeddings(image[present], projected[level][present])
+            text = projected[level][present]
+            if level == GLOBAL_LEVEL:
+                if images.image_embedding is None:
+                    raise TypeError("the image encoder gives no pooled embedding to align")
+                embeddings[level] = LevelEmbeddings(images.image_embedding[present], text)
+                continue
+            feature_map = images.feature_maps[int(level)][present]
+            weighted = feature_map
+            if self.pooling == "attended":
+                weighted = feature_map * target_attention(feature_map, text, self.attention_temperature)
+            masked = feature_map if self.pooling == "mask" else None
+            embeddings[level] = LevelEmbeddings(weighted.mean((2, 3)), text, masked)
         return embeddings

@@ -32,14 +32,26 @@ def sinusoidal_positions(length: int, dim: int, *, device: torch.device | None =
 
 
 def image_positions(
-    rows: int, cols: int, dim: int, *, device: torch.device | None = None
+    rows: int, cols: int, dim: int, form: str = "grid", *, device: torch.device | None = None
 ) -> Float[Tensor, "positions dim"]:
     """Return the encoding of a grid, row by row: half of the channels tell the row, half the column.
 
     Differs from the paper in:
         1. The baseline numbers the flattened positions 0 … 48, which ties the encoding to one image size; rows and
-           columns are encoded apart here.
+           columns are encoded apart here, unless ``form`` asks for the baseline's.
+
+    Args:
+        rows: Rows of the grid.
+        cols: Columns of the grid.
+        dim: Channels of the encoding; a multiple of 4.
+        form: ``grid``, ``flat`` or ``flat_columns``; see :class:`~tmca.config.DecoderConfig`.
+        device: Where to.
     """
+    if form == "flat":
+        return sinusoidal_positions(rows * cols, dim, device=device)
+    if form == "flat_columns":
+        by_column = sinusoidal_positions(rows * cols, dim, device=device).reshape(cols, rows, dim)
+        return by_column.transpose(0, 1).reshape(rows * cols, dim)
     down = sinusoidal_positions(rows, dim // 2, device=device)[:, None].expand(rows, cols, dim // 2)
     across = sinusoidal_positions(cols, dim // 2, device=device)[None].expand(rows, cols, dim // 2)
     return torch.cat([down, across], dim=-1).reshape(rows * cols, dim)
@@ -76,15 +88,25 @@ class LanguageGuide(nn.Module):
         summary_tokens: Tokens it is condensed to.
         attention_heads: Heads of the cross-attention.
         gate: Start value of the learnable factor.
+        positions: How the places of the image are encoded; see :func:`image_positions`.
 
     Source:
         Li et al., TMCA, Sec. 3.4, Eq. 3.
     """
 
     def __init__(
-        self, channels: int, text_dim: int, *, max_tokens: int, summary_tokens: int, attention_heads: int, gate: float
+        self,
+        channels: int,
+        text_dim: int,
+        *,
+        max_tokens: int,
+        summary_tokens: int,
+        attention_heads: int,
+        gate: float,
+        positions: str = "grid",
     ) -> None:
         super().__init__()
+        self.positions = positions
         self.text_summary = TextSummary(max_tokens, summary_tokens, text_dim, channels)
         self.self_attention_norm = nn.LayerNorm(channels)
         self.self_attention = nn.MultiheadAttention(channels, num_heads=1, batch_first=True)
@@ -103,7 +125,7 @@ class LanguageGuide(nn.Module):
         rows, cols = image_features.shape[2:]
         sequence = image_features.flatten(2).transpose(1, 2)
         channels = sequence.shape[2]
-        positions = image_positions(rows, cols, channels, device=sequence.device)
+        positions = image_positions(rows, cols, channels, self.positions, device=sequence.device)
 
         normed = self.self_attention_norm(sequence)
         located = normed + positions

@@ -1,8 +1,8 @@
 """Text encoder: sentences → one vector a word and one a sentence.
 
-Two kinds behind one contract: a BERT read from a folder or the hub (CXR-BERT in the paper, frozen), and ``scratch``,
-a small BERT that is trained with the segmentation and whose WordPiece vocabulary is learned from the training
-sentences. Word features are the mean of the last three layers (Sec. 3.1).
+Three kinds behind one contract: a BERT read from a folder or the hub (CXR-BERT in the paper, frozen), the text side of
+a CLIP, and ``scratch``, a small BERT that is trained with the segmentation and whose WordPiece vocabulary is learned
+from the training sentences. Word features are the mean of the last three layers (Sec. 3.1).
 """
 
 from __future__ import annotations
@@ -24,20 +24,21 @@ from torch import Tensor, nn
 
 from tmca.config import TextEncoderConfig
 from tmca.errors import ConfigError, WeightsError
-from tmca.models.weights import load_config, load_state_dict, locate
+from tmca.models.weights import changed_fields, load_config, load_state_dict, locate
 from tmca.types import TextFeatures, TextTokens
 
 if TYPE_CHECKING:
-    from transformers import BertModel
+    from transformers import PreTrainedModel
 
 SCRATCH = "scratch"
+CLIP_TEXT = "clip_text_model"
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789,.-"
 CACHE_SIZE = 20_000
 
 
 class SentenceTokenizer:
-    """WordPiece tokenizer that pads every sentence to one length and counts what it cuts.
+    """Tokenizer that pads every sentence to one length and counts what it cuts.
 
     Args:
         tokenizer: A ``tokenizers`` tokenizer that adds its own special tokens.
@@ -59,8 +60,8 @@ class SentenceTokenizer:
     def __call__(self, texts: Sequence[str | None]) -> TextTokens:
         """Tokenize sentences.
 
-        A sentence over the limit keeps its first tokens and the closing ``[SEP]``; its full length stands in
-        ``token_counts``. ``None`` and blank sentences become rows without a real token.
+        A sentence over the limit keeps its first tokens and the closing ``[SEP]`` (CLIP: ``<|endoftext|>``); its full
+        length stands in ``token_counts``. ``None`` and blank sentences become rows without a real token.
         """
         input_ids = torch.zeros(len(texts), self.max_tokens, dtype=torch.int64)
         attention_mask = torch.zeros(len(texts), self.max_tokens, dtype=torch.bool)
@@ -80,10 +81,10 @@ class SentenceTokenizer:
 
     @classmethod
     def read(cls, folder: Path, max_tokens: int) -> SentenceTokenizer:
-        """Read ``tokenizer.json`` or a BERT ``vocab.txt`` from a folder.
+        """Read ``tokenizer.json``, a BERT ``vocab.txt`` or a CLIP ``vocab.json`` and ``merges.txt`` from a folder.
 
         Raises:
-            WeightsError: Neither file is there, or it cannot be read.
+            WeightsError: None of the files is there, or it cannot be read.
         """
         try:
             if (folder / "tokenizer.json").is_file():
@@ -94,10 +95,13 @@ class SentenceTokenizer:
                 settings = json.loads(settings_path.read_text("utf-8")) if settings_path.is_file() else {}
                 vocabulary = {word: index for index, word in enumerate(words)}
                 return cls(_wordpiece(vocabulary, lowercase=settings.get("do_lower_case", True)), max_tokens)
+            if (folder / "vocab.json").is_file():
+                return cls(_clip_pairs(folder), max_tokens)
         except Exception as error:  # tokenizers raises bare Exception
             raise WeightsError(f"The tokenizer in {folder} cannot be read: {error}", hint="copy it again") from error
         raise WeightsError(
-            f"{folder} has neither tokenizer.json nor vocab.txt", hint="add one, or set text_encoder.tokenizer"
+            f"{folder} has neither tokenizer.json nor vocab.txt nor vocab.json",
+            hint="add one, or set text_encoder.tokenizer",
         )
 
     @classmethod
@@ -130,36 +134,60 @@ def _wordpiece(vocabulary: dict[str, int], *, lowercase: bool) -> Tokenizer:
     return tokenizer
 
 
+def _clip_pairs(folder: Path) -> Tokenizer:
+    """Read the byte pairs of a CLIP from ``vocab.json`` and ``merges.txt``."""
+    from transformers import CLIPTokenizer
+
+    pairs = CLIPTokenizer(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"))
+    return Tokenizer.from_str(pairs.backend_tokenizer.to_str())
+
+
 class TextEncoder(nn.Module):
-    """A BERT behind the contract a guided decoder needs.
+    """A BERT or CLIP text model behind the contract a guided decoder needs.
 
     Args:
-        bert: Model whose hidden states are averaged.
+        backbone: Model whose hidden states are averaged.
         tokenizer: The tokenizer that belongs to it.
         config: Layers to average, pooling, and whether the weights are frozen.
 
     Attributes:
-        text_dim: Width of the features.
+        text_dim: Width of the word features.
+        sentence_dim: Width of the sentence embedding.
         max_tokens: Tokens a row.
+
+    Raises:
+        ConfigError: The configuration or the tokenizer does not fit the backbone.
     """
 
-    def __init__(self, bert: BertModel, tokenizer: SentenceTokenizer, config: TextEncoderConfig) -> None:
+    def __init__(self, backbone: PreTrainedModel, tokenizer: SentenceTokenizer, config: TextEncoderConfig) -> None:
         super().__init__()
-        depth = bert.config.num_hidden_layers
+        depth = backbone.config.num_hidden_layers
         if config.word_layers > depth:
             raise ConfigError(
                 f"text_encoder.word_layers is {config.word_layers}, but the encoder has {depth} layers",
                 hint=f"set it to {depth} or less",
             )
-        if tokenizer.vocabulary_size > bert.config.vocab_size:
+        if tokenizer.vocabulary_size > backbone.config.vocab_size:
             raise ConfigError(
-                f"The tokenizer has {tokenizer.vocabulary_size} entries, the encoder {bert.config.vocab_size}",
+                f"The tokenizer has {tokenizer.vocabulary_size} entries, the encoder {backbone.config.vocab_size}",
                 hint="use the tokenizer that belongs to the weights",
             )
-        self.bert = bert
+        positions = backbone.config.max_position_embeddings
+        if tokenizer.max_tokens > positions:
+            raise ConfigError(
+                f"text_encoder.max_tokens is {tokenizer.max_tokens}, but the encoder reads {positions} tokens",
+                hint=f"set it to {positions} or less",
+            )
+        if config.sentence_pooling == "first" and backbone.config.model_type == CLIP_TEXT:
+            raise ConfigError(
+                "text_encoder.sentence_pooling is 'first', but the first token of a CLIP sees no word of the sentence",
+                hint="set it to 'last'",
+            )
+        self.backbone = backbone
         self.tokenizer = tokenizer
         self.config = config
-        self.text_dim: int = bert.config.hidden_size
+        self.text_dim: int = backbone.config.hidden_size
+        self.sentence_dim: int = self.text_dim if self._projection is None else backbone.config.projection_dim
         self.max_tokens = tokenizer.max_tokens
         if config.freeze:
             self.requires_grad_(requires_grad=False)
@@ -167,17 +195,31 @@ class TextEncoder(nn.Module):
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
         self.register_load_state_dict_post_hook(_forget_features)  # type: ignore[no-untyped-call]
 
+    def architecture(self) -> dict[str, Any]:
+        """Return what :func:`build_text_encoder` needs to build this encoder again without its weights."""
+        return {"model_type": self.backbone.config.model_type, **changed_fields(self.backbone.config)}
+
     def train(self, mode: bool = True) -> TextEncoder:
         """Set training mode; a frozen encoder stays in evaluation mode, so that its dropout is off."""
         super().train(mode and not self.config.freeze)
         return self
+
+    @property
+    def _final_norm(self) -> nn.Module | None:
+        """The LayerNorm that a CLIP applies to its last hidden state; a BERT has it inside its layers."""
+        return getattr(getattr(self.backbone, "text_model", self.backbone), "final_layer_norm", None)
+
+    @property
+    def _projection(self) -> nn.Module | None:
+        """CLIP's projection of the last token into the space it shares with images."""
+        return getattr(self.backbone, "text_projection", None)
 
     def forward(self, tokens: TextTokens) -> TextFeatures:
         """Encode tokenized sentences.
 
         Differs from the paper in:
             1. The sentence embedding is the mean over real tokens; the paper leaves the pooling open.
-            2. Features at padding are zeroed.
+            2. Features at padding are zeroed, unless ``mask_padding`` is off (as in Ariadne).
 
         Source:
             Li et al., TMCA, Sec. 3.1.
@@ -186,16 +228,18 @@ class TextEncoder(nn.Module):
         readable = tokens.attention_mask.clone()
         readable[:, 0] = True
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze):
-            output = self.bert(
+            output = self.backbone(
                 input_ids=tokens.input_ids, attention_mask=readable.to(torch.int64), output_hidden_states=True
             )
             words = torch.stack(output.hidden_states[-self.config.word_layers :]).mean(dim=0)
-        words = words * tokens.attention_mask.unsqueeze(-1)
-        return self._features(words, tokens.attention_mask)
+            words = words if self._final_norm is None else self._final_norm(words)
+        mask = tokens.attention_mask
+        kept = mask if self.config.mask_padding else mask.any(dim=1, keepdim=True)
+        return self._features(words * kept.unsqueeze(-1), mask)
 
     def encode(self, texts: Sequence[str | None]) -> TextFeatures:
         """Encode sentences; a frozen encoder computes each distinct sentence once and remembers its features."""
-        device = next(self.bert.parameters()).device
+        device = next(self.backbone.parameters()).device
         tokens = self.tokenizer(texts).to(device)
         if self.training or not self.config.freeze:
             features: TextFeatures = self(tokens)
@@ -207,7 +251,7 @@ class TextEncoder(nn.Module):
 
     def _remember(self, texts: Sequence[str]) -> None:
         missing = [text for text in dict.fromkeys(texts) if text not in self._cache]
-        device = next(self.bert.parameters()).device
+        device = next(self.backbone.parameters()).device
         for start in range(0, len(missing), 64):
             chunk = missing[start : start + 64]
             # Autocast off: what is cached must not depend on the precision of the step that happened to ask first.
@@ -226,8 +270,17 @@ class TextEncoder(nn.Module):
     ) -> TextFeatures:
         if self.config.sentence_pooling == "first":
             sentence = words[:, 0]
+        elif self.config.sentence_pooling == "last":
+            last = (attention_mask.sum(dim=1) - 1).clamp(min=0)
+            sentence = words[torch.arange(len(words), device=words.device), last]
+            sentence = sentence * attention_mask.any(dim=1, keepdim=True)
+            if self._projection is not None:
+                # Autocast off, as for what is cached.
+                with torch.autocast(words.device.type, enabled=False):
+                    sentence = self._projection(sentence.float())
         else:
-            sentence = words.sum(dim=1) / attention_mask.sum(dim=1, keepdim=True).clamp(min=1)
+            real = words * attention_mask.unsqueeze(-1)
+            sentence = real.sum(dim=1) / attention_mask.sum(dim=1, keepdim=True).clamp(min=1)
         return TextFeatures(words, attention_mask, sentence)
 
 
@@ -254,41 +307,65 @@ def build_tokenizer(config: TextEncoderConfig, sentences: Iterable[str] = ()) ->
 
 
 def build_text_encoder(
-    config: TextEncoderConfig, tokenizer: SentenceTokenizer, *, bert_config: dict[str, Any] | None = None
+    config: TextEncoderConfig, tokenizer: SentenceTokenizer, *, architecture: dict[str, Any] | None = None
 ) -> TextEncoder:
     """Build a text encoder, with its pretrained weights unless a checkpoint will fill it.
 
     Args:
         config: Which encoder.
         tokenizer: See :func:`build_tokenizer`.
-        bert_config: The BERT's architecture as a checkpoint stored it; given, no pretrained weights are looked for.
+        architecture: The encoder's architecture as a checkpoint stored it; given, no pretrained weights are looked for.
 
     Raises:
         WeightsError: The weights are neither on disk nor reachable, or do not fit.
     """
-    from transformers import BertConfig, BertModel
-
-    if bert_config is not None:
-        values, state = bert_config, None
+    if architecture is not None:
+        values, state = architecture, None
     elif config.weights == SCRATCH:
         values, state = scratch_bert_config(config, tokenizer), None
     else:
         folder = locate(config.weights)
-        values, state = load_config(folder), bert_weights(load_state_dict(folder))
-    accepted = BertConfig().to_dict()
-    options = {key: value for key, value in values.items() if key in accepted and key != "model_type"}
-    bert = BertModel(BertConfig(**options), add_pooling_layer=False)
+        values, state = load_config(folder), load_state_dict(folder)
+    if values.get("model_type") in ("clip", CLIP_TEXT):
+        backbone = _clip(values, projected=config.sentence_pooling == "last")
+        state = None if state is None else clip_weights(state, backbone)
+    else:
+        backbone = _bert(values)
+        state = None if state is None else bert_weights(state)
     if state is not None:
-        wanted = bert.state_dict()
+        wanted = backbone.state_dict()
         missing = [key for key in wanted if key not in state or state[key].shape != wanted[key].shape]
         if missing:
             raise WeightsError(
-                f"Weights {config.weights!r} do not fit a BERT of their config: {len(missing)} tensors missing or of "
-                f"another shape, first {missing[0]!r}",
+                f"Weights {config.weights!r} do not fit the {type(backbone).__name__} of their config: {len(missing)} "
+                f"tensors missing or of another shape, first {missing[0]!r}",
                 hint="download the folder again, or correct its config.json",
             )
-        bert.load_state_dict({key: state[key] for key in wanted})
-    return TextEncoder(bert, tokenizer, config)
+        backbone.load_state_dict({key: state[key] for key in wanted})
+    return TextEncoder(backbone, tokenizer, config)
+
+
+def _bert(values: dict[str, Any]) -> PreTrainedModel:
+    from transformers import BertConfig, BertModel
+
+    accepted = BertConfig().to_dict()
+    options = {key: value for key, value in values.items() if key in accepted and key != "model_type"}
+    return BertModel(BertConfig(**options), add_pooling_layer=False)
+
+
+def _clip(values: dict[str, Any], *, projected: bool) -> PreTrainedModel:
+    """Build the text side of a CLIP from the config of the whole or of the text side; no projection: dimension none."""
+    from transformers import CLIPConfig, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    if values["model_type"] != CLIP_TEXT:
+        whole = CLIPConfig.from_dict(values)
+        values = whole.to_dict()["text_config"] | {"projection_dim": whole.projection_dim, "architectures": None}
+    text_config = CLIPTextConfig.from_dict(values)
+    text_config.dtype = torch.float32  # of training and use; a config stores the precision of its file
+    if not projected or "CLIPTextModel" in (values.get("architectures") or ()):
+        text_config.projection_dim = None
+    projected = text_config.projection_dim is not None
+    return CLIPTextModelWithProjection(text_config) if projected else CLIPTextModel(text_config)
 
 
 def scratch_bert_config(config: TextEncoderConfig, tokenizer: SentenceTokenizer) -> dict[str, Any]:
@@ -304,6 +381,17 @@ def scratch_bert_config(config: TextEncoderConfig, tokenizer: SentenceTokenizer)
         "hidden_dropout_prob": config.dropout,
         "attention_probs_dropout_prob": config.dropout,
     }
+
+
+def clip_weights(state: dict[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of a CLIP, or of its text side, under the names of ``backbone``.
+
+    Without a projection, transformers 5 drops the prefix ``text_model.`` that files carry. The image side of a whole
+    CLIP is left over.
+    """
+    if hasattr(backbone, "text_model"):
+        return state
+    return {key.removeprefix("text_model."): value for key, value in state.items()}
 
 
 def bert_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -6,26 +6,26 @@ the same network without language.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from tmca.config import Experiment
+from tmca.config import ModelConfig
 from tmca.errors import ConfigError
 from tmca.models.alignment import AlignmentHeads
-from tmca.models.decoder import GuidedDecoderStage, SubpixelHead
+from tmca.models.base import Parts, SegmentationModel, nobody
+from tmca.models.decoder import GuidedDecoderStage, LanguageGuide, SubpixelHead, UpsampleBlock
 from tmca.models.enhancement import TargetEnhancement
 from tmca.models.text import TextEncoder
-from tmca.models.vision import ImageEncoder, check_images
-from tmca.types import ImageFeatures, ModelOutput, TextFeatures, TextTokens
+from tmca.models.vision import ImageEncoder, build_image_encoder, check_images, describe_architecture
+from tmca.types import GLOBAL_LEVEL, ImageFeatures, ModelOutput, TextFeatures
 
 DECODED_STRIDES = (32, 16, 8)
 """Strides the three guided stages start from, deep to shallow."""
 
 
-class TMCA(nn.Module):
+class TMCA(SegmentationModel):
     """Language-guided segmentation with target-informed multi-level contrastive alignments.
 
     The image encoder does not see the sentence, so one encoded image takes many sentences at the decoder's cost:
@@ -38,9 +38,6 @@ class TMCA(nn.Module):
         head: Full-size logits from the stride-4 map.
         alignment: Projection heads, or ``None``.
         enhancement: Enhancement behind the stage that starts at stride s → key ``str(s)``; may be empty.
-
-    Attributes:
-        experiment: What the model was trained with; set by training and by loading.
 
     Source:
         Li et al., TMCA, Fig. 1.
@@ -55,43 +52,12 @@ class TMCA(nn.Module):
         alignment: AlignmentHeads | None = None,
         enhancement: dict[str, TargetEnhancement] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(text_encoder)
         self.image_encoder = image_encoder
-        self.text_encoder = text_encoder
         self.decoder = nn.ModuleDict(decoder)
         self.head = head
         self.alignment = alignment
         self.enhancement = nn.ModuleDict(enhancement or {})
-        self.experiment: Experiment | None = None
-
-    @classmethod
-    def from_pretrained(cls, name: str | Path) -> TMCA:
-        """Load a model; see :func:`tmca.checkpoints.load_checkpoint`."""
-        from tmca.checkpoints import load_checkpoint
-
-        return load_checkpoint(name)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write a model folder; see :func:`tmca.checkpoints.save_checkpoint`.
-
-        Raises:
-            ConfigError: The model does not know the experiment it belongs to.
-        """
-        from tmca.checkpoints import save_checkpoint
-
-        if self.experiment is None:
-            raise ConfigError("This model has no experiment to save with it", hint="set model.experiment first")
-        save_checkpoint(self, self.experiment, Path(folder))
-
-    def forward(self, images: Float[Tensor, "batch 3 height width"], tokens: TextTokens | None = None) -> ModelOutput:
-        """Segment images by their sentences.
-
-        Args:
-            images: Normalised images of any size, float.
-            tokens: Their sentences; ``None``, or a row without a real token, segments without a sentence.
-        """
-        text = self.text_encoder(tokens) if self.text_encoder is not None and tokens is not None else None
-        return self.segment(self.encode_image(images), text)
 
     def encode_image(self, images: Float[Tensor, "batch 3 height width"]) -> ImageFeatures:
         """Encode images; see :class:`~tmca.models.vision.ImageEncoder`."""
@@ -99,16 +65,17 @@ class TMCA(nn.Module):
         features: ImageFeatures = self.image_encoder(images)
         return features
 
-    def encode_text(self, texts: Sequence[str | None]) -> TextFeatures | None:
-        """Encode sentences; ``None`` for an image-only model or when no image has a sentence."""
-        if self.text_encoder is None or not any(text and text.strip() for text in texts):
-            return None
-        return self.text_encoder.encode(texts)
+    def pretrained_parameters(self) -> list[nn.Parameter]:
+        """Return the image encoder's parameters."""
+        return list(self.image_encoder.parameters())
+
+    def image_architecture(self) -> dict[str, Any]:
+        """Return the image encoder's architecture."""
+        return describe_architecture(self.image_encoder.backbone.config)
 
     def segment(self, images: ImageFeatures, text: TextFeatures | None) -> ModelOutput:
         """Decode encoded images, guided by encoded sentences (one an image) where there are any."""
         maps = images.feature_maps
-        batch_size = images.image_embedding.shape[0]
         projected = self.alignment.project(text) if self.alignment is not None and text is not None else {}
 
         decoded = maps[DECODED_STRIDES[0]]
@@ -120,15 +87,74 @@ class TMCA(nn.Module):
         mask_logits = self.head(decoded)[..., :height, :width]
 
         if text is None or not text.present.any():
-            return ModelOutput(mask_logits, {}, _nobody(batch_size, mask_logits))
+            return ModelOutput(mask_logits, {}, nobody(images))
         alignments = self.alignment(images, projected, text.present) if self.alignment is not None else {}
         return ModelOutput(mask_logits, alignments, text.present)
 
-    @property
-    def reads_text(self) -> bool:
-        """Whether sentences can change this model's masks."""
-        return self.text_encoder is not None
+
+def build(config: ModelConfig, parts: Parts) -> TMCA:
+    """Build TMCA, its ablations, the language-guided baseline or the image-only network.
+
+    Raises:
+        ConfigError: An encoder or an option is unknown, or they do not fit together.
+        WeightsError: Pretrained weights are neither on disk nor reachable.
+    """
+    image_encoder = build_image_encoder(
+        config.image_encoder, pooled=config.alignment.align_global, load_weights=parts.load_weights
+    )
+    text_encoder = parts.text_encoder(config.text_encoder) if config.guidance else None
+
+    channels = image_encoder.out_channels
+    widths = config.decoder.channels or (channels[4], channels[8], channels[16])
+    decoded = dict(zip((4, 8, 16), widths, strict=True)) | {32: channels[32]}
+    summary_tokens = dict(zip((8, 16, 32), config.decoder.text_tokens, strict=True))
+    decoder = {}
+    for stride in DECODED_STRIDES:
+        guide = None
+        if text_encoder is not None:
+            _check_width(decoded[stride], config.decoder.attention_heads)
+            guide = LanguageGuide(
+                decoded[stride],
+                text_encoder.text_dim,
+                max_tokens=text_encoder.max_tokens,
+                summary_tokens=summary_tokens[stride],
+                attention_heads=config.decoder.attention_heads,
+                gate=config.decoder.gate,
+                positions=config.decoder.positions,
+            )
+        upsample = UpsampleBlock(decoded[stride], channels[stride // 2], decoded[stride // 2])
+        decoder[str(stride)] = GuidedDecoderStage(guide, upsample)
+
+    enhancement = {}
+    if config.enhancement.mode != "off":
+        enhancement = {
+            str(stride): TargetEnhancement(config.enhancement.mode, config.enhancement.attention_temperature)
+            for stride in DECODED_STRIDES
+        }
+    aligned = [str(stride) for stride in config.alignment.strides]
+    aligned += [GLOBAL_LEVEL] if config.alignment.align_global else []
+    needed = dict.fromkeys([*aligned, *enhancement])
+    alignment = None
+    if text_encoder is not None and needed:
+        dims = {level: _level_dim(level, channels, image_encoder.embedding_dim) for level in needed}
+        alignment = AlignmentHeads(
+            text_encoder.sentence_dim,
+            dims,
+            aligned,
+            pooling=config.alignment.pooling,
+            attention_temperature=config.enhancement.attention_temperature,
+        )
+    head = SubpixelHead(decoded[4], config.decoder.head_channels)
+    return TMCA(image_encoder, text_encoder, decoder, head, alignment, enhancement)
 
 
-def _nobody(batch_size: int, like: Tensor) -> Bool[Tensor, " batch"]:
-    return like.new_zeros(batch_size, dtype=bool)  # type: ignore[call-overload,no-any-return]
+def _level_dim(level: str, channels: dict[int, int], embedding_dim: int) -> int:
+    return embedding_dim if level == GLOBAL_LEVEL else channels[int(level)]
+
+
+def _check_width(channels: int, attention_heads: int) -> None:
+    if channels % 4 or channels % attention_heads:
+        raise ConfigError(
+            f"The decoder cannot attend over {channels} channels with {attention_heads} heads",
+            hint="choose decoder.channels that are multiples of 4 and of decoder.attention_heads",
+        )

@@ -1,6 +1,6 @@
-"""Image encoder: images → feature maps at strides 4, 8, 16, 32 and one pooled embedding.
+"""Image encoder: images → feature maps at strides 4, 8, 16, 32 (or others) and one pooled embedding.
 
-Any transformers vision model serves whose hidden states contain maps at the four strides: ConvNeXt (the paper),
+Any transformers vision model serves whose hidden states contain maps at the wanted strides: ConvNeXt (the paper),
 MobileNetV2, ResNet, Swin, … Which hidden state holds which stride is found by looking, not by a table of names.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tmca.config import STRIDES, ImageEncoderConfig
 from tmca.errors import ConfigError, DataError, WeightsError, unknown_name
-from tmca.models.weights import load_config, load_state_dict, locate
+from tmca.models.weights import changed_fields, load_config, load_state_dict, locate
 from tmca.types import ImageFeatures
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ class ImageEncoder(nn.Module):
     """A transformers vision model behind the contract a decoder needs.
 
     Args:
-        backbone: Model that returns ``hidden_states``.
+        backbone: Model that returns ``hidden_states``. It is changed in place: what serves no wanted stride may go.
+        strides: Strides of the feature maps, ascending.
         pooled: Whether the pooled embedding will be used; if not, parameters that serve only it are frozen, so that
             every trainable parameter gets a gradient.
 
@@ -41,20 +42,22 @@ class ImageEncoder(nn.Module):
         embedding_dim: Width of the pooled embedding.
 
     Raises:
-        ConfigError: The backbone lacks one of the strides 4, 8, 16, 32.
+        ConfigError: The backbone lacks one of the strides.
     """
 
-    def __init__(self, backbone: PreTrainedModel, *, pooled: bool = True) -> None:
+    def __init__(self, backbone: PreTrainedModel, *, strides: tuple[int, ...] = STRIDES, pooled: bool = True) -> None:
         super().__init__()
         self.backbone = backbone
+        self.strides = strides
+        _fit_to_strides(backbone, strides)
         _use_running_statistics(backbone)
         # In evaluation mode, so that looking does not change the statistics of BatchNorm.
         was_training = backbone.training
         self.eval()
-        self._index_by_stride = _find_strides(backbone)
+        self._index_by_stride = _find_strides(backbone, strides)
         with torch.no_grad():
             maps, embedding = self._run(_probe_images(backbone))
-        self.out_channels = {stride: maps[stride].shape[1] for stride in STRIDES}
+        self.out_channels = {stride: maps[stride].shape[1] for stride in strides}
         self.embedding_dim = embedding.shape[1]
         _freeze_unused(self, pooled=pooled)
         self.train(was_training)
@@ -62,15 +65,13 @@ class ImageEncoder(nn.Module):
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> ImageFeatures:
         """Encode a batch of images of any size.
 
-        Images whose sides are no multiple of 32 are padded at the right and bottom by repeating their border.
+        Images whose sides are no multiple of the deepest stride are padded; see :func:`pad_images`.
 
         Args:
             images: Normalised images, float.
         """
         height, width = images.shape[-2:]
-        padding = (0, -width % STRIDES[-1], 0, -height % STRIDES[-1])
-        padded = nn.functional.pad(images, padding, mode="replicate") if any(padding) else images
-        maps, embedding = self._run(padded)
+        maps, embedding = self._run(pad_images(images, self.strides[-1]))
         return ImageFeatures(maps, embedding, (height, width))
 
     def _run(self, images: Tensor) -> tuple[dict[int, Tensor], Tensor]:
@@ -78,16 +79,23 @@ class ImageEncoder(nn.Module):
         states = _spatial_states(output)
         maps = {stride: states[index] for stride, index in self._index_by_stride.items()}
         pooled = getattr(output, "pooler_output", None)
-        embedding = maps[STRIDES[-1]].mean(dim=(2, 3)) if pooled is None else pooled.flatten(1)
+        embedding = maps[self.strides[-1]].mean(dim=(2, 3)) if pooled is None else pooled.flatten(1)
         return maps, embedding
 
 
 @torch.inference_mode(mode=False)
-def build_image_encoder(config: ImageEncoderConfig, *, pooled: bool = True, load_weights: bool = True) -> ImageEncoder:
+def build_image_encoder(
+    config: ImageEncoderConfig,
+    *,
+    strides: tuple[int, ...] = STRIDES,
+    pooled: bool = True,
+    load_weights: bool = True,
+) -> ImageEncoder:
     """Build an image encoder, with pretrained weights unless told otherwise.
 
     Args:
         config: Which backbone, and where its weights are.
+        strides: See :class:`ImageEncoder`.
         pooled: See :class:`ImageEncoder`.
         load_weights: False builds the architecture only (a checkpoint will fill it).
 
@@ -107,8 +115,8 @@ def build_image_encoder(config: ImageEncoderConfig, *, pooled: bool = True, load
         ) from error
     if load_weights and config.weights != "none":
         state = load_state_dict(locate(config.weights))
-        _load_backbone(backbone, state, config.weights)
-    return ImageEncoder(backbone, pooled=pooled)
+        load_backbone(backbone, state, config.weights)
+    return ImageEncoder(backbone, strides=strides, pooled=pooled)
 
 
 def image_backbone_config(config: ImageEncoderConfig) -> Any:  # noqa: ANN401
@@ -164,8 +172,12 @@ def encoder_normalisation(config: ImageEncoderConfig) -> tuple[tuple[float, ...]
     )
 
 
-def _load_backbone(backbone: nn.Module, state: dict[str, Tensor], name: str) -> None:
-    """Copy weights, forgiving a task head and the prefix transformers gives a backbone inside a task model."""
+def load_backbone(backbone: nn.Module, state: dict[str, Tensor], name: str) -> None:
+    """Copy weights, forgiving a task head and the prefix transformers gives a backbone inside a task model.
+
+    Raises:
+        WeightsError: Weights are missing or of another shape.
+    """
     wanted = backbone.state_dict()
     prefix = str(getattr(backbone, "base_model_prefix", ""))
     stripped = {key.removeprefix(f"{prefix}."): value for key, value in state.items()}
@@ -194,8 +206,23 @@ def _spatial_states(output: Any) -> list[Tensor]:  # noqa: ANN401
     return list(reshaped if reshaped is not None else output.hidden_states)
 
 
+def _fit_to_strides(backbone: Any, strides: tuple[int, ...]) -> None:  # noqa: ANN401
+    """Put the map at stride 2 among the hidden states, where transformers leaves it out, and drop unread ResNet stages.
+
+    What the backbone computes stays the same.
+    """
+    model_type = backbone.config.model_type
+    if strides[0] == 2 and model_type == "mobilenet_v2":
+        backbone.layer.insert(0, nn.Identity())
+    if model_type == "resnet":
+        if strides[0] == 2:
+            backbone.encoder.stages.insert(0, backbone.embedder.pooler)
+            backbone.embedder.pooler = nn.Identity()
+        del backbone.encoder.stages[len(strides) :]
+
+
 @torch.no_grad()
-def _find_strides(backbone: nn.Module) -> dict[int, int]:
+def _find_strides(backbone: nn.Module, wanted: tuple[int, ...]) -> dict[int, int]:
     """Return stride → index of the last hidden state with that stride."""
     images = _probe_images(backbone)
     size = images.shape[-1]
@@ -210,14 +237,14 @@ def _find_strides(backbone: nn.Module) -> dict[int, int]:
     for index, state in enumerate(states):
         if state.ndim == 4 and size % state.shape[-1] == 0 and state.shape[-1] == state.shape[-2]:
             strides[size // state.shape[-1]] = index
-    missing = [stride for stride in STRIDES if stride not in strides]
+    missing = [stride for stride in wanted if stride not in strides]
     if missing:
         raise ConfigError(
             f"Image encoder {type(backbone).__name__} has no feature map at stride {missing[0]}; "
             f"its maps have strides {sorted(strides)}",
             hint="use a hierarchical backbone such as convnext, mobilenet_v2, resnet or swin",
         )
-    return {stride: strides[stride] for stride in STRIDES}
+    return {stride: strides[stride] for stride in wanted}
 
 
 def _use_running_statistics(backbone: nn.Module) -> None:
@@ -239,6 +266,23 @@ def _freeze_unused(encoder: ImageEncoder, *, pooled: bool) -> None:
     gradients = torch.autograd.grad([value.sum() for value in used], parameters, allow_unused=True)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.requires_grad_(gradient is not None)
+
+
+def describe_architecture(config: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Return ``architecture`` and ``options`` of a transformers configuration, as :class:`ImageEncoderConfig` has them.
+
+    The options are the fields that differ from the defaults.
+    """
+    return {"architecture": config.model_type, "options": changed_fields(config)}
+
+
+def pad_images(
+    images: Float[Tensor, "batch 3 height width"], multiple: int
+) -> Float[Tensor, "batch 3 padded_height padded_width"]:
+    """Pad images at the right and bottom, by repeating their border, until both sides are multiples of ``multiple``."""
+    height, width = images.shape[-2:]
+    padding = (0, -width % multiple, 0, -height % multiple)
+    return nn.functional.pad(images, padding, mode="replicate") if any(padding) else images
 
 
 def check_images(images: Tensor) -> None:

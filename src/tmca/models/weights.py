@@ -82,6 +82,13 @@ def load_config(folder: Path) -> dict[str, Any]:
     return values
 
 
+def changed_fields(config: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Return the fields of a transformers configuration that differ from its defaults."""
+    values: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
+    private = {"model_type", "architectures", "transformers_version", "_name_or_path", "dtype", "torch_dtype"}
+    return {key: value for key, value in values.items() if key not in private}
+
+
 def load_state_dict(folder: Path) -> dict[str, Tensor]:
     """Read the tensors of a model folder.
 
