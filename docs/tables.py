@@ -1,18 +1,26 @@
-"""Write the results tables of README.md and docs/index.md from results/*.json.
+"""Write the results tables of the pages from results/*.json.
 
+A page holds ``<!-- results:begin WHAT -->`` and ``<!-- results:end -->``; between them goes the table that WHAT names:
+``runs`` (single runs, one a line) or, for example, ``table1 kvasir_polyp cpu`` (a table of the paper, over all seeds).
 ``python docs/tables.py`` rewrites them; with ``--check`` nothing is changed and the exit code is 1 if one is stale.
 """
 
 from __future__ import annotations
 
-import json
+import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tmca.reproduction import recorded
+from tmca.reproduction.ledger import Ledger
+from tmca.reproduction.printing import markdown_table, table_lines
+from tmca.reproduction.tables import TABLES, get_table
+
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/index.md")
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+PAGES = ("README.md", "docs/index.md", "docs/findings.md")
+BLOCK = re.compile(r"(<!-- results:begin ([^>]+) -->\n).*?(<!-- results:end -->)", re.DOTALL)
 NOTHING = "No run is recorded in `results/` yet."
 ABSENT = "n/a"
 WRONG = {"shuffled": "shuffled", "contradictory": "contradictory", "none": "no sentence"}
@@ -59,14 +67,34 @@ def table(entries: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) if rows else NOTHING
 
 
+def paper_table(ledger: Ledger, name: str, dataset: str, scale: Any) -> str:  # noqa: ANN401
+    """Return a table of the paper with our numbers, its notes below; rows without a run are left out."""
+    known = recorded(get_table(name), ledger, dataset, scale)
+    known = replace(known, rows=tuple(row for row in known.rows if row.entries))
+    if not known.rows:
+        return NOTHING
+    notes = [f"({number}) {note}." for number, note in enumerate(table_lines(known)[1], start=1)]
+    return "\n\n".join([markdown_table(known), *([" ".join(notes)] if notes else [])])
+
+
+def content(what: str, ledger: Ledger) -> str:
+    """Return what stands between the marks of a block."""
+    if what != "runs":
+        name, dataset, scale = what.split()
+        return paper_table(ledger, name, dataset, scale)
+    datasets = {entry.values["dataset"] for entry in ledger.entries}
+    tables = [recorded(table, ledger, dataset, "cpu") for table in TABLES.values() for dataset in datasets]
+    in_tables = {entry.path for known in tables for row in known.rows for entry in row.entries}
+    return table([entry.values for entry in ledger.entries if entry.path not in in_tables])
+
+
 def main(arguments: list[str]) -> int:
     """Rewrite or check every page; return the exit code."""
-    content = table([json.loads(path.read_text("utf-8")) for path in sorted((ROOT / "results").glob("*.json"))])
+    ledger = Ledger(ROOT / "results")
     stale = 0
     for page in (ROOT / name for name in PAGES):
         text = page.read_text("utf-8")
-        before, begin, rest = text.partition(BEGIN)
-        wanted = f"{before}{begin}\n{content}\n{END}{rest.partition(END)[2]}"
+        wanted = BLOCK.sub(lambda found: f"{found[1]}{content(found[2], ledger)}\n{found[3]}", text)
         if wanted != text and "--check" in arguments:
             sys.stderr.write(f"{page} is stale: run python docs/tables.py\n")
             stale = 1

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tmca.cli import run
 from tmca.data.manifest import Manifest
 from tmca.imaging.raster import read_mask
 
@@ -66,3 +67,15 @@ def test_own_manifest(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
 def test_examples_stay_short(path: Path):
     assert len(path.read_text("utf-8").splitlines()) < 60
+
+
+def test_add_a_method(added_method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folders = [f"--{name}={tmp_path / name}" for name in ("runs", "ledger")]
+    for command in (
+        ["models", "list"],
+        ["presets", "list"],
+        ["reproduce", "table1", "--scale", "smoke", "--only", added_method, "--seeds", "1", *folders],
+    ):
+        assert run(command) == 0, capsys.readouterr().err
+        assert added_method in capsys.readouterr().out.lower()
+    assert [path.name for path in (tmp_path / "ledger").glob("*.json")] == ["phantoms-smoke-film-seed1.json"]

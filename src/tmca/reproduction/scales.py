@@ -1,0 +1,124 @@
+"""How large a reproduction is: the published schedule, a laptop's night, or a smoke test.
+
+A scale turns the experiment of a table's row into another one *by the same rule for every method*: same images, same
+number of steps, same augmentation, same optimiser; only the size of the network is each method's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from tmca.config import (
+    AugmentationConfig,
+    Experiment,
+    ImageEncoderConfig,
+    ModelConfig,
+    OptimiserConfig,
+    PreprocessingConfig,
+    TrainerConfig,
+)
+from tmca.presets import kvasir_mobile, tiny
+
+Scale = Literal["smoke", "cpu", "paper"]
+
+MANY_IMAGES = 2000
+"""Training images from which a dataset is seen fewer times, in larger batches."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How one method is made smaller at a scale.
+
+    Attributes:
+        options: For ``model.options``.
+        image_encoder: In place of the published one; ``None``: the scale's own.
+    """
+
+    options: dict[str, Any]
+    image_encoder: ImageEncoderConfig | None = None
+
+
+NO_ENCODER = ImageEncoderConfig(weights="none")
+
+SMALL_SAM = {
+    "hidden_size": 192,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 3,
+    "output_channels": 128,
+    "global_attn_indexes": [1, 3, 5],
+    "image_size": 160,
+}
+
+
+def at_scale(experiment: Experiment, scale: Scale, n_train: int) -> Experiment:
+    """Return an experiment at a scale.
+
+    Args:
+        experiment: A row's preset, its seed and share of the training data set.
+        scale: ``paper`` leaves it as it is. ``cpu`` is a budget for two cores: 160 pixels, a pretrained MobileNetV2
+            where the method takes any image encoder, a text encoder learned with the model, narrow networks, 20 epochs
+            of a small dataset or 8 of a large one; shares of the data get as many steps as the whole. ``smoke`` is
+            one epoch of tiny networks at 64 pixels, to see that everything runs.
+        n_train: Images of the whole training split.
+    """
+    if scale == "paper":
+        return experiment
+    if scale == "smoke":
+        return _smoke(experiment)
+    recipe = kvasir_mobile()
+    few = n_train < MANY_IMAGES
+    epochs = round((20 if few else 8) / experiment.trainer.train_fraction)
+    return replace(
+        experiment,
+        preprocessing=PreprocessingConfig(
+            image_size=160, normalisation="fixed", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
+        ),
+        augmentation=recipe.augmentation,
+        model=_smaller(experiment.model, recipe.model, CPU_SIZES),
+        optimiser=recipe.optimiser,
+        trainer=replace(
+            recipe.trainer,
+            batch_size=16 if few else 32,
+            max_epochs=epochs,
+            min_epochs=epochs,
+            patience=epochs,
+            max_train_seconds=None,
+            train_fraction=experiment.trainer.train_fraction,
+        ),
+    )
+
+
+def _smoke(experiment: Experiment) -> Experiment:
+    base = tiny()
+    return replace(
+        experiment,
+        preprocessing=base.preprocessing,
+        augmentation=AugmentationConfig(),
+        model=_smaller(experiment.model, base.model, SMOKE_SIZES),
+        optimiser=OptimiserConfig(learning_rate=1e-3, schedule_epochs=None),
+        trainer=TrainerConfig(
+            batch_size=8,
+            max_epochs=1,
+            min_epochs=1,
+            patience=1,
+            precision="32",
+            train_fraction=experiment.trainer.train_fraction,
+        ),
+    )
+
+
+def _smaller(model: ModelConfig, like: ModelConfig, sizes: dict[str, Size]) -> ModelConfig:
+    """Return a method with the encoders of a small model, and narrow where it has a size of its own."""
+    size = sizes.get(model.method, Size({}))
+    return replace(
+        model,
+        image_encoder=size.image_encoder or like.image_encoder,
+        text_encoder=like.text_encoder,
+        decoder=like.decoder,
+        options=model.options | size.options,
+    )
+
+
+CPU_SIZES: dict[str, Size] = {}
+SMOKE_SIZES: dict[str, Size] = {}
