@@ -13,13 +13,16 @@ import pytest
 import torch
 from PIL import Image
 
-from tmca.config import Experiment
+from tmca.config import Experiment, config_hash, from_dict
 from tmca.data.grammar import contradict
 from tmca.data.manifest import Manifest, Record
 from tmca.errors import CheckpointError, ConfigError, DataError
 from tmca.evaluation import (
     Evaluation,
+    case_table,
     evaluate,
+    pixel_size,
+    score_masks,
     sentence_variants,
     shuffled,
     write_evaluation,
@@ -28,6 +31,7 @@ from tmca.evaluation import (
 from tmca.files import sha256_of
 from tmca.imaging.raster import read_mask, write_image, write_mask
 from tmca.inference import Predictor
+from tmca.metrics import OVERLAPS, SCORES
 from tmca.models import TMCA
 from tmca.presets import NO_ALIGNMENT, NO_ENHANCEMENT, change
 from tmca.training import fit
@@ -106,8 +110,10 @@ def test_counts_by_hand(stub: TMCA, halves: Manifest):
     np.testing.assert_array_equal(counts.true_negative, [HALF, HALF, 2 * HALF, quarter])
     assert evaluation.ids == ("case-0", "case-1", "case-2", "case-3")
     assert evaluation.patients == ("p1", "p2", "p3", "p3")
-    assert evaluation.pooled() == pytest.approx({"dice": 5 / 6, "jaccard": 5 / 7, "accuracy": 7 / 8})
-    assert evaluation.per_case() == pytest.approx({"dice": 3.5 / 4, "jaccard": (3 + 1 / 3) / 4, "accuracy": 7 / 8})
+    pooled = {"dice": 5 / 6, "jaccard": 5 / 7, "precision": 5 / 6, "recall": 5 / 6, "accuracy": 7 / 8}
+    assert evaluation.pooled() == pytest.approx(pooled)
+    each = dict.fromkeys(("dice", "precision", "recall"), 3.5 / 4)
+    assert evaluation.per_case() == pytest.approx(each | {"jaccard": (3 + 1 / 3) / 4, "accuracy": 7 / 8})
     assert evaluation.by_dice() == [3, 0, 1, 2]
 
 
@@ -287,6 +293,82 @@ def test_a_model_without_its_experiment_is_refused(stub: TMCA, phantoms: Manifes
         evaluate(stub, phantoms)
 
 
+# Outlines --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def moved(tmp_path: Path) -> Manifest:
+    """The left half, a quarter less of it, nothing to find, and something that the stub does not find."""
+    less = _half("left")
+    less[:, 26:32] = False
+    cases = [
+        ("lesion, left", _half("left"), ""),
+        ("lesion, left", less, ""),
+        ("lesion", _half("nothing"), ""),
+        ("lesion", less, ""),
+    ]
+    return _manifest(tmp_path / "moved", cases)
+
+
+def test_distances_are_measured_on_demand(stub: TMCA, moved: Manifest):
+    assert evaluate(stub, moved).surface is None
+    evaluation = evaluate(stub, moved, surface_tolerance=2.0, batch_size=3)
+    assert evaluation.surface is not None
+    np.testing.assert_array_equal(evaluation.surface.hd95, [0, 6, np.nan, np.nan])
+    surface_dice = evaluation.surface.surface_dice
+    np.testing.assert_array_equal(surface_dice[[0, 2, 3]], [1, np.nan, 0])
+    assert 0.5 < surface_dice[1] < 0.8
+    summary = evaluation.protocol()["surface"]
+    assert (summary["hd95"], summary["n_hd95"], summary["unit"], summary["tolerance"]) == (3, 2, "pixels", 2)
+    assert (summary["surface_dice"], summary["n_surface_dice"]) == (pytest.approx((2 + surface_dice[1]) / 4), 4)
+    within = evaluate(stub, moved, surface_tolerance=6.0).surface
+    assert within is not None
+    assert within.surface_dice[1] == 1
+
+
+def test_distances_are_in_millimetres_where_every_pixel_is_measured(stub: TMCA, moved: Manifest):
+    measured = moved.with_records(replace(record, spacing="3,0.5") for record in moved.records)
+    original = evaluate(stub, measured, space="original", surface_tolerance=3.0)
+    assert original.surface is not None
+    np.testing.assert_array_equal(original.surface.hd95[:2], [0, 3])
+    assert (original.surface.unit, original.surface.surface_dice[1]) == ("mm", 1)
+    first, *others = measured.records
+    in_part = moved.with_records([replace(first, spacing=""), *others])
+    for evaluation in (
+        evaluate(stub, measured, surface_tolerance=2.0),
+        evaluate(stub, in_part, space="original", surface_tolerance=2.0),
+    ):
+        assert evaluation.surface is not None
+        assert (evaluation.surface.unit, evaluation.surface.hd95[1]) == ("pixels", 6)
+
+
+@pytest.mark.parametrize("spacing", ["0.7", "a,b", "0,1", "1,-1", "nan,1", "inf,1", "1,1,1"])
+def test_an_impossible_spacing_is_refused(spacing: str):
+    assert pixel_size(Record("a", "a.png")) is None
+    assert pixel_size(Record("a", "a.png", spacing="0.7, 1.5")) == (0.7, 1.5)
+    with pytest.raises(DataError, match="Case 'a' has the spacing"):
+        pixel_size(Record("a", "a.png", spacing=spacing))
+
+
+def test_an_impossible_tolerance_is_refused_before_any_work(stub: TMCA, moved: Manifest):
+    with pytest.raises(ConfigError, match="tolerance"):
+        evaluate(stub, moved, surface_tolerance=-1.0)
+
+
+def test_the_files_tell_how_distances_were_measured(stub: TMCA, moved: Manifest, model_folder: Path, tmp_path: Path):
+    evaluation = evaluate(stub, moved, surface_tolerance=2.0, empty_policy="skip")
+    write_evaluation(evaluation, model_folder, moved, tmp_path / "out")
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text("utf-8"))
+    surface = summary["protocol"]["surface"]
+    assert set(surface) == {"hd95", "n_hd95", "surface_dice", "n_surface_dice", "tolerance", "unit"}
+    assert (surface["n_hd95"], surface["n_surface_dice"]) == (2, 3)
+    with (tmp_path / "out" / "metrics.csv").open(encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["hd95"] for row in rows] == ["0.000000", "6.000000", "", ""]
+    assert [row["surface_dice"] for row in rows][2:] == ["", "0.000000"]
+    assert {(row["tolerance"], row["unit"]) for row in rows} == {("2.0", "pixels")}
+
+
 # Files -----------------------------------------------------------------------------------------------------------
 
 
@@ -300,10 +382,12 @@ def test_the_table_has_a_row_a_case(written: Path):
     with (written / "metrics.csv").open(encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert list(rows[0]) == [
-        *("id", "patient_id", "dice", "jaccard", "accuracy"),
+        *("id", "patient_id", "dice", "jaccard", "precision", "recall", "accuracy"),
         *("true_positive", "false_positive", "false_negative", "true_negative"),
-        *("dice_shuffled", "dice_contradictory", "dice_none", "text"),
+        *("dice_shuffled", "dice_contradictory", "dice_none"),
+        *("threshold", "space", "empty_policy", "text"),
     ]
+    assert {(row["threshold"], row["space"], row["empty_policy"]) for row in rows} == {("0.5", "64", "one")}
     assert [row["id"] for row in rows] == ["case-0", "case-1", "case-2", "case-3"]
     assert [float(row["dice"]) for row in rows] == [1, 1, 1, 0.5]
     assert [row["dice_contradictory"] for row in rows] == ["0.000000", "0.000000", "", "0.500000"]
@@ -326,14 +410,17 @@ def test_the_summary_has_the_keys_of_nnunet_and_the_protocol(written: Path, halv
     assert summary["foreground_mean"]["Dice"] == pytest.approx(3.5 / 4)
 
     protocol = summary["protocol"]
-    assert set(protocol) == {"pooled", "per_case_mean", "ci95", "threshold", "space"}
-    assert set(protocol["pooled"]) == {"dice", "jaccard", "accuracy"}
-    assert {"dice", "jaccard", "empty_policy", "n_empty"} <= set(protocol["per_case_mean"])
-    assert set(protocol["ci95"]) == {"pooled_dice", "pooled_jaccard", "per_case_dice", "per_case_jaccard"}
+    assert set(protocol) == {"pooled", "per_case_mean", "ci95", "surface", "threshold", "space"}
+    assert set(protocol["pooled"]) == set(SCORES)
+    assert set(protocol["per_case_mean"]) == {*SCORES, "empty_policy", "n_empty"}
+    assert set(protocol["ci95"]) == {f"{kind}_{name}" for kind in ("pooled", "per_case") for name in OVERLAPS}
+    assert protocol["surface"] is None
     low, high = protocol["ci95"]["pooled_dice"]
     assert low <= protocol["pooled"]["dice"] <= high
     assert (protocol["threshold"], protocol["space"]) == (0.5, "64")
     assert (summary["split"], summary["n"]) == ("test", 4)
+    assert (summary["preset"], summary["seed"]) == ("tiny", 1)
+    assert summary["config_hash"] == config_hash(from_dict(Experiment, summary["experiment"]))
     assert summary["data_hash"] == halves.content_hash()
     assert summary["model_sha256"] == sha256_of(model_folder / "model.safetensors")
 
@@ -348,6 +435,9 @@ def test_the_summary_is_json_when_empty_cases_are_left_out(
     summary = json.loads((tmp_path / "out" / "summary.json").read_text("utf-8"), parse_constant=refuse)
     assert summary["foreground_mean"]["Dice"] == pytest.approx(2.5 / 3)
     assert summary["metric_per_case"][2]["metrics"]["1"]["Dice"] is None
+    with (tmp_path / "out" / "metrics.csv").open(encoding="utf-8", newline="") as stream:
+        blank = list(csv.DictReader(stream))[2]
+    assert [blank[name] for name in OVERLAPS] == [""] * 4
 
 
 def test_a_split_of_empty_cases_can_be_written(stub: TMCA, model_folder: Path, tmp_path: Path):
@@ -381,12 +471,13 @@ def test_the_ledger_has_the_agreed_fields(run: Path, phantoms: Manifest, tmp_pat
     assert entry["experiment"] == json.loads((run / "experiment.json").read_text("utf-8"))
     environment = json.loads((run / "environment.json").read_text("utf-8"))
     assert (entry["commit"], entry["hardware"]) == (environment["commit"], environment["hardware"])
-    assert {"pooled", "per_case_mean", "ci95"} <= set(entry["metrics"])
+    assert entry["config_hash"] == config_hash(from_dict(Experiment, entry["experiment"]))
+    assert {"pooled", "per_case_mean", "ci95", "surface"} <= set(entry["metrics"])
     assert set(entry["text_ablation"]) == {"shuffled", "contradictory", "none"}
     scores = [entry["metrics"], *entry["text_ablation"].values()]
     for score in scores:
-        assert set(score["pooled"]) == {"dice", "jaccard", "accuracy"}
-        assert {"dice", "jaccard"} <= set(score["per_case_mean"])
+        assert set(score["pooled"]) == set(SCORES)
+        assert set(SCORES) <= set(score["per_case_mean"])
         assert all(0 <= value <= 1 for value in score["pooled"].values())
     with (tmp_path / "results" / "tiny-phantoms.csv").open(encoding="utf-8", newline="") as stream:
         assert len(list(csv.DictReader(stream))) == 8
@@ -401,7 +492,9 @@ def test_the_ledger_does_not_tell_where_weights_lay(run: Path, phantoms: Manifes
     (copy / "experiment.json").write_text(json.dumps(experiment), encoding="utf-8")
     write_ledger(evaluate(TMCA.from_pretrained(run), phantoms), copy, phantoms, "phantoms", tmp_path / "entry.json")
     text = (tmp_path / "entry.json").read_text("utf-8")
-    assert json.loads(text)["experiment"]["model"]["image_encoder"]["weights"] == "some-encoder"
+    entry = json.loads(text)
+    assert entry["experiment"]["model"]["image_encoder"]["weights"] == "some-encoder"
+    assert entry["config_hash"] == config_hash(from_dict(Experiment, entry["experiment"]))
     assert str(tmp_path) not in text
 
 
@@ -410,3 +503,35 @@ def test_the_ledger_needs_a_run(stub: TMCA, halves: Manifest, model_folder: Path
         write_ledger(evaluate(stub, halves), model_folder, halves, "halves", tmp_path / "x.json")
     assert "tmca train" in caught.value.hint
     assert not (tmp_path / "x.json").exists()
+
+
+# Masks of another program ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [SIZE, 2 * SIZE, SIZE // 2])
+@pytest.mark.parametrize("space", ["network", "original"])
+def test_masks_of_another_program_are_scored_as_those_of_a_model(stub: TMCA, halves: Manifest, size: int, space: Any):
+    expected = evaluate(stub, halves, space=space, empty_policy="zero", surface_tolerance=2.0)
+    nothing = np.zeros((size, size), dtype=bool)
+    left, right = nothing.copy(), nothing.copy()
+    left[:, : size // 2] = right[:, size // 2 :] = True
+    masks = {"case-3": left, "case-2": nothing, "case-1": right, "case-0": left, "of another split": left}
+    experiment = stub.experiment
+    assert experiment is not None
+    scored = score_masks(masks, halves, experiment=experiment, space=space, empty_policy="zero", surface_tolerance=2.0)
+    assert scored.protocol() == expected.protocol()
+    assert case_table(replace(expected, counts={"right": expected.counts["right"]})) == case_table(scored)
+    assert scored.text_ablation() == {}
+    assert scored.experiment == experiment
+
+
+def test_every_case_needs_a_mask(halves: Manifest, tiny_experiment: Experiment):
+    masks = {f"case-{number}": np.zeros((8, 8), dtype=bool) for number in (0, 2, 3)}
+    with pytest.raises(DataError, match="1 of 4 cases of test have no predicted mask, first 'case-1'"):
+        score_masks(masks, halves, experiment=tiny_experiment)
+
+
+def test_the_hash_of_foreign_weights_is_taken_as_given(stub: TMCA, halves: Manifest, tmp_path: Path):
+    write_evaluation(evaluate(stub, halves), "runs/foreign", halves, tmp_path, model_sha256="abc")
+    summary = json.loads((tmp_path / "summary.json").read_text("utf-8"))
+    assert (summary["model"], summary["model_sha256"]) == ("runs/foreign", "abc")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -8,17 +9,29 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torchmetrics.classification import BinaryAccuracy, BinaryF1Score, BinaryJaccardIndex
+from torchmetrics.classification import (
+    BinaryAccuracy,
+    BinaryF1Score,
+    BinaryJaccardIndex,
+    BinaryPrecision,
+    BinaryRecall,
+)
 
+from tmca.errors import ConfigError
 from tmca.metrics import (
+    OVERLAPS,
     SCORES,
     Counts,
     EmptyPolicy,
+    SurfaceScores,
     bootstrap_intervals,
     case_scores,
+    check_tolerance,
     confusion_counts,
     per_case_mean,
     pooled_scores,
+    resampled_sums,
+    surface_scores,
 )
 
 PIXELS = st.integers(0, 10**9)
@@ -39,6 +52,14 @@ def _masks(cases: int = 7, size: int = 9) -> tuple[Tensor, Tensor]:
     return predictions, masks
 
 
+REFERENCES = {
+    "dice": BinaryF1Score(),
+    "jaccard": BinaryJaccardIndex(),
+    "precision": BinaryPrecision(),
+    "recall": BinaryRecall(),
+    "accuracy": BinaryAccuracy(),
+}
+
 MIXED = _counts((0, 0, 0, 10), (0, 4, 0, 6), (6, 2, 2, 0), (3, 0, 0, 7))
 """Both empty, nothing there but something found, a usual case, a perfect one."""
 
@@ -58,9 +79,8 @@ def test_counts_by_hand():
 def test_pooled_scores_equal_torchmetrics():
     predictions, masks = _masks()
     scores = pooled_scores(confusion_counts(predictions, masks))
-    references = {"dice": BinaryF1Score(), "jaccard": BinaryJaccardIndex(), "accuracy": BinaryAccuracy()}
-    assert scores.keys() == references.keys() == set(SCORES)
-    for name, reference in references.items():
+    assert scores.keys() == REFERENCES.keys() == set(SCORES)
+    for name, reference in REFERENCES.items():
         expected = reference(predictions.flatten().int(), masks.flatten().int())
         assert scores[name] == pytest.approx(float(expected), abs=1e-6)
 
@@ -68,18 +88,20 @@ def test_pooled_scores_equal_torchmetrics():
 def test_case_scores_equal_torchmetrics():
     predictions, masks = _masks()
     scores = case_scores(confusion_counts(predictions, masks))
-    references = {"dice": BinaryF1Score(), "jaccard": BinaryJaccardIndex(), "accuracy": BinaryAccuracy()}
-    for name, reference in references.items():
+    for name, reference in REFERENCES.items():
         # Without the first case, which is empty in both: that is a matter of policy.
         expected = [float(reference(predictions[case].int(), masks[case].int())) for case in range(1, len(masks))]
         np.testing.assert_allclose(scores[name][1:], expected, atol=1e-6)
 
 
 def test_scores_by_hand():
-    assert pooled_scores(MIXED) == pytest.approx({"dice": 18 / 26, "jaccard": 9 / 17, "accuracy": 32 / 40})
+    overlaps = {"dice": 18 / 26, "jaccard": 9 / 17, "precision": 9 / 15, "recall": 9 / 11}
+    assert pooled_scores(MIXED) == pytest.approx(overlaps | {"accuracy": 32 / 40})
     scores = case_scores(MIXED)
     np.testing.assert_allclose(scores["dice"], [1, 0, 12 / 16, 1])
     np.testing.assert_allclose(scores["jaccard"], [1, 0, 6 / 10, 1])
+    np.testing.assert_allclose(scores["precision"], [1, 0, 6 / 8, 1])
+    np.testing.assert_allclose(scores["recall"], [1, 0, 6 / 8, 1])
     np.testing.assert_allclose(scores["accuracy"], [1, 0.6, 0.6, 1])
 
 
@@ -87,7 +109,7 @@ def test_scores_by_hand():
 def test_empty_policies(policy: EmptyPolicy, dice: float):
     value = {"one": 1.0, "zero": 0.0, "skip": np.nan}[policy]
     scores = case_scores(MIXED, policy)
-    for name in ("dice", "jaccard"):
+    for name in OVERLAPS:
         np.testing.assert_equal(scores[name][0], value)
         np.testing.assert_array_equal(scores[name][1:], case_scores(MIXED)[name][1:])
     assert per_case_mean(MIXED, policy)["dice"] == pytest.approx(dice)
@@ -97,9 +119,16 @@ def test_empty_policies(policy: EmptyPolicy, dice: float):
 
 def test_nothing_to_find_and_nothing_found_is_perfect():
     empty = _counts((0, 0, 0, 10), (0, 0, 0, 10))
-    assert pooled_scores(empty) == {"dice": 1.0, "jaccard": 1.0, "accuracy": 1.0}
-    assert per_case_mean(empty, "one") == {"dice": 1.0, "jaccard": 1.0, "accuracy": 1.0}
-    assert per_case_mean(empty, "zero") == {"dice": 0.0, "jaccard": 0.0, "accuracy": 1.0}
+    assert pooled_scores(empty) == dict.fromkeys(SCORES, 1.0)
+    assert per_case_mean(empty, "one") == dict.fromkeys(SCORES, 1.0)
+    assert per_case_mean(empty, "zero") == dict.fromkeys(OVERLAPS, 0.0) | {"accuracy": 1.0}
+
+
+@pytest.mark.parametrize("policy", ["one", "zero", "skip"])
+@pytest.mark.parametrize("case", [(0, 4, 0, 6), (0, 0, 4, 6)], ids=["nothing there", "nothing found"])
+def test_where_one_of_both_is_empty_every_overlap_is_0(case: tuple[int, int, int, int], policy: EmptyPolicy):
+    expected = dict.fromkeys(OVERLAPS, 0.0) | {"accuracy": 0.6}
+    assert pooled_scores(_counts(case)) == per_case_mean(_counts(case), policy) == expected
 
 
 @given(CASES)
@@ -110,6 +139,15 @@ def test_dice_follows_from_jaccard(cases: list[tuple[int, int, int, int]]):
     assert all(0 <= value <= 1 for value in scores.values())
     each = case_scores(counts)
     np.testing.assert_allclose(each["dice"], 2 * each["jaccard"] / (1 + each["jaccard"]), atol=1e-9)
+
+
+@given(CASES)
+def test_dice_is_the_harmonic_mean_of_precision_and_recall(cases: list[tuple[int, int, int, int]]):
+    counts = _counts(*cases)
+    for scores in (case_scores(counts), {name: np.array(value) for name, value in pooled_scores(counts).items()}):
+        product, total = scores["precision"] * scores["recall"], scores["precision"] + scores["recall"]
+        np.testing.assert_allclose(scores["dice"] * total, 2 * product, atol=1e-9)
+        assert np.all(scores["jaccard"] <= np.minimum(scores["precision"], scores["recall"]))
 
 
 @given(st.integers(0, 2**32), st.lists(st.integers(1, 6), max_size=5))
@@ -150,8 +188,8 @@ def _width(interval: tuple[float, float]) -> float:
 
 def _points(counts: Counts, policy: EmptyPolicy = "one") -> dict[str, float]:
     pooled, mean = pooled_scores(counts), per_case_mean(counts, policy)
-    points = {f"pooled_{name}": pooled[name] for name in ("dice", "jaccard")}
-    return points | {f"per_case_{name}": mean[name] for name in ("dice", "jaccard")}
+    points = {f"pooled_{name}": pooled[name] for name in OVERLAPS}
+    return points | {f"per_case_{name}": mean[name] for name in OVERLAPS}
 
 
 @pytest.mark.parametrize("policy", ["one", "zero", "skip"])
@@ -213,3 +251,98 @@ def test_draws_without_foreground_score_like_such_a_split():
     counts = _counts((5, 0, 0, 5), (0, 0, 0, 10), (0, 0, 0, 10))
     intervals = bootstrap_intervals(counts)
     assert intervals["pooled_dice"] == intervals["pooled_jaccard"] == (1.0, 1.0)
+
+
+def test_columns_are_drawn_together():
+    values = np.random.default_rng(0).random((7, 2))
+    groups = list("aabbcde")
+    sums = resampled_sums(values, groups, resamples=20, seed=5)
+    of_group = np.stack([values[[name == group for name in groups]].sum(axis=0) for group in "abcde"])
+    drawn = np.random.default_rng(5).integers(0, 5, size=(20, 5))
+    np.testing.assert_allclose(sums, of_group[drawn].sum(axis=1))
+    np.testing.assert_allclose(sums[:, 1:], resampled_sums(values[:, 1:], groups, resamples=20, seed=5))
+    assert resampled_sums(values, ["a"] * 7, resamples=20, seed=5).shape == (0, 2)
+
+
+# --- outlines -----------------------------------------------------------------------------------------------------
+
+
+def _box(rows: tuple[int, int], columns: tuple[int, int], size: int = 40) -> Tensor:
+    mask = torch.zeros(1, 1, size, size, dtype=torch.bool)
+    mask[:, :, slice(*rows), slice(*columns)] = True
+    return mask
+
+
+def _outline(mask: Tensor) -> np.ndarray:
+    """Return the places of the foreground pixels that have a neighbour outside, one by one."""
+    padded = np.pad(mask[0, 0].numpy(), 1)
+    inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    return np.argwhere(padded[1:-1, 1:-1] & ~inner)
+
+
+def _by_hand(prediction: Tensor, mask: Tensor, tolerance: float, spacing: tuple[float, float]) -> tuple[float, float]:
+    places = (_outline(prediction) * np.array(spacing))[:, None] - (_outline(mask) * np.array(spacing))[None]
+    distances = np.sqrt((places**2).sum(axis=-1))
+    there, back = distances.min(axis=1), distances.min(axis=0)
+    within = (there <= tolerance).sum() + (back <= tolerance).sum()
+    return max(np.percentile(there, 95), np.percentile(back, 95)), within / (len(there) + len(back))
+
+
+def test_a_line_that_is_moved_lies_as_far_away():
+    hd95, surface_dice = surface_scores(_box((13, 14), (5, 30)), _box((10, 11), (5, 30)), tolerance=2.0)
+    assert (hd95.tolist(), surface_dice.tolist()) == ([3], [0])
+    assert surface_scores(_box((13, 14), (5, 30)), _box((10, 11), (5, 30)), tolerance=3.0)[1] == [1]
+    # A pixel is 0.5 mm high: the same line lies 1.5 mm away.
+    hd95, surface_dice = surface_scores(_box((13, 14), (5, 30)), _box((10, 11), (5, 30)), 2.0, spacing=(0.5, 7.0))
+    assert (hd95.tolist(), surface_dice.tolist()) == ([1.5], [1])
+
+
+def test_equal_masks_have_no_distance():
+    masks = torch.cat([_box((3, 9), (4, 30)), _box((0, 40), (0, 40))])
+    hd95, surface_dice = surface_scores(masks, masks, tolerance=0.0)
+    assert hd95.tolist() == [0, 0]
+    assert surface_dice.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0), (0.7, 1.9)])
+def test_surface_scores_equal_all_distances_by_hand(spacing: tuple[float, float]):
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.nn.functional.avg_pool2d(torch.rand(12, 1, 30, 30, generator=generator), 5, 1, 2)
+    predictions, masks = noise[:6] > 0.5, noise[6:] > 0.52
+    hd95, surface_dice = surface_scores(predictions, masks, 2.05, spacing)
+    for case in range(6):
+        expected = _by_hand(predictions[case : case + 1], masks[case : case + 1], 2.05, spacing)
+        assert (hd95[case], surface_dice[case]) == pytest.approx(expected, abs=1e-4)
+    assert len(set(hd95)) > 3
+
+
+def test_without_an_outline_there_is_no_distance():
+    nothing, something = torch.zeros(1, 1, 40, 40, dtype=torch.bool), _box((3, 9), (4, 30))
+    predictions = torch.cat([nothing, nothing, something, something])
+    masks = torch.cat([nothing, something, nothing, something])
+    hd95, surface_dice = surface_scores(predictions, masks, 2.0)
+    np.testing.assert_array_equal(hd95, [np.nan, np.nan, np.nan, 0])
+    np.testing.assert_array_equal(surface_dice, [np.nan, 0, 0, 1])
+    assert all(np.isnan(values).all() for values in surface_scores(nothing, nothing, 2.0))
+
+
+@pytest.mark.parametrize(("policy", "mean", "n"), [("one", 2.5 / 4, 4), ("zero", 1.5 / 4, 4), ("skip", 1.5 / 3, 3)])
+def test_the_summary_counts_the_cases_of_each_mean(policy: EmptyPolicy, mean: float, n: int):
+    scores = SurfaceScores(np.array([np.nan, np.nan, 3, 5]), np.array([np.nan, 0, 1, 0.5]), 2.0, "mm")
+    summary = scores.summary(policy)
+    assert (summary["hd95"], summary["n_hd95"]) == (4, 2)
+    assert (summary["surface_dice"], summary["n_surface_dice"]) == (pytest.approx(mean), n)
+    assert (summary["tolerance"], summary["unit"]) == (2, "mm")
+
+
+def test_a_split_without_outlines_has_no_mean_distance():
+    nothing = SurfaceScores(np.full(2, np.nan), np.full(2, np.nan), 2.0, "pixels")
+    assert nothing.summary("skip")["hd95"] is nothing.summary("skip")["surface_dice"] is None
+    assert nothing.summary("one")["surface_dice"] == 1
+
+
+@pytest.mark.parametrize("tolerance", [-1.0, math.inf, math.nan])
+def test_an_impossible_tolerance_is_refused(tolerance: float):
+    check_tolerance(0.0)
+    with pytest.raises(ConfigError, match="tolerance"):
+        check_tolerance(tolerance)

@@ -21,7 +21,7 @@ from tmca.inference import Predictor
 from tmca.metrics import Counts
 from tmca.models import TMCA
 from tmca.presets import NO_ALIGNMENT, NO_ENHANCEMENT
-from tmca.report import prompt_effect, score_rows, score_table, write_report
+from tmca.report import prompt_effect, score_rows, score_table, surface_line, write_report
 
 EVIL = 'one <script>alert("x")</script> & small "lesion", located in left of the image'
 
@@ -137,6 +137,18 @@ def test_the_page_names_protocol_scores_and_origin(page: str, evaluation: Evalua
         *VARIANTS.values(),
     ):
         assert words in text, words
+
+
+def test_the_page_tells_how_far_outlines_lie_apart(page: str, predictor: Predictor, data: Manifest, tmp_path: Path):
+    assert "HD95" not in page
+    evaluation = evaluate(predictor.model, data, threshold=0.4, surface_tolerance=3.0)
+    assert evaluation.surface is not None
+    n = int(np.isfinite(evaluation.surface.hd95).sum())
+    line = surface_line(evaluation)
+    assert f"HD95 {np.nanmean(evaluation.surface.hd95):.3f} pixels (mean of the {n} of 8 cases" in line
+    assert "at a tolerance of 3 pixels (8 cases)" in line
+    assert line in write_report(evaluation, predictor, data, tmp_path, model="m", examples=1).read_text("utf-8")
+    assert surface_line(replace(evaluation, surface=None)) == ""
 
 
 def test_the_histogram_counts_every_case(page: str):

@@ -9,37 +9,46 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from tmca.checkpoints import MODEL_FILE, file_hashes, resolve_checkpoint
+from tmca.config import Experiment, config_hash, from_dict, to_dict
 from tmca.data.grammar import contradict
 from tmca.data.loading import SegmentationDataset, make_loader
-from tmca.data.manifest import Manifest
-from tmca.data.preprocessing import restore
+from tmca.data.manifest import Manifest, Record
+from tmca.data.preprocessing import resize_mask, restore
 from tmca.devices import resolve_device
 from tmca.environment import describe_hardware, source_commit
-from tmca.errors import CheckpointError, ConfigError
+from tmca.errors import CheckpointError, ConfigError, DataError
 from tmca.files import write_json, write_text
 from tmca.imaging.reading import image_size, read_mask
 from tmca.metrics import (
+    COUNTS,
+    SCORES,
     Counts,
     EmptyPolicy,
+    LengthUnit,
+    SurfaceScores,
     bootstrap_intervals,
     case_scores,
     check_threshold,
+    check_tolerance,
     confusion_counts,
     per_case_mean,
     pooled_scores,
+    surface_scores,
 )
-from tmca.models import TMCA
+from tmca.models import SegmentationModel
 from tmca.progress import track
 
 Space = Literal["network", "original"]
@@ -71,6 +80,8 @@ class Evaluation:
         empty_policy: Score of a case that is empty in mask and prediction.
         seconds: Duration.
         over_limit: Sentences that are cut because they have more tokens than the model takes.
+        surface: Distances between outlines with the right sentences; ``None`` where they were not asked for.
+        experiment: What the model was trained with; ``None`` where nobody knows.
     """
 
     split: str
@@ -85,6 +96,13 @@ class Evaluation:
     empty_policy: EmptyPolicy
     seconds: float = 0.0
     over_limit: tuple[str, ...] = ()
+    surface: SurfaceScores | None = None
+    experiment: Experiment | None = None
+
+    @property
+    def compared_at(self) -> str:
+        """The size of the compared masks: ``original``, or the side in pixels."""
+        return "original" if self.space == "original" else str(self.image_size)
 
     def pooled(self, variant: str = RIGHT) -> dict[str, float]:
         """Return the scores of all pixels taken together."""
@@ -106,8 +124,9 @@ class Evaluation:
             "pooled": self.pooled(),
             "per_case_mean": self.per_case() | {"empty_policy": self.empty_policy, "n_empty": int(empty.sum())},
             "ci95": {name: list(values) for name, values in self.intervals().items()},
+            "surface": None if self.surface is None else self.surface.summary(self.empty_policy),
             "threshold": self.threshold,
-            "space": "original" if self.space == "original" else str(self.image_size),
+            "space": self.compared_at,
         }
 
     def text_ablation(self) -> dict[str, Any]:
@@ -130,13 +149,14 @@ class Evaluation:
 
 @torch.inference_mode()
 def evaluate(
-    model: TMCA,
+    model: SegmentationModel,
     manifest: Manifest,
     split: str = "test",
     *,
     threshold: float = 0.5,
     space: Space = "network",
     empty_policy: EmptyPolicy = "one",
+    surface_tolerance: float | None = None,
     seed: int = 0,
     batch_size: int = 16,
     device: str = "auto",
@@ -150,15 +170,19 @@ def evaluate(
         threshold: Probability above which a pixel is foreground, in (0, 1).
         space: Compare at the network's size (as the paper) or at each mask's original size.
         empty_policy: See :data:`tmca.metrics.EmptyPolicy`.
+        surface_tolerance: Also measure the distances between outlines, and count those up to this one as none. In
+            millimetres at the original size if every case has a spacing, else in pixels. ``None``: do not measure.
         seed: Decides which other sentence an image gets.
         batch_size: Images encoded at a time.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
 
     Raises:
         DataError: The split is empty or its files cannot be used.
-        ConfigError: The threshold or the device is impossible.
+        ConfigError: The threshold, the tolerance or the device is impossible.
     """
     check_threshold(threshold)
+    if surface_tolerance is not None:
+        check_tolerance(surface_tolerance)
     experiment = model.experiment
     if experiment is None:
         raise ConfigError("This model does not know its preprocessing", hint="load it with from_pretrained")
@@ -172,6 +196,7 @@ def evaluate(
     dataset = SegmentationDataset(chosen, experiment.preprocessing)
     loader = make_loader(dataset, batch_size, training=False)
     parts: dict[str, list[Counts]] = {variant: [] for variant in texts}
+    outlines = None if surface_tolerance is None else _Outlines(surface_tolerance, chosen, space)
     first = 0
     for batch in track(loader, f"Scoring {split}", len(loader)):
         features = model.encode_image(batch.images.to(place))
@@ -179,7 +204,10 @@ def evaluate(
         for variant, sentences in texts.items():
             output = model.segment(features, model.encode_text([sentences[row] for row in rows]))
             probabilities = output.mask_logits.float().sigmoid().cpu()
-            parts[variant] += _count(probabilities, batch.masks, threshold, space, chosen, rows)
+            for predictions, masks in _compared(probabilities, batch.masks, threshold, space, chosen, rows):
+                parts[variant].append(confusion_counts(predictions, masks))
+                if outlines is not None and variant == RIGHT:
+                    outlines.add(predictions, masks)
         first += batch.batch_size
     cases = {variant: _computable(variant, sentences) for variant, sentences in texts.items()}
     counts = {variant: Counts.concatenate(parts[variant]).select(cases[variant]) for variant in texts}
@@ -196,6 +224,71 @@ def evaluate(
         empty_policy=empty_policy,
         seconds=time.monotonic() - started,
         over_limit=_over_limit(model, own),
+        surface=None if outlines is None else outlines.scores(),
+        experiment=experiment,
+    )
+
+
+def score_masks(
+    masks: Mapping[str, Bool[np.ndarray, "_ _"]],
+    manifest: Manifest,
+    split: str = "test",
+    *,
+    experiment: Experiment,
+    space: Space = "network",
+    empty_policy: EmptyPolicy = "one",
+    surface_tolerance: float | None = None,
+) -> Evaluation:
+    """Score masks that another program predicted, in the protocol of :func:`evaluate`.
+
+    Args:
+        masks: Record id → predicted foreground; of another size than the comparison's it is resized, nearest neighbour.
+        manifest: All splits; ``split`` is chosen from it.
+        split: The split to score.
+        experiment: What the program was trained with; its image size is the network's.
+        space: As for :func:`evaluate`.
+        empty_policy: As for :func:`evaluate`.
+        surface_tolerance: As for :func:`evaluate`.
+
+    Raises:
+        DataError: The split is empty, its files cannot be used, or a case has no predicted mask.
+        ConfigError: The tolerance is impossible.
+    """
+    if surface_tolerance is not None:
+        check_tolerance(surface_tolerance)
+    started = time.monotonic()
+    chosen = manifest.split(split)
+    chosen.check(require_text=False, require_mask=True)
+    missing = [record.id for record in chosen.records if record.id not in masks]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(chosen.records)} cases of {split} have no predicted mask, first {missing[0]!r}",
+            hint="predict all of them",
+        )
+    size = experiment.preprocessing.image_size
+    outlines = None if surface_tolerance is None else _Outlines(surface_tolerance, chosen, space)
+    parts: list[Counts] = []
+    for record in track(chosen.records, f"Scoring {split}", len(chosen.records)):
+        truth = read_mask(manifest.root / (record.mask or ""))
+        height, width = truth.shape if space == "original" else (size, size)
+        predicted, true = (_resized(mask, height, width) for mask in (masks[record.id], truth))
+        parts.append(confusion_counts(predicted, true))
+        if outlines is not None:
+            outlines.add(predicted, true)
+    return Evaluation(
+        split=split,
+        ids=tuple(record.id for record in chosen.records),
+        patients=tuple(record.patient_id or record.id for record in chosen.records),
+        texts={RIGHT: tuple(record.text for record in chosen.records)},
+        counts={RIGHT: Counts.concatenate(parts)},
+        cases={RIGHT: np.arange(len(parts))},
+        threshold=0.5,
+        space=space,
+        image_size=size,
+        empty_policy=empty_policy,
+        seconds=time.monotonic() - started,
+        surface=None if outlines is None else outlines.scores(),
+        experiment=experiment,
     )
 
 
@@ -228,8 +321,17 @@ def shuffled(texts: Sequence[str | None], seed: int) -> tuple[str | None, ...]:
     return tuple(given)
 
 
-def write_evaluation(evaluation: Evaluation, model: str | Path, manifest: Manifest, folder: Path) -> None:
+def write_evaluation(
+    evaluation: Evaluation, model: str | Path, manifest: Manifest, folder: Path, *, model_sha256: str | None = None
+) -> None:
     """Write ``metrics.csv`` (a row a case) and ``summary.json`` (nnU-Net's keys and the protocol).
+
+    Args:
+        evaluation: The scores.
+        model: The model as the user named it.
+        manifest: The data it was scored on.
+        folder: Where to write.
+        model_sha256: Hash of the weights, of a model that is no checkpoint of ours.
 
     Raises:
         StorageError: The folder cannot be written.
@@ -255,8 +357,9 @@ def write_evaluation(evaluation: Evaluation, model: str | Path, manifest: Manife
             "split": evaluation.split,
             "n": len(evaluation.ids),
             "data_hash": manifest.content_hash(),
+            **_trained_with(None if evaluation.experiment is None else to_dict(evaluation.experiment)),
             "model": str(model),
-            "model_sha256": file_hashes(resolve_checkpoint(model))[MODEL_FILE],
+            "model_sha256": model_sha256 or file_hashes(resolve_checkpoint(model))[MODEL_FILE],
             "sentences_over_token_limit": list(evaluation.over_limit),
             "seconds": round(evaluation.seconds, 1),
         },
@@ -264,27 +367,39 @@ def write_evaluation(evaluation: Evaluation, model: str | Path, manifest: Manife
 
 
 def case_table(evaluation: Evaluation) -> str:
-    """Return one CSV row a case: counts, scores with its own sentence, Dice with the wrong ones."""
-    scores = case_scores(evaluation.counts[RIGHT], evaluation.empty_policy)
+    """Return one CSV row a case: counts, scores with its own sentence, Dice with the wrong ones, what they mean."""
     counts = evaluation.counts[RIGHT]
-    others = {}
+    columns = {name: _cells(values) for name, values in case_scores(counts, evaluation.empty_policy).items()}
+    columns = {name: columns[name] for name in SCORES}
+    for name in COUNTS:
+        columns[name] = [str(value) for value in getattr(counts, name)]
     for variant in evaluation.counts:
         if variant != RIGHT:
-            dice = case_scores(evaluation.counts[variant], evaluation.empty_policy)["dice"]
-            others[variant] = dict(zip(evaluation.cases[variant].tolist(), dice.tolist(), strict=True))
+            dice = np.full(len(evaluation.ids), np.nan)
+            dice[evaluation.cases[variant]] = case_scores(evaluation.counts[variant], evaluation.empty_policy)["dice"]
+            columns[f"dice_{variant}"] = _cells(dice)
+    meaning = {
+        "threshold": evaluation.threshold,
+        "space": evaluation.compared_at,
+        "empty_policy": evaluation.empty_policy,
+    }
+    if evaluation.surface is not None:
+        scores = evaluation.surface.case_scores(evaluation.empty_policy)
+        columns |= {name: _cells(values) for name, values in scores.items()}
+        meaning |= {"tolerance": evaluation.surface.tolerance, "unit": evaluation.surface.unit}
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    names = ("true_positive", "false_positive", "false_negative", "true_negative")
-    writer.writerow(
-        ["id", "patient_id", "dice", "jaccard", "accuracy", *names, *(f"dice_{name}" for name in others), "text"]
-    )
+    writer.writerow(["id", "patient_id", *columns, *meaning, "text"])
     for index, case in enumerate(evaluation.ids):
-        row: list[Any] = [case, evaluation.patients[index]]
-        row += [f"{scores[name][index]:.6f}" for name in ("dice", "jaccard", "accuracy")]
-        row += [int(getattr(counts, name)[index]) for name in names]
-        row += [f"{values[index]:.6f}" if index in values else "" for values in others.values()]
-        writer.writerow([*row, evaluation.texts[RIGHT][index] or ""])
+        row = [values[index] for values in columns.values()]
+        text = evaluation.texts[RIGHT][index] or ""
+        writer.writerow([case, evaluation.patients[index], *row, *meaning.values(), text])
     return buffer.getvalue()
+
+
+def _cells(values: np.ndarray) -> list[str]:
+    """Return values as cells of a table, blank where there is none."""
+    return [f"{value:.6f}" if np.isfinite(value) else "" for value in values]
 
 
 def write_ledger(evaluation: Evaluation, run: Path, manifest: Manifest, dataset: str, path: Path) -> None:
@@ -302,18 +417,12 @@ def write_ledger(evaluation: Evaluation, run: Path, manifest: Manifest, dataset:
         StorageError: The entry cannot be written.
     """
     training = read_run(run)
-    # A folder's place on the machine that trained is nobody's business; its name tells which weights they were.
-    for encoder in ("image_encoder", "text_encoder"):
-        weights = training["experiment"]["model"][encoder]
-        if Path(weights["weights"]).is_dir():
-            weights["weights"] = Path(weights["weights"]).name
     write_json(
         path,
         {
             "schema_version": LEDGER_VERSION,
             "name": path.stem,
-            "preset": training["experiment"]["name"],
-            "experiment": training["experiment"],
+            **_trained_with(training["experiment"]),
             "dataset": dataset,
             "split": evaluation.split,
             "n": len(evaluation.ids),
@@ -323,7 +432,6 @@ def write_ledger(evaluation: Evaluation, run: Path, manifest: Manifest, dataset:
             "evaluation_commit": source_commit(),
             "hardware": training["hardware"],
             "evaluation_hardware": describe_hardware(),
-            "seed": training["experiment"]["seed"],
             "seconds": training["seconds"],
             "epochs": training["epochs"],
             "metrics": evaluation.protocol(),
@@ -359,16 +467,34 @@ def read_run(folder: Path) -> dict[str, Any]:
         ) from error
 
 
+def _trained_with(experiment: dict[str, Any] | None) -> dict[str, Any]:
+    """Return what files of results say of the experiment behind them."""
+    if experiment is None:
+        return dict.fromkeys(("preset", "seed", "config_hash", "experiment"))
+    # A folder's place on the machine that trained is nobody's business; its name tells which weights they were.
+    for encoder in ("image_encoder", "text_encoder"):
+        weights = experiment["model"][encoder]
+        if Path(weights["weights"]).is_dir():
+            weights["weights"] = Path(weights["weights"]).name
+    return {
+        "preset": experiment["name"],
+        "seed": experiment["seed"],
+        "config_hash": config_hash(from_dict(Experiment, experiment)),
+        "experiment": experiment,
+    }
+
+
 def _computable(variant: str, sentences: Sequence[str | None]) -> np.ndarray:
     everyone = variant in (RIGHT, "none")
     return np.array([index for index, text in enumerate(sentences) if everyone or text], dtype=np.int64)
 
 
-def _count(
+def _compared(
     probabilities: Tensor, masks: Tensor, threshold: float, space: Space, manifest: Manifest, rows: range
-) -> Iterator[Counts]:
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield predicted and true masks: those of the whole batch, or at the original size one case at a time."""
     if space == "network":
-        yield confusion_counts(probabilities > threshold, masks)
+        yield probabilities > threshold, masks
         return
     for probability, row in zip(probabilities, rows, strict=True):
         record = manifest.records[row]
@@ -376,10 +502,63 @@ def _count(
         height, width = image_size(manifest.image_path(record))
         truth = read_mask(path) if path is not None else np.zeros((height, width), dtype=bool)
         predicted = restore(probability[0], height, width) > threshold
-        yield confusion_counts(torch.from_numpy(predicted)[None, None], torch.from_numpy(truth)[None, None])
+        yield torch.from_numpy(predicted)[None, None], torch.from_numpy(truth)[None, None]
 
 
-def _over_limit(model: TMCA, texts: Sequence[str | None]) -> tuple[str, ...]:
+def _resized(mask: Bool[np.ndarray, "_ _"], height: int, width: int) -> Bool[Tensor, "1 1 rows cols"]:
+    return torch.from_numpy(resize_mask(mask, height, width).copy())[None, None]
+
+
+class _Outlines:
+    """Collects the distances between outlines, case after case, in one unit."""
+
+    def __init__(self, tolerance: float, manifest: Manifest, space: Space) -> None:
+        known = [pixel_size(record) for record in manifest.records] if space == "original" else []
+        spacings = [spacing for spacing in known if spacing is not None]
+        measured = bool(spacings) and len(spacings) == len(manifest.records)
+        self._tolerance = tolerance
+        self._unit: LengthUnit = "mm" if measured else "pixels"
+        self._spacings = spacings if measured else [(1.0, 1.0)] * len(manifest.records)
+        self._hd95: list[np.ndarray] = []
+        self._surface_dice: list[np.ndarray] = []
+        self._cases = 0
+
+    def add(self, predictions: Tensor, masks: Tensor) -> None:
+        """Measure the next cases; those of one call have one spacing."""
+        spacing = self._spacings[self._cases]
+        self._cases += len(masks)
+        hd95, surface_dice = surface_scores(predictions, masks, self._tolerance, spacing)
+        self._hd95.append(hd95)
+        self._surface_dice.append(surface_dice)
+
+    def scores(self) -> SurfaceScores:
+        """Return what was measured."""
+        return SurfaceScores(
+            np.concatenate(self._hd95), np.concatenate(self._surface_dice), self._tolerance, self._unit
+        )
+
+
+def pixel_size(record: Record) -> tuple[float, float] | None:
+    """Return a record's distance between rows and between columns in millimetres, or ``None`` where it is unknown.
+
+    Raises:
+        DataError: The record's spacing is not two positive numbers.
+    """
+    if not record.spacing:
+        return None
+    try:
+        row, column = (float(part) for part in record.spacing.split(","))
+    except ValueError:
+        row = column = math.nan
+    if not (0 < row < math.inf and 0 < column < math.inf):
+        raise DataError(
+            f"Case {record.id!r} has the spacing {record.spacing!r}, expected two numbers in millimetres",
+            hint="write row,column, for example 0.7,0.7, or leave it blank",
+        )
+    return row, column
+
+
+def _over_limit(model: SegmentationModel, texts: Sequence[str | None]) -> tuple[str, ...]:
     if model.text_encoder is None:
         return ()
     distinct = list(dict.fromkeys(text for text in texts if text))

@@ -87,6 +87,7 @@ def write_report(
         effect=prompt_effect(evaluation),
         empty_policy={"one": "1", "zero": "0", "skip": "left out"}[evaluation.empty_policy],
         intervals=_intervals(evaluation),
+        surface=surface_line(evaluation),
         histogram=_histogram(case_scores(evaluation.counts[RIGHT], evaluation.empty_policy)["dice"]),
         groups=[group for group in groups if group["cases"]],
         colours={"prediction": PREDICTION_COLOUR, "truth": TRUTH_COLOUR},
@@ -154,6 +155,19 @@ def score_table(evaluation: Evaluation, title: str) -> Table:
         values = (row["pooled"]["dice"], row["per_case"]["dice"], row["pooled"]["jaccard"], row["pooled"]["accuracy"])
         table.add_row(row["label"], *(f"{value:.3f}" for value in values), str(row["n"]))
     return table
+
+
+def surface_line(evaluation: Evaluation) -> str:
+    """Return in words how far the outlines lie apart; empty where it was not measured."""
+    if evaluation.surface is None:
+        return ""
+    found = evaluation.surface.summary(evaluation.empty_policy)
+    means = {name: "none" if found[name] is None else f"{found[name]:.3f}" for name in ("hd95", "surface_dice")}
+    return (
+        f"HD95 {means['hd95']} {found['unit']} (mean of the {found['n_hd95']} of {len(evaluation.ids)} cases with a "
+        f"mask and a prediction); surface Dice {means['surface_dice']} at a tolerance of {found['tolerance']:g} "
+        f"{found['unit']} ({found['n_surface_dice']} cases)."
+    )
 
 
 def prompt_effect(evaluation: Evaluation) -> str | None:

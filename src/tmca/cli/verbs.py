@@ -100,6 +100,11 @@ class Evaluate:
     """Compare at the size the network sees (as the paper) or at each image's original size."""
     empty_policy: Literal["one", "zero", "skip"] = "one"
     """Per-case score of an image that is empty in mask and prediction: 1, 0, or left out."""
+    surface: bool = False
+    """Also measure how far outlines lie apart: HD95 and surface Dice."""
+    tolerance: float = 2.0
+    """Distance up to which the surface Dice counts outlines as equal: in millimetres with --space original if the data
+    has a spacing for every image, else in pixels."""
     prompt_level: PromptLevel = "p6"
     """Detail of the sentences in datasets that have levels."""
     seed: int = 0
@@ -114,7 +119,7 @@ class Evaluate:
         from tmca.data.layouts import open_dataset
         from tmca.evaluation import evaluate, write_evaluation, write_ledger
         from tmca.inference import Predictor
-        from tmca.report import score_table, write_report
+        from tmca.report import score_table, surface_line, write_report
 
         predictor = Predictor.from_pretrained(self.model, self.device)
         manifest = open_dataset(self.data, prompt=self.prompt_level)
@@ -127,6 +132,7 @@ class Evaluate:
             threshold=self.threshold,
             space=self.space,
             empty_policy=self.empty_policy,
+            surface_tolerance=self.tolerance if self.surface else None,
             seed=self.seed,
             device=self.device,
         )
@@ -136,6 +142,8 @@ class Evaluate:
         if self.ledger is not None:
             write_ledger(evaluation, Path(self.model), manifest, manifest.name, self.ledger)
         show(score_table(evaluation, f"{name} on {manifest.name}, {self.split} ({len(evaluation.ids)} cases)"))
+        if evaluation.surface is not None:
+            show(surface_line(evaluation))
         show(f"Report with pictures: {folder / 'report.html'}")
 
 

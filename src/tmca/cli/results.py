@@ -1,0 +1,50 @@
+"""What is done with the results of runs: compare."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from tmca.cli.options import show
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Compare runs case by case on the data they share: `tmca compare RUN_A RUN_B …`."""
+
+    runs: tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="RUN …")]]
+    """Two or more run folders, evaluation folders or ledger entries (results/NAME.json); the first is the reference."""
+    split: str = "test"
+    """Which scores of a run folder to compare."""
+    group_seeds: bool = False
+    """Average the runs that differ in nothing but their seed, and compare the averages."""
+    cases: int = 5
+    """How many of the most different cases to list."""
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="FOLDER")] = None
+    """Also write comparison.html, .csv, .tex and .json and cases.csv into this folder."""
+
+    def run(self) -> None:
+        """Compare and print the tables."""
+        from tmca.comparison import compare, read_runs
+        from tmca.comparison_report import (
+            case_list,
+            in_words,
+            method_in_words,
+            pair_table,
+            run_table,
+            write_comparison,
+        )
+
+        comparison = compare(read_runs(self.runs, self.split), group_seeds=self.group_seeds)
+        show(in_words(comparison))
+        show(run_table(comparison))
+        show(pair_table(comparison))
+        show(method_in_words(comparison))
+        if self.cases > 0:
+            show(case_list(comparison, self.cases))
+        if self.output is not None:
+            write_comparison(comparison, self.output, cases=self.cases)
+            show(f"Report: {self.output / 'comparison.html'}")
