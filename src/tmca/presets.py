@@ -148,7 +148,8 @@ def attention_unet() -> Experiment:
 
 def nnunet() -> Experiment:
     """nnU-Net (Isensee et al., 2021), the original as an external engine with a recipe of its own."""
-    return replace(tmca(), name="nnunet", model=_method("nnunet"))
+    trainer = TrainerConfig(max_epochs=1000, min_epochs=1000, patience=1000)
+    return replace(tmca(), name="nnunet", model=_method("nnunet"), trainer=trainer)
 
 
 def lvit() -> Experiment:

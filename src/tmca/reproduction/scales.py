@@ -39,18 +39,6 @@ class Size:
     image_encoder: ImageEncoderConfig | None = None
 
 
-NO_ENCODER = ImageEncoderConfig(weights="none")
-
-SMALL_SAM = {
-    "hidden_size": 192,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 3,
-    "output_channels": 128,
-    "global_attn_indexes": [1, 3, 5],
-    "image_size": 160,
-}
-
-
 def at_scale(experiment: Experiment, scale: Scale, n_train: int) -> Experiment:
     """Return an experiment at a scale.
 
@@ -120,5 +108,70 @@ def _smaller(model: ModelConfig, like: ModelConfig, sizes: dict[str, Size]) -> M
     )
 
 
-CPU_SIZES: dict[str, Size] = {}
-SMOKE_SIZES: dict[str, Size] = {}
+RANDOM = ImageEncoderConfig(weights="none")
+
+
+def _sam(image_size: int, **vision: Any) -> ImageEncoderConfig:  # noqa: ANN401
+    """Return a SAM of random weights for images of one size."""
+    width = vision["output_channels"]
+    options = {
+        "vision_config": vision | {"image_size": image_size, "num_pos_feats": width // 2},
+        "mask_decoder_config": {"hidden_size": width, "mlp_dim": 4 * width, "num_attention_heads": 2},
+        "prompt_encoder_config": {"hidden_size": width, "image_size": image_size},
+    }
+    return ImageEncoderConfig(weights="none", architecture="sam", options=options)
+
+
+CPU_SIZES: dict[str, Size] = {
+    # A quarter of the published widths: about as many operations as MobileNetV2 with the guided decoder.
+    "unet": Size({"widths": (16, 32, 64, 128, 256)}, RANDOM),
+    "unet-plus-plus": Size({"widths": (8, 16, 32, 64, 128)}, RANDOM),
+    "attention-unet": Size({"widths": (16, 32, 64, 128, 256)}, RANDOM),
+    "lvit": Size({"width": 16, "grid": 10}, RANDOM),
+    "cpam": Size({"width": 16, "grid": 10}, RANDOM),
+    "tganet": Size({"width": 32}),
+    "lga": Size(
+        {},
+        _sam(
+            160,
+            hidden_size=192,
+            output_channels=64,
+            num_hidden_layers=6,
+            num_attention_heads=3,
+            window_size=5,
+            global_attn_indexes=[1, 3, 5],
+        ),
+    ),
+    "nnunet": Size({"iterations": None}, RANDOM),
+}
+"""The methods that are narrowed at the scale ``cpu``; random weights where no pretrained ones of that width exist."""
+
+SMOKE_SIZES: dict[str, Size] = {
+    "unet": Size({"widths": (4, 8, 8, 8, 8)}, RANDOM),
+    "unet-plus-plus": Size({"widths": (4, 8, 8, 8, 8)}, RANDOM),
+    "attention-unet": Size({"widths": (4, 8, 8, 8, 8)}, RANDOM),
+    "lvit": Size({"width": 8, "grid": 4}, RANDOM),
+    "cpam": Size({"width": 8, "grid": 4}, RANDOM),
+    "tganet": Size(
+        {"width": 8},
+        ImageEncoderConfig(
+            weights="none",
+            architecture="resnet",
+            options={"embedding_size": 8, "hidden_sizes": [8, 16, 32, 64], "depths": [1, 1, 1, 1]},
+        ),
+    ),
+    "lga": Size(
+        {},
+        _sam(
+            64,
+            hidden_size=32,
+            output_channels=16,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            window_size=2,
+            global_attn_indexes=[1],
+        ),
+    ),
+    "nnunet": Size({"iterations": 4}, RANDOM),
+}
+"""The same at the scale ``smoke``."""

@@ -125,6 +125,16 @@ def test_guidance_off_is_sam_alone(tiny: Callable[..., LGA]):
     assert torch.equal(alone(images).mask_logits, model(images).mask_logits)
 
 
+@torch.no_grad()
+def test_mixed_precision_does_not_round_the_positions(tiny: Callable[..., LGA]):
+    model, images, seen = tiny(), torch.randn(2, 3, 64, 80), []
+    model.mask_decoder.transformer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[2]))
+    model(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(images).mask_logits.dtype == torch.float32
+    assert torch.equal(seen[0], seen[1])
+
+
 # --- adapters -----------------------------------------------------------------------------------------------------
 
 

@@ -289,7 +289,7 @@ def test_a_word_file_that_cannot_be_read_is_named(tmp_path: Path, name: str):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"width": 0}, r"model\.options\.width is 0"), ({"widht": 8}, "Unknown field of model.options 'widht'")],
+    [({"width": 0}, r"model\.options\.width is 0"), ({"wide": 8}, "Unknown field of model.options 'wide'")],
 )
 def test_options_that_cannot_be(options: dict[str, Any], message: str):
     with pytest.raises(ConfigError, match=message):

@@ -166,7 +166,8 @@ class PromptlessMaskDecoder(nn.Module):
         down = (torch.arange(rows, device=features.device) + 0.5) / rows
         across = (torch.arange(cols, device=features.device) + 0.5) / cols
         places = torch.stack([across.expand(rows, cols), down[:, None].expand(rows, cols)], dim=-1)
-        positions = self.positions(places).permute(2, 0, 1).unsqueeze(0)
+        with torch.autocast(features.device.type, enabled=False):  # a rounded angle of many turns means nothing
+            positions = self.positions(places).permute(2, 0, 1).unsqueeze(0)
         tokens, sequence = self.transformer(tokens, features, positions, attention_similarity=None)
         upscaled = self.upscale(sequence.transpose(2, 3).reshape(batch, channels, rows, cols))
         weights = self.hypernetwork(tokens[:, 0, 1])
