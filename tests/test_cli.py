@@ -350,6 +350,12 @@ OTHER_VALUES: dict[str, Any] = {
     "optimiser.gradient_clip": 0.5,
     "optimiser.average_decay": 0.9,
     "trainer.precision": "bf16",
+    "trainer.monitor": "dice",
+    "model.alignment.pooling": "mask",
+    "model.decoder.positions": "flat",
+    "objective.dice_form": "batch",
+    "objective.cross_entropy_form": "balanced",
+    "optimiser.schedule": "plateau",
     "trainer.train_fraction": 0.5,
     "trainer.max_train_seconds": 60.0,
 }

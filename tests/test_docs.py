@@ -24,7 +24,9 @@ import torch
 
 from tmca import cli, errors
 from tmca.batch import find_images, make_jobs, predict_batch
-from tmca.config import Experiment, ImageEncoderConfig, ModelConfig
+from tmca.comparison import compare, read_runs
+from tmca.comparison_report import write_comparison
+from tmca.config import Experiment, ImageEncoderConfig, ModelConfig, to_dict
 from tmca.data.manifest import COLUMNS, Manifest
 from tmca.data.phantom import write_phantoms
 from tmca.demo import run_demo
@@ -33,6 +35,9 @@ from tmca.inference import Predictor
 from tmca.models import build_model
 from tmca.models.text import SentenceTokenizer
 from tmca.presets import PRESETS, get_preset
+from tmca.reproduction import Data, plan
+from tmca.reproduction.ledger import Ledger
+from tmca.reproduction.tables import get_table
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -276,7 +281,7 @@ def test_the_parameter_counts_are_right():
     model = build_model(
         dataclasses.replace(config, image_encoder=encoder),
         tokenizer=tokenizer,
-        bert_config=small_bert,
+        text_architecture=small_bert,
         load_weights=False,
     )
 
@@ -307,6 +312,11 @@ def _fields(heading: str) -> set[str]:
     rows = _rows(_section(_text("docs/reference/files.md"), heading))[2:]
     names = {name for row in rows for name in re.findall(r"`([^`]+)`", row[0])}
     return {name for name in names if "." not in name}
+
+
+def _header(path: Path) -> set[str]:
+    with path.open(encoding="utf-8", newline="") as stream:
+        return set(next(csv.reader(stream)))
 
 
 def _keys(path: Path) -> set[str]:
@@ -347,13 +357,38 @@ def test_the_fields_of_a_prediction_and_of_the_ledger_are_documented(demo: Path,
     for part, keys in ((fields, set(report)), (entries, set(report["cases"][0]))):
         assert {name for row in _rows(part)[2:] for name in re.findall(r"`(\w+)`", row[0])} == keys
     manifest = Manifest.read(demo / "data" / "manifest.csv")
-    write_ledger(
-        evaluate(predictor.model, manifest), demo / "run", manifest, "phantoms", tmp_path / "results" / "a.json"
-    )
+    evaluation = evaluate(predictor.model, manifest, surface_tolerance=2.0)
+    write_ledger(evaluation, demo / "run", manifest, "phantoms", tmp_path / "results" / "a.json")
     assert _fields("Results ledger") == _keys(tmp_path / "results" / "a.json")
+    surface = _fields("Fields of surface")
+    assert surface == set(evaluation.protocol()["surface"])
+    columns = surface - {"n_hd95", "n_surface_dice"}
+    assert _fields("metrics.csv of an evaluation") | columns == _header(tmp_path / "results" / "a.csv")
+
+
+def test_the_fields_of_a_comparison_are_documented(tmp_path: Path):
+    runs = read_runs([ROOT / "results" / "kvasir-mobile.json", ROOT / "results" / "kvasir-mobile-ariadne.json"])
+    write_comparison(compare(runs), tmp_path)
+    assert _fields("comparison.csv") == _header(tmp_path / "comparison.csv")
+    assert _fields("comparison.json") == _keys(tmp_path / "comparison.json")
+    listed = json.loads((tmp_path / "comparison.json").read_text("utf-8"))["runs"][0]
+    (row,) = [row for row in _rows(_section(_text("docs/reference/files.md"), "comparison.json")) if row[0] == "`runs`"]
+    assert set(re.findall(r"`(\w+)`", row[1])) == set(listed)
 
 
 # --- what the pages show ------------------------------------------------------------------------------------------
+
+
+def test_the_comparison_shown_is_the_one_of_the_results(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.chdir(ROOT)
+    page = _text("docs/how-to/compare-models.md")
+    (command,) = [line for block in _blocks(page, "sh") for line in block.splitlines() if "--cases" in line]
+    assert cli.run(command.split()[1:]) == 0
+    printed = "\n".join(line.rstrip() for line in capsys.readouterr().out.splitlines())
+    assert _blocks(page, "text")[0].strip() == printed.strip()
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/tutorials/first-segmentation.md"])
@@ -415,7 +450,8 @@ def _entry(name: str, **model: Any) -> dict[str, Any]:
     scores = {"pooled": {"dice": 0.5}, "per_case_mean": {"dice": 0.25}}
     metrics = {"pooled": {"dice": 0.9}, "per_case_mean": {"dice": 0.8}, "ci95": {"pooled_dice": [0.85, 0.95]}}
     return {
-        "name": name, "preset": name, "experiment": experiment, "dataset": "kvasir_polyp", "split": "test", "n": 100,
+        "name": name, "preset": name, "experiment": experiment, "dataset": "kvasir_polyp", "data_hash": "a" * 64,
+        "split": "test", "n": 100, "n_train": 800, "seed": 1,
         "epochs": 40, "seconds": 3000.0, "metrics": metrics,
         "text_ablation": {"shuffled": scores, "contradictory": scores, "none": scores},
     }  # fmt: skip
@@ -424,7 +460,7 @@ def _entry(name: str, **model: Any) -> dict[str, Any]:
 def test_the_results_tables_are_those_of_the_results(tables: ModuleType, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tables, "ROOT", ROOT)
     for page in tables.PAGES:
-        assert _text(page).count(tables.BEGIN) == _text(page).count(tables.END) == 1
+        assert len(tables.BLOCK.findall(_text(page))) == _text(page).count("results:begin") > 0
     assert tables.main(["--check"]) == 0
 
 
@@ -436,10 +472,29 @@ def test_a_stale_table_is_found_and_rewritten(tables: ModuleType, tmp_path: Path
     assert tables.main(["--check"]) == 1
     assert tables.main([]) == 0
     assert tables.main(["--check"]) == 0
-    rows = _rows((tmp_path / "README.md").read_text("utf-8").partition(tables.BEGIN)[2].partition(tables.END)[0])
+    blocks = {found[2]: found[0] for found in tables.BLOCK.finditer((tmp_path / "README.md").read_text("utf-8"))}
+    rows = _rows(blocks["runs"])
     assert [row[-1] for row in rows[2:]] == ["0.922", "0.893", "n/a"]
-    assert rows[2][:6] == ["kvasir-mobile", "kvasir_polyp, test (100)", "40", "50", "**0.900** [0.850, 0.950]", "0.800"]
+    assert rows[2][:4] == ["kvasir-mobile", "kvasir_polyp, test (100)", "800", "40"]
+    assert rows[2][4:7] == ["50", "**0.900** [0.850, 0.950]", "0.800"]
     assert rows[4][-4:-1] == ["n/a", "n/a", "n/a"]
+
+
+def test_the_runs_of_a_table_are_shown_there(tables: ModuleType, tmp_path: Path):
+    runs = plan(get_table("table2"), Data("kvasir_polyp", "a" * 64, 800), "cpu", [1, 2])
+    for run in (run for run in runs if run.row.preset in ("tmca", "ariadne")):
+        entry = _entry("tmca") | {"experiment": to_dict(run.experiment), "seed": run.experiment.seed, "name": run.name}
+        scores = {"dice": 0.9, "jaccard": 0.82, "accuracy": 0.98}
+        entry["metrics"] = {"pooled": scores, "per_case_mean": scores}
+        (tmp_path / "results" / f"{run.name}.json").write_text(json.dumps(entry), encoding="utf-8")
+    ledger = Ledger(tmp_path / "results")
+    rows = _rows(tables.content("table2 kvasir_polyp cpu", ledger))
+    assert [(row[0], row[2], row[6]) for row in rows[2:]] == [
+        ("TMCA", "90.00 ± 0.00", "2"),
+        ("-Contrastive Alignment", "90.00 ± 0.00", "2"),
+    ]
+    assert tables.content("runs", ledger) == tables.NOTHING
+    assert tables.content("table1 qata_cov19 cpu", ledger) == tables.NOTHING
 
 
 def test_the_papers_value_stands_beside_its_own_method_only(tables: ModuleType):

@@ -189,7 +189,8 @@ def pool_masked(level: LevelEmbeddings, masks: Bool[Tensor, "batch 1 height widt
     """
     if level.feature_map is None:
         return level
-    shares = functional.adaptive_avg_pool2d(masks.float(), level.feature_map.shape[2:])
+    rows, cols = level.feature_map.shape[2:]
+    shares = functional.adaptive_avg_pool2d(masks.float(), (rows, cols))
     covered = shares.sum((2, 3))
     inside = (level.feature_map.float() * shares).sum((2, 3)) / covered.clamp(min=1e-6)
     return LevelEmbeddings(torch.where(covered > 0, inside, level.image_embedding.float()), level.text_embedding)

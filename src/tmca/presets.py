@@ -183,7 +183,8 @@ def unet_lvit() -> Experiment:
 def cpam() -> Experiment:
     """CPAM (Lee et al., 2023), a reconstruction from its description, common recipe; the authors' is not known."""
     clip = TextEncoderConfig(weights="openai/clip-vit-base-patch32", word_layers=1, sentence_pooling="last")
-    return replace(tmca(), name="cpam", model=_method("cpam", guidance=True, text_encoder=clip))
+    model = _method("cpam", guidance=True, weights="timm/vgg16_bn.tv_in1k", text_encoder=clip)
+    return replace(tmca(), name="cpam", model=model)
 
 
 def tganet() -> Experiment:

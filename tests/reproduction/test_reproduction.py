@@ -46,7 +46,7 @@ def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         pytest.fail("something was trained that was known")
 
-    monkeypatch.setattr(tmca.reproduction, "fit", refuse)
+    monkeypatch.setattr(tmca.reproduction, "train_run", refuse)
 
 
 def test_a_plan_names_every_run(phantoms: Manifest):
@@ -132,7 +132,7 @@ def test_an_interruption_keeps_what_was_finished(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(tmca.reproduction, "fit", interrupt)
+        patch.setattr(tmca.reproduction, "train_run", interrupt)
         with pytest.raises(KeyboardInterrupt):
             _reproduce(phantoms, copied)
     assert [path.name for path in (copied / "results").glob("*.json")] == ["phantoms-smoke-ariadne-seed1.json"]
@@ -156,14 +156,14 @@ def test_other_data_gets_an_entry_of_its_own(copied: Path, phantoms: Manifest, c
 def test_a_method_that_cannot_run_does_not_stop_the_others(
     phantoms: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    original = tmca.reproduction.fit
+    original = tmca.reproduction.train_run
 
     def fit(experiment, *arguments, **settings):
         if experiment.model.guidance:
             raise WeightsError("Weights 'x' are not on this machine", hint="download them")
         return original(experiment, *arguments, **settings)
 
-    monkeypatch.setattr(tmca.reproduction, "fit", fit)
+    monkeypatch.setattr(tmca.reproduction, "train_run", fit)
     result = _reproduce(phantoms, tmp_path)
     problem = "phantoms-smoke-ariadne-seed1: Weights 'x' are not on this machine (download them)"
     assert result.problems == (problem,)

@@ -5,20 +5,25 @@ Heavy libraries are imported inside the verbs, so that ``tmca --help`` answers a
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import tyro
 from rich.console import Console
 
-from tmca.cli.catalogue import ModelsList, PresetsList, PresetsShow
+from tmca.cli.catalogue import ModelsConvert, ModelsInstall, ModelsList, PresetsList, PresetsShow
 from tmca.cli.data import DataAudit, DataDescribe, DataImport, DataPhantom, DataSplit
 from tmca.cli.options import show
+from tmca.cli.reproduction import Reproduce
+from tmca.cli.results import Compare
 from tmca.cli.verbs import Demo, Evaluate, Predict, Train
+from tmca.config import Experiment
 from tmca.errors import EXIT_INTERRUPTED, ConfigError, TMCAError, unknown_name
 from tmca.presets import PRESETS, get_preset
 from tmca.progress import set_quiet
@@ -28,6 +33,8 @@ VERBS: dict[str, Any] = {
     "train": Train,
     "evaluate": Evaluate,
     "predict": Predict,
+    "compare": Compare,
+    "reproduce": Reproduce,
     "data import": DataImport,
     "data audit": DataAudit,
     "data describe": DataDescribe,
@@ -36,7 +43,11 @@ VERBS: dict[str, Any] = {
     "presets list": PresetsList,
     "presets show": PresetsShow,
     "models list": ModelsList,
+    "models convert": ModelsConvert,
+    "models install": ModelsInstall,
 }
+
+OPTIONS_FLAG = "--model.options"
 
 GLOBAL_FLAGS = {
     "-q": "quiet",
@@ -135,7 +146,29 @@ def _parse(verb: str, rest: list[str]) -> Any:  # noqa: ANN401
     if verb != "train":
         return tyro.cli(VERBS[verb], args=rest, prog=f"tmca {verb}")
     preset, rest = _split_preset(rest)
-    return tyro.cli(Train, args=rest, prog=f"tmca train {preset}", default=Train(get_preset(preset)))
+    experiment, rest = _with_options(get_preset(preset), rest)
+    return tyro.cli(Train, args=rest, prog=f"tmca train {preset}", default=Train(experiment))
+
+
+def _with_options(experiment: Experiment, rest: list[str]) -> tuple[Experiment, list[str]]:
+    """Read ``--model.options JSON``: its fields are the method's, which the parser does not know."""
+    for position, argument in enumerate(rest):
+        flag, equals, text = argument.partition("=")
+        if flag != OPTIONS_FLAG:
+            continue
+        if not equals:
+            text = rest[position + 1] if position + 1 < len(rest) else ""
+        try:
+            options = json.loads(text)
+        except ValueError:
+            options = None
+        if not isinstance(options, dict):
+            raise ConfigError(
+                f"{OPTIONS_FLAG} is {text!r}, expected a JSON object", hint="for example '{\"width\": 32}'"
+            )
+        model = replace(experiment.model, options=experiment.model.options | options)
+        return replace(experiment, model=model), rest[:position] + rest[position + (1 if equals else 2) :]
+    return experiment, rest
 
 
 def _split_preset(rest: list[str]) -> tuple[str, list[str]]:

@@ -56,7 +56,7 @@ class Train:
     def run(self) -> None:
         """Train, then say where the result is and how to score it."""
         from tmca.data.layouts import open_dataset
-        from tmca.training import fit
+        from tmca.runs import train_run
 
         if self.data is None:
             raise ConfigError("`tmca train` needs --data", hint="name a manifest file or a dataset folder")
@@ -64,7 +64,7 @@ class Train:
         manifest = open_dataset(self.data, prompt=self.prompt_level)
         say(f"{manifest.name}: " + ", ".join(f"{count} {split}" for split, count in manifest.splits.items()))
         try:
-            record = fit(
+            record = train_run(
                 self.experiment,
                 manifest,
                 folder,
@@ -117,18 +117,24 @@ class Evaluate:
     def run(self) -> None:
         """Score, write the files and print the table."""
         from tmca.data.layouts import open_dataset
-        from tmca.evaluation import evaluate, write_evaluation, write_ledger
+        from tmca.checkpoints import resolve_checkpoint
+        from tmca.evaluation import write_ledger
         from tmca.inference import Predictor
+        from tmca.nnunet.workspace import is_nnunet_run
         from tmca.report import score_table, surface_line, write_report
+        from tmca.runs import score_run
 
-        predictor = Predictor.from_pretrained(self.model, self.device)
+        is_external = is_nnunet_run(Path(self.model))
+        if not is_external:
+            resolve_checkpoint(self.model)  # a model that is not there is refused before the data is read
         manifest = open_dataset(self.data, prompt=self.prompt_level)
         default = Path(self.model) if Path(self.model).is_dir() else Path("runs") / Path(self.model).name
         folder = self.output or default / f"evaluation-{self.split}"
-        evaluation = evaluate(
-            predictor.model,
+        evaluation = score_run(
+            self.model,
             manifest,
             self.split,
+            folder,
             threshold=self.threshold,
             space=self.space,
             empty_policy=self.empty_policy,
@@ -136,14 +142,17 @@ class Evaluate:
             seed=self.seed,
             device=self.device,
         )
-        write_evaluation(evaluation, self.model, manifest, folder)
-        name = predictor.experiment.name
-        write_report(evaluation, predictor, manifest, folder, model=name)
+        name = evaluation.experiment.name if evaluation.experiment is not None else Path(self.model).name
         if self.ledger is not None:
             write_ledger(evaluation, Path(self.model), manifest, manifest.name, self.ledger)
         show(score_table(evaluation, f"{name} on {manifest.name}, {self.split} ({len(evaluation.ids)} cases)"))
         if evaluation.surface is not None:
             show(surface_line(evaluation))
+        if is_external:
+            show(f"Scores of the cases: {folder / 'metrics.csv'}")
+            return
+        predictor = Predictor.from_pretrained(self.model, self.device)
+        write_report(evaluation, predictor, manifest, folder, model=name)
         show(f"Report with pictures: {folder / 'report.html'}")
 
 

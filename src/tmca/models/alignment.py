@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from tmca.models.enhancement import target_attention
 from tmca.types import GLOBAL_LEVEL, ImageFeatures, LevelEmbeddings, TextFeatures
 
-
 Pooling = Literal["mean", "attended", "mask"]
 
 

@@ -12,18 +12,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tmca.checkpoints import load_checkpoint
 from tmca.config import Experiment, config_hash
 from tmca.data.manifest import Manifest
 from tmca.data.phantom import write_phantoms
 from tmca.errors import TMCAError, unknown_name
-from tmca.evaluation import evaluate, write_evaluation, write_ledger
+from tmca.evaluation import write_ledger
 from tmca.presets import get_preset
 from tmca.progress import say
 from tmca.reproduction.ledger import Entry, Ledger
 from tmca.reproduction.scales import Scale, at_scale
 from tmca.reproduction.tables import Row, Table
-from tmca.training import TRAINER_STATE, fit
+from tmca.runs import can_resume, score_run, train_run
 
 SPLIT = "test"
 SMOKE_COUNTS = {"train": 32, "val": 8, "test": 16}
@@ -218,16 +217,15 @@ def draw_smoke_data(folder: Path) -> Manifest:
 
 
 def run_folders(table: Table, manifest: Manifest, scale: Scale, seed: int, runs: Path) -> dict[str, Path]:
-    """Return label → run folder of the rows of a table that have a trained model in ``runs``."""
+    """Return label → run folder of the rows of a table that have a model in ``runs`` which can predict here."""
     folders = {run.row.label: runs / run.folder_name for run in plan(table, Data.of(manifest), scale, [seed])}
     return {label: folder for label, folder in folders.items() if (folder / "checkpoints" / "best").is_dir()}
 
 
 def _train_and_score(run: Planned, manifest: Manifest, folder: Path, entry: Path, device: str) -> None:
-    resume = (folder / "checkpoints" / "last" / TRAINER_STATE).is_file()
-    fit(run.experiment, manifest, folder, resume=resume, overwrite=not resume, device=device)
-    evaluation = evaluate(load_checkpoint(folder), manifest, SPLIT, device=device)
-    write_evaluation(evaluation, folder, manifest, folder / f"evaluation-{SPLIT}")
+    resume = can_resume(folder)
+    train_run(run.experiment, manifest, folder, resume=resume, overwrite=not resume, device=device)
+    evaluation = score_run(folder, manifest, SPLIT, folder / f"evaluation-{SPLIT}", device=device)
     write_ledger(evaluation, folder, manifest, manifest.name, entry)
 
 
@@ -238,10 +236,8 @@ def _entry(ledger: Ledger, run: Planned) -> Entry | None:
 def _say_of_other_data(ledger: Ledger, run: Planned, dataset: str) -> None:
     other = ledger.on_other_data(run.experiment, run.data_hash, dataset)
     if other is not None:
-        say(
-            f"note: {other.path} is the same run on other data (hash {other.data_hash[:8]}, today's {run.data_hash[:8]}); "
-            "it is kept, and this data gets an entry of its own"
-        )
+        hashes = f"hash {other.data_hash[:8]}, today's {run.data_hash[:8]}"
+        say(f"note: {other.path} is the same run on other data ({hashes}): it is kept, this data gets its own entry")
 
 
 def _remaining(number: int, total: int, started: float) -> str:

@@ -142,7 +142,7 @@ CPU_SIZES: dict[str, Size] = {
             global_attn_indexes=[1, 3, 5],
         ),
     ),
-    "nnunet": Size({"iterations": None}, RANDOM),
+    "nnunet": Size({"iterations": None, "batch_size": 16}, RANDOM),
 }
 """The methods that are narrowed at the scale ``cpu``; random weights where no pretrained ones of that width exist."""
 
@@ -172,6 +172,6 @@ SMOKE_SIZES: dict[str, Size] = {
             global_attn_indexes=[1],
         ),
     ),
-    "nnunet": Size({"iterations": 4}, RANDOM),
+    "nnunet": Size({"iterations": 5, "batch_size": 8}, RANDOM),
 }
 """The same at the scale ``smoke``."""

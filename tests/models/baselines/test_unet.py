@@ -15,7 +15,8 @@ from tmca.config import ModelConfig, ObjectiveConfig
 from tmca.errors import ConfigError
 from tmca.losses import objective
 from tmca.models import build_model
-from tmca.models.baselines.unet import LViTUNet, UNet, decoder_channels, pad_to_multiple
+from tmca.models.baselines.unet import LViTUNet, UNet, decoder_channels
+from tmca.models.vision import pad_images
 from tmca.presets import NO_ALIGNMENT, NO_ENHANCEMENT
 
 NAMES = ("unet", "unet-plus-plus", "attention-unet", "unet-lvit")
@@ -141,7 +142,7 @@ def test_images_of_odd_sizes_are_padded_with_their_border(method: str):
     images = _images(1, 33, 50)
     by_hand = torch.cat([images, images[..., -1:].expand(-1, -1, -1, 14)], dim=3)
     by_hand = torch.cat([by_hand, by_hand[..., -1:, :].expand(-1, -1, 15, -1)], dim=2)
-    assert torch.equal(pad_to_multiple(images), by_hand)
+    assert torch.equal(pad_images(images, 16), by_hand)
     assert torch.equal(model(images).mask_logits, model(by_hand).mask_logits[..., :33, :50])
 
 

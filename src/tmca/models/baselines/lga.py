@@ -16,7 +16,7 @@ from tmca.config import ImageEncoderConfig, ModelConfig
 from tmca.errors import ConfigError, unknown_name
 from tmca.models.base import Parts, SegmentationModel, nobody, read_options
 from tmca.models.text import TextEncoder
-from tmca.models.vision import check_images, describe_architecture, image_backbone_config, load_backbone
+from tmca.models.vision import check_images, describe_architecture, image_backbone_config, load_backbone, pad_images
 from tmca.models.weights import load_state_dict, locate
 from tmca.types import ImageFeatures, ModelOutput, TextFeatures
 
@@ -237,9 +237,7 @@ class LGA(SegmentationModel):
         check_images(images)
         height, width = images.shape[-2:]
         patch = self.image_encoder.patch_embed.projection.kernel_size[0]
-        padding = (0, -width % patch, 0, -height % patch)
-        padded = nn.functional.pad(images, padding, mode="replicate") if any(padding) else images
-        patches = self.image_encoder.patch_embed.projection(padded)
+        patches = self.image_encoder.patch_embed.projection(pad_images(images, patch))
         if self.image_encoder.pos_embed is not None:
             positions = self.image_encoder.pos_embed.permute(0, 3, 1, 2)
             if positions.shape[-2:] != patches.shape[-2:]:

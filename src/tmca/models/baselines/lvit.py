@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from tmca.config import ModelConfig
 from tmca.errors import ConfigError
 from tmca.models.base import Parts, SegmentationModel, nobody, read_options
-from tmca.models.baselines.unet import DEEPEST_STRIDE, PlainEncoder, convolutions, decoder_channels, pad_to_multiple
+from tmca.models.baselines.unet import DEEPEST_STRIDE, PlainEncoder, convolutions, decoder_channels
 from tmca.models.text import TextEncoder
-from tmca.models.vision import check_images
+from tmca.models.vision import check_images, pad_images
 from tmca.types import ImageFeatures, ModelOutput, TextFeatures
 
 STRIDES = (1, 2, 4, 8)
@@ -270,7 +270,7 @@ class LViT(SegmentationModel):
         """Run the convolutional encoder, padding images at the right and bottom by repeating their border."""
         check_images(images)
         height, width = images.shape[-2:]
-        return ImageFeatures(self.encoder(pad_to_multiple(images)), None, (height, width))
+        return ImageFeatures(self.encoder(pad_images(images, DEEPEST_STRIDE)), None, (height, width))
 
     def segment(self, images: ImageFeatures, text: TextFeatures | None) -> ModelOutput:
         """Run the transformers, with the sentence where there is one, and decode."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tmca.config import ModelConfig
 from tmca.errors import ConfigError
 from tmca.models.base import Parts, SegmentationModel, nobody, read_options
-from tmca.models.vision import check_images
+from tmca.models.vision import check_images, pad_images
 from tmca.types import ImageFeatures, ModelOutput, TextFeatures
 
 DEEPEST_STRIDE = 16
@@ -76,7 +76,7 @@ class UNet(SegmentationModel):
         """Run the network, padding images at the right and bottom by repeating their border."""
         check_images(images)
         height, width = images.shape[-2:]
-        maps = self.network(pad_to_multiple(images))
+        maps = self.network(pad_images(images, DEEPEST_STRIDE))
         joined = maps if isinstance(maps, Tensor) else torch.cat(maps, dim=1)
         return ImageFeatures({1: joined[..., :height, :width]}, None, (height, width))
 
@@ -143,13 +143,6 @@ class LViTUNet(nn.Module):
         for stride, up in zip((8, 4, 2, 1), self.up, strict=True):
             decoded = up(decoded, maps[stride])
         return decoded
-
-
-def pad_to_multiple(images: Float[Tensor, "batch 3 _ _"]) -> Float[Tensor, "batch 3 _ _"]:
-    """Return images with sides that are multiples of 16, padded at the right and bottom by repeating their border."""
-    height, width = images.shape[-2:]
-    padding = (0, -width % DEEPEST_STRIDE, 0, -height % DEEPEST_STRIDE)
-    return nn.functional.pad(images, padding, mode="replicate") if any(padding) else images
 
 
 def convolutions(in_channels: int, out_channels: int, *, count: int) -> nn.Sequential:

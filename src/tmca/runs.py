@@ -1,0 +1,99 @@
+"""Train and score a run whatever its engine: our own training, or a program beside it (nnU-Net)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tmca.checkpoints import load_checkpoint
+from tmca.config import Experiment
+from tmca.data.manifest import Manifest
+from tmca.errors import ConfigError
+from tmca.evaluation import Evaluation, Space, evaluate, write_evaluation
+from tmca.metrics import EmptyPolicy
+from tmca.nnunet import evaluation as nnunet_evaluation
+from tmca.nnunet import training as nnunet_training
+from tmca.nnunet.workspace import is_nnunet_run
+from tmca.training import TRAINER_STATE, RunRecord, fit
+
+NNUNET = "nnunet"
+USUAL_THRESHOLD = 0.5
+
+
+def train_run(
+    experiment: Experiment,
+    manifest: Manifest,
+    folder: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str = "auto",
+) -> RunRecord:
+    """Train an experiment into a run folder; see :func:`tmca.training.fit` for arguments and errors."""
+    train = nnunet_training.fit if experiment.model.method == NNUNET else fit
+    return train(experiment, manifest, folder, resume=resume, overwrite=overwrite, device=device)
+
+
+def can_resume(folder: Path) -> bool:
+    """Whether a folder holds a run that :func:`train_run` can continue."""
+    return is_nnunet_run(folder) or (folder / "checkpoints" / "last" / TRAINER_STATE).is_file()
+
+
+def score_run(
+    model: str | Path,
+    manifest: Manifest,
+    split: str,
+    folder: Path,
+    *,
+    threshold: float = USUAL_THRESHOLD,
+    space: Space = "network",
+    empty_policy: EmptyPolicy = "one",
+    surface_tolerance: float | None = None,
+    seed: int = 0,
+    device: str = "auto",
+) -> Evaluation:
+    """Score a model on a split and write ``metrics.csv`` and ``summary.json``.
+
+    Args:
+        model: Run folder, checkpoint folder or hub id.
+        manifest: All splits.
+        split: The one to score.
+        folder: Where the files go.
+        threshold: See :func:`tmca.evaluation.evaluate`, as of the arguments below.
+        space: Compare at the network's size or at each mask's own.
+        empty_policy: Score of a case that is empty in mask and prediction.
+        surface_tolerance: Also measure surface distances, with this tolerance.
+        seed: Decides which other sentence an image gets.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
+
+    Raises:
+        ConfigError: A threshold was asked of nnU-Net, which gives masks and no probabilities.
+        TMCAError: As :func:`tmca.evaluation.evaluate` and :func:`tmca.nnunet.evaluation.evaluate`.
+    """
+    if is_nnunet_run(Path(model)):
+        if threshold != USUAL_THRESHOLD:
+            raise ConfigError("nnU-Net's masks have no threshold to choose", hint="leave --threshold out")
+        evaluation = nnunet_evaluation.evaluate(
+            Path(model),
+            manifest,
+            split,
+            space=space,
+            empty_policy=empty_policy,
+            surface_tolerance=surface_tolerance,
+            device=device,
+        )
+        weights = nnunet_evaluation.weights_hash(Path(model))
+        write_evaluation(evaluation, model, manifest, folder, model_sha256=weights)
+        return evaluation
+    evaluation = evaluate(
+        load_checkpoint(model),
+        manifest,
+        split,
+        threshold=threshold,
+        space=space,
+        empty_policy=empty_policy,
+        surface_tolerance=surface_tolerance,
+        seed=seed,
+        device=device,
+    )
+    write_evaluation(evaluation, model, manifest, folder)
+    return evaluation
