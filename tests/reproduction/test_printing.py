@@ -62,7 +62,7 @@ def test_our_numbers_stand_beside_the_papers(result: Reproduction):
 def test_notes_explain_what_cannot_be_compared(result: Reproduction):
     lines, notes = table_lines(result)
     tganet = next(line for line in lines if line.label.startswith("TGANet"))
-    assert tganet.paper == ("83.30", "89.82", "a case")
+    assert tganet.paper == ("83.30", "89.82", "per case")
     marks = [int(mark) for mark in tganet.label.partition("(")[2].rstrip(")").split(", ")]
     assert [notes[mark - 1] for mark in marks] == [NOTES[n] for n in ("no_caption", "other_split", "per_case")]
 

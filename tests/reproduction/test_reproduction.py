@@ -173,7 +173,7 @@ def test_a_method_that_cannot_run_does_not_stop_the_others(
 
 def test_smoke_data_is_drawn_once(tmp_path: Path):
     first = draw_smoke_data(tmp_path / "phantoms")
-    assert first.splits == {"train": 32, "val": 8, "test": 16}
+    assert first.splits == {"train": 96, "val": 16, "test": 24}
     drawn = (tmp_path / "phantoms" / "manifest.csv").stat().st_mtime_ns
     assert draw_smoke_data(tmp_path / "phantoms").content_hash() == first.content_hash()
     assert (tmp_path / "phantoms" / "manifest.csv").stat().st_mtime_ns == drawn

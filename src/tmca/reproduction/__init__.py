@@ -25,7 +25,7 @@ from tmca.reproduction.tables import Row, Table
 from tmca.runs import can_resume, score_run, train_run
 
 SPLIT = "test"
-SMOKE_COUNTS = {"train": 32, "val": 8, "test": 16}
+SMOKE_COUNTS = {"train": 96, "val": 16, "test": 24}
 
 
 @dataclass(frozen=True)
@@ -245,4 +245,5 @@ def _remaining(number: int, total: int, started: float) -> str:
     if not done:
         return ""
     seconds = (time.monotonic() - started) / done * (total - done)
-    return f", about {max(1, round(seconds / 60))} minutes left"
+    minutes = max(1, round(seconds / 60))
+    return f", about {minutes} {'minute' if minutes == 1 else 'minutes'} left"

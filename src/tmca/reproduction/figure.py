@@ -16,6 +16,7 @@ from scipy import ndimage
 from tmca.data.manifest import Manifest, Record
 from tmca.errors import DataError
 from tmca.files import write_bytes
+from tmca.imaging.overlay import draw_overlay
 from tmca.imaging.reading import read_image, read_mask
 from tmca.inference import Predictor
 from tmca.progress import track
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 FALSE_POSITIVE, FALSE_NEGATIVE = "#e8112d", "#1f6fff"
 SMALLEST_BOX = 0.002
 """Share of the image from which a wrong region gets a box: thinner ones are differences of the outline."""
-MASK_COLOUR = np.array((255, 200, 0), np.float32)
-OPACITY = 0.45
 
 MaskArray = Bool[np.ndarray, "height width"]
 Box = tuple[int, int, int, int]
@@ -143,10 +142,7 @@ def _read(manifest: Manifest, record: Record) -> Compared:
 
 
 def _show(axis: Axes, image: np.ndarray, mask: np.ndarray | None) -> None:
-    shown = image.astype(np.float32)
-    if mask is not None:
-        shown[mask] = (1 - OPACITY) * shown[mask] + OPACITY * MASK_COLOUR
-    axis.imshow(shown.astype(np.uint8))
+    axis.imshow(draw_overlay(image, mask))
     axis.set(xticks=[], yticks=[])
 
 

@@ -16,11 +16,11 @@ SCORES = (
     ("Jaccard", "pooled", "jaccard"),
     ("Dice", "pooled", "dice"),
     ("accuracy", "pooled", "accuracy"),
-    ("Dice a case", "per_case_mean", "dice"),
+    ("per-case Dice", "per_case_mean", "dice"),
 )
 """Heading, protocol and name of our columns."""
 
-PROTOCOLS = {"pooled": "pooled", "per_case": "a case"}
+PROTOCOLS = {"pooled": "pooled", "per_case": "per case"}
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def terminal_table(result: Reproduction) -> TerminalTable:
     """Return the table for a terminal."""
     table = TerminalTable(title=caption(result), title_justify="left", title_style="bold")
     for index, heading in enumerate(headings(result)):
-        table.add_column(heading, justify="right" if index else "left")
+        table.add_column(heading, justify="right" if index else "left", no_wrap=not index)
     lines, _ = table_lines(result)
     for index, line in enumerate(lines):
         last = index + 1 == len(lines) or lines[index + 1].group != line.group

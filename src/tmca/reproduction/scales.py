@@ -22,6 +22,8 @@ from tmca.presets import kvasir_mobile, tiny
 
 Scale = Literal["smoke", "cpu", "paper"]
 
+SMOKE_EPOCHS = 5
+
 MANY_IMAGES = 2000
 """Training images from which a dataset is seen fewer times, in larger batches."""
 
@@ -47,7 +49,7 @@ def at_scale(experiment: Experiment, scale: Scale, n_train: int) -> Experiment:
         scale: ``paper`` leaves it as it is. ``cpu`` is a budget for two cores: 160 pixels, a pretrained MobileNetV2
             where the method takes any image encoder, a text encoder learned with the model, narrow networks, 20 epochs
             of a small dataset or 8 of a large one; shares of the data get as many steps as the whole. ``smoke`` is
-            one epoch of tiny networks at 64 pixels, to see that everything runs.
+            a few epochs of tiny networks at 64 pixels, to see that everything runs.
         n_train: Images of the whole training split.
     """
     if scale == "paper":
@@ -87,9 +89,9 @@ def _smoke(experiment: Experiment) -> Experiment:
         optimiser=OptimiserConfig(learning_rate=1e-3, schedule_epochs=None),
         trainer=TrainerConfig(
             batch_size=8,
-            max_epochs=1,
-            min_epochs=1,
-            patience=1,
+            max_epochs=SMOKE_EPOCHS,
+            min_epochs=SMOKE_EPOCHS,
+            patience=SMOKE_EPOCHS,
             precision="32",
             train_fraction=experiment.trainer.train_fraction,
         ),
