@@ -7,6 +7,7 @@ import io
 from dataclasses import dataclass
 
 import numpy as np
+from rich import box
 from rich.table import Table as TerminalTable
 
 from tmca.reproduction import Reproduction, RowResult
@@ -89,7 +90,9 @@ def caption(result: Reproduction) -> str:
 
 def terminal_table(result: Reproduction) -> TerminalTable:
     """Return the table for a terminal."""
-    table = TerminalTable(title=caption(result), title_justify="left", title_style="bold")
+    table = TerminalTable(
+        title=caption(result), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
+    )
     for index, heading in enumerate(headings(result)):
         table.add_column(heading, justify="right" if index else "left", no_wrap=not index)
     lines, _ = table_lines(result)
