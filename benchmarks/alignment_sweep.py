@@ -37,6 +37,11 @@ FORMS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "mask, weight 1": ("tmca", {"alignment": {"pooling": "mask"}}),
     "mask, weight 0.2": ("tmca", {"alignment": {"pooling": "mask"}, "objective": {"alignment_weight": 0.2}}),
     "mask, weight 0.05": ("tmca", {"alignment": {"pooling": "mask"}, "objective": {"alignment_weight": 0.05}}),
+    "mask, weight 0.2, tau_1 0.2": (
+        "tmca",
+        {"alignment": {"pooling": "mask"}, "objective": {"alignment_weight": 0.2, "target_temperature": 0.2}},
+    ),
+    "mask, image encoder left alone": ("tmca", {"alignment": {"pooling": "mask", "train_image_encoder": False}}),
     "mask, tau_1 0.5": ("tmca", {"alignment": {"pooling": "mask"}, "objective": {"target_temperature": 0.5}}),
 }
 """Name → preset, and the fields that are changed; ``alignment`` is a section of the model."""

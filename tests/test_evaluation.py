@@ -456,6 +456,17 @@ def run(phantoms: Manifest, tiny_experiment: Experiment, tmp_path_factory: pytes
     return folder
 
 
+def test_the_ledger_keeps_no_sentence(run: Path, phantoms: Manifest, tmp_path: Path):
+    evaluation = evaluate(TMCA.from_pretrained(run), phantoms)
+    write_ledger(evaluation, run, phantoms, "phantoms", tmp_path / "entry.json")
+    text = (tmp_path / "entry.csv").read_text("utf-8")
+    sentence = phantoms.split("test").records[0].text
+    assert sentence
+    assert sentence in case_table(evaluation)
+    assert sentence not in text
+    assert len(text.splitlines()) == 1 + 8
+
+
 def test_the_ledger_has_the_agreed_fields(run: Path, phantoms: Manifest, tmp_path: Path):
     evaluation: Evaluation = evaluate(TMCA.from_pretrained(run), phantoms, threshold=0.3)
     write_ledger(evaluation, run, phantoms, "phantoms", tmp_path / "results" / "tiny-phantoms.json")

@@ -340,7 +340,7 @@ def _read_cases(path: Path, hint: str) -> ScoredRun:
         with path.open(encoding="utf-8", newline="") as stream:
             rows = list(csv.DictReader(stream))
         ids = tuple(row["id"] for row in rows)
-        patients, texts = tuple(row["patient_id"] for row in rows), tuple(row["text"] for row in rows)
+        patients, texts = tuple(row["patient_id"] for row in rows), tuple(row.get("text", "") for row in rows)
         counts = Counts(*(np.array([int(row[name]) for row in rows], dtype=np.int64) for name in COUNTS))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} holds no cases: {type(error).__name__} {error}", hint=hint) from error

@@ -169,11 +169,13 @@ def case_list(comparison: Comparison, count: int) -> Table:
     table.add_column("case", overflow="fold")
     for number in range(1, len(comparison.columns) + 1):
         table.add_column(str(number), justify="right", no_wrap=True)
-    table.add_column("sentence")
+    texts = comparison.first.texts
+    if any(texts):  # a ledger's entries have none
+        table.add_column("sentence")
     dice = [column.cases("dice") for column in comparison.columns]
     for index in comparison.most_different(count):
-        scores = (f"{values[index]:.3f}" for values in dice)
-        table.add_row(comparison.first.ids[index], *scores, comparison.first.texts[index])
+        row = [comparison.first.ids[index], *(f"{values[index]:.3f}" for values in dice)]
+        table.add_row(*row, *([texts[index]] if any(texts) else []))
     return table
 
 

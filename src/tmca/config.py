@@ -150,6 +150,8 @@ class AlignmentConfig:
     pooling: Literal["mean", "attended", "mask"] = "mean"
     """How a feature map becomes the vector that is aligned: mean over positions; attended: weighted by how much the
     image's own sentence points at a position (Eq. 2); mask: mean over the true mask, in training."""
+    train_image_encoder: bool = True
+    """Let the alignment loss reach the image encoder; off: only the text side learns to meet the image."""
 
     def __post_init__(self) -> None:
         _require(set(self.strides) <= {8, 16, 32}, "alignment.strides", self.strides, "a subset of (8, 16, 32)")

@@ -366,8 +366,13 @@ def write_evaluation(
     )
 
 
-def case_table(evaluation: Evaluation) -> str:
-    """Return one CSV row a case: counts, scores with its own sentence, Dice with the wrong ones, what they mean."""
+def case_table(evaluation: Evaluation, *, with_text: bool = True) -> str:
+    """Return one CSV row a case: counts, scores with its own sentence, Dice with the wrong ones, what they mean.
+
+    Args:
+        evaluation: The scores.
+        with_text: Add the sentences. A ledger that is published goes without: they are the dataset's.
+    """
     counts = evaluation.counts[RIGHT]
     columns = {name: _cells(values) for name, values in case_scores(counts, evaluation.empty_policy).items()}
     columns = {name: columns[name] for name in SCORES}
@@ -389,11 +394,11 @@ def case_table(evaluation: Evaluation) -> str:
         meaning |= {"tolerance": evaluation.surface.tolerance, "unit": evaluation.surface.unit}
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["id", "patient_id", *columns, *meaning, "text"])
+    writer.writerow(["id", "patient_id", *columns, *meaning, *(["text"] if with_text else [])])
     for index, case in enumerate(evaluation.ids):
         row = [values[index] for values in columns.values()]
-        text = evaluation.texts[RIGHT][index] or ""
-        writer.writerow([case, evaluation.patients[index], *row, *meaning.values(), text])
+        text = [evaluation.texts[RIGHT][index] or ""] if with_text else []
+        writer.writerow([case, evaluation.patients[index], *row, *meaning.values(), *text])
     return buffer.getvalue()
 
 
@@ -438,7 +443,7 @@ def write_ledger(evaluation: Evaluation, run: Path, manifest: Manifest, dataset:
             "text_ablation": evaluation.text_ablation(),
         },
     )
-    write_text(path.with_suffix(".csv"), case_table(evaluation))
+    write_text(path.with_suffix(".csv"), case_table(evaluation, with_text=False))
 
 
 def read_run(folder: Path) -> dict[str, Any]:

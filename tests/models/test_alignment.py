@@ -99,3 +99,19 @@ def test_the_map_goes_to_the_loss_only_where_the_mask_pools_it():
     assert torch.equal(level.feature_map, maps)
     plain, _, _ = _level("mean")
     assert plain.feature_map is None
+
+
+@pytest.mark.parametrize("pooling", ["mean", "attended", "mask"])
+def test_the_image_side_may_be_left_alone(pooling: str):
+    maps, pooled = torch.randn(2, 4, 2, 2, requires_grad=True), torch.randn(2, 7, requires_grad=True)
+    images = ImageFeatures({8: maps}, pooled, (16, 16))
+    present = torch.ones(2, dtype=torch.bool)
+    for trained in (True, False):
+        heads = AlignmentHeads(6, {"8": 4, "global": 7}, ["8", "global"], pooling=pooling, train_image_encoder=trained)
+        levels = heads(images, heads.project(_text(2)), present)
+        sides = [level.image_embedding.sum() for level in levels.values()]
+        sides += [level.feature_map.sum() for level in levels.values() if level.feature_map is not None]
+        sides = [side for side in sides if side.requires_grad]  # "attended" weights the map by the sentence
+        gradients = torch.autograd.grad(sum(sides), (maps, pooled), allow_unused=True) if sides else (None, None)
+        assert [gradient is not None for gradient in gradients] == [trained, trained]
+        assert all(level.text_embedding.requires_grad for level in levels.values())

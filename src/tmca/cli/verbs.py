@@ -116,8 +116,8 @@ class Evaluate:
 
     def run(self) -> None:
         """Score, write the files and print the table."""
-        from tmca.data.layouts import open_dataset
         from tmca.checkpoints import resolve_checkpoint
+        from tmca.data.layouts import open_dataset
         from tmca.evaluation import write_ledger
         from tmca.inference import Predictor
         from tmca.nnunet.workspace import is_nnunet_run

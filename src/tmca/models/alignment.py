@@ -41,6 +41,7 @@ class AlignmentHeads(nn.Module):
         aligned: The levels whose embeddings go into the alignment loss; other heads serve the enhancement only.
         pooling: How a map becomes a vector; see :class:`~tmca.config.AlignmentConfig`.
         attention_temperature: Of ``attended`` pooling.
+        train_image_encoder: Whether the image side of the embeddings carries a gradient.
     """
 
     def __init__(
@@ -51,12 +52,14 @@ class AlignmentHeads(nn.Module):
         *,
         pooling: Pooling = "mean",
         attention_temperature: float = 0.2,
+        train_image_encoder: bool = True,
     ) -> None:
         super().__init__()
         self.heads = nn.ModuleDict({level: ProjectionHead(text_dim, dim) for level, dim in level_dims.items()})
         self.aligned = tuple(aligned)
         self.pooling = pooling
         self.attention_temperature = attention_temperature
+        self.train_image_encoder = train_image_encoder
 
     def project(self, text: TextFeatures) -> dict[str, Float[Tensor, "batch dim"]]:
         """Return the sentence embedding in the space of each level."""
@@ -75,12 +78,15 @@ class AlignmentHeads(nn.Module):
             if level == GLOBAL_LEVEL:
                 if images.image_embedding is None:
                     raise TypeError("the image encoder gives no pooled embedding to align")
-                embeddings[level] = LevelEmbeddings(images.image_embedding[present], text)
+                embeddings[level] = LevelEmbeddings(self._image_side(images.image_embedding[present]), text)
                 continue
-            feature_map = images.feature_maps[int(level)][present]
+            feature_map = self._image_side(images.feature_maps[int(level)][present])
             weighted = feature_map
             if self.pooling == "attended":
                 weighted = feature_map * target_attention(feature_map, text, self.attention_temperature)
             masked = feature_map if self.pooling == "mask" else None
             embeddings[level] = LevelEmbeddings(weighted.mean((2, 3)), text, masked)
         return embeddings
+
+    def _image_side(self, features: Tensor) -> Tensor:
+        return features if self.train_image_encoder else features.detach()

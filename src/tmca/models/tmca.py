@@ -100,7 +100,9 @@ def build(config: ModelConfig, parts: Parts) -> TMCA:
         WeightsError: Pretrained weights are neither on disk nor reachable.
     """
     image_encoder = build_image_encoder(
-        config.image_encoder, pooled=config.alignment.align_global, load_weights=parts.load_weights
+        config.image_encoder,
+        pooled=config.alignment.align_global and config.alignment.train_image_encoder,
+        load_weights=parts.load_weights,
     )
     text_encoder = parts.text_encoder(config.text_encoder) if config.guidance else None
 
@@ -143,6 +145,7 @@ def build(config: ModelConfig, parts: Parts) -> TMCA:
             aligned,
             pooling=config.alignment.pooling,
             attention_temperature=config.enhancement.attention_temperature,
+            train_image_encoder=config.alignment.train_image_encoder,
         )
     head = SubpixelHead(decoded[4], config.decoder.head_channels)
     return TMCA(image_encoder, text_encoder, decoder, head, alignment, enhancement)
