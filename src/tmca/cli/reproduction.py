@@ -113,7 +113,7 @@ class Reproduce:
             train=not self.dry_run,
         )
         _, notes = table_lines(result)
-        show(terminal_table(result))
+        show(terminal_table(result), whole=True)
         for number, note in enumerate(notes, start=1):
             show(f"({number}) {note}")
         if not self.dry_run:

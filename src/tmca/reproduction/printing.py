@@ -89,16 +89,22 @@ def caption(result: Reproduction) -> str:
 
 
 def terminal_table(result: Reproduction) -> TerminalTable:
-    """Return the table for a terminal."""
+    """Return the table for a terminal: as in Markdown, less what a note says already or the paper's table has not."""
     table = TerminalTable(
         title=caption(result), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
     )
-    for index, heading in enumerate(headings(result)):
-        table.add_column(heading, justify="right" if index else "left", no_wrap=not index)
+    left_out = {"paper's definition"} | ({"accuracy"} if result.table.name == "table1" else set())
+    names = headings(result)
+    shown = [index for index, name in enumerate(names) if name not in left_out]
     lines, _ = table_lines(result)
-    for index, line in enumerate(lines):
+    rows = [[_values(result, line)[index] for index in shown] for line in lines]
+    for index in shown:
+        # Two words of a heading stand on two lines: a table as narrow as its numbers.
+        heading = names[index].replace(" ", "\n", 1)
+        table.add_column(heading, justify="right" if index else "left", no_wrap=True)
+    for index, (line, row) in enumerate(zip(lines, rows, strict=True)):
         last = index + 1 == len(lines) or lines[index + 1].group != line.group
-        table.add_row(*_values(result, line), end_section=last)
+        table.add_row(*row, end_section=last)
     return table
 
 
