@@ -83,6 +83,12 @@ def tmca_levels_g_32_16() -> Experiment:
     return change(tmca(), "tmca-levels-g-32-16", model={"alignment": AlignmentConfig(strides=(16, 32))})
 
 
+def tmca_mask() -> Experiment:
+    """Ours: the sentence is aligned with the image where the mask is, without moving the image encoder."""
+    alignment = AlignmentConfig(pooling="mask", train_image_encoder=False)
+    return change(tmca(), "tmca-mask", model={"alignment": alignment})
+
+
 def image_only() -> Experiment:
     """The same network without language."""
     image_only_model = {"guidance": False, "alignment": NO_ALIGNMENT, "enhancement": NO_ENHANCEMENT}
@@ -359,6 +365,7 @@ _ALL: tuple[Callable[[], Experiment], ...] = (
     tmca_levels_g,
     tmca_levels_g_32,
     tmca_levels_g_32_16,
+    tmca_mask,
     image_only,
     ariadne_published,
     unet,
