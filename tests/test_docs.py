@@ -510,3 +510,8 @@ def test_the_papers_value_stands_beside_its_own_method_only(tables: ModuleType):
     assert tables.paper_value(part) == tables.ABSENT
     assert tables.paper_value(_entry("tmca") | {"dataset": "phantoms"}) == tables.ABSENT
     assert tables.paper_value(_entry("tmca") | {"dataset": "qata_cov19"}) == "0.909"
+
+
+def test_scoring_needs_no_training_stack():
+    program = "import sys, tmca.runs; sys.exit('lightning' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tmca.checkpoints import load_checkpoint
 from tmca.config import Experiment
@@ -11,9 +12,10 @@ from tmca.errors import ConfigError
 from tmca.evaluation import Evaluation, Space, evaluate, write_evaluation
 from tmca.metrics import EmptyPolicy
 from tmca.nnunet import evaluation as nnunet_evaluation
-from tmca.nnunet import training as nnunet_training
 from tmca.nnunet.workspace import is_nnunet_run
-from tmca.training import TRAINER_STATE, RunRecord, fit
+
+if TYPE_CHECKING:
+    from tmca.training import RunRecord
 
 NNUNET = "nnunet"
 USUAL_THRESHOLD = 0.5
@@ -29,12 +31,17 @@ def train_run(
     device: str = "auto",
 ) -> RunRecord:
     """Train an experiment into a run folder; see :func:`tmca.training.fit` for arguments and errors."""
+    from tmca.nnunet import training as nnunet_training  # scoring must not need the training stack
+    from tmca.training import fit
+
     train = nnunet_training.fit if experiment.model.method == NNUNET else fit
     return train(experiment, manifest, folder, resume=resume, overwrite=overwrite, device=device)
 
 
 def can_resume(folder: Path) -> bool:
     """Whether a folder holds a run that :func:`train_run` can continue."""
+    from tmca.training import TRAINER_STATE
+
     return is_nnunet_run(folder) or (folder / "checkpoints" / "last" / TRAINER_STATE).is_file()
 
 
