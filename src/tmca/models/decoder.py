@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tmca.models.operations import attend, smooth
 from tmca.types import TextFeatures
 
 LEAKY_SLOPE = 0.01
@@ -129,13 +130,13 @@ class LanguageGuide(nn.Module):
 
         normed = self.self_attention_norm(sequence)
         located = normed + positions
-        attended, _ = self.self_attention(located, located, normed, need_weights=False)
+        attended = attend(self.self_attention, located, located, normed)
         sequence = sequence + self.self_attention_output_norm(attended)
 
         summary = self.text_summary(word_features)
         keys = summary + sinusoidal_positions(summary.shape[1], channels, device=summary.device)
         located = self.cross_attention_norm(sequence) + positions
-        attended, _ = self.cross_attention(located, keys, summary, need_weights=False)
+        attended = attend(self.cross_attention, located, keys, summary)
         sequence = sequence + self.gate * self.cross_attention_output_norm(attended)
         guided: Tensor = sequence.transpose(1, 2).reshape(-1, channels, rows, cols)
         return guided
@@ -209,20 +210,17 @@ class SubpixelHead(nn.Module):
     def __init__(self, in_channels: int, channels: int, scale: int = 4) -> None:
         super().__init__()
         self.expand = nn.Conv2d(in_channels, channels * scale**2, kernel_size=3, padding=1)
-        self.shuffle = nn.PixelShuffle(scale)
-        self.smooth = nn.Sequential(
-            nn.ZeroPad2d((scale - 1, 0, scale - 1, 0)), nn.AvgPool2d(kernel_size=scale, stride=1)
-        )
+        self.scale = scale
         self.classify = nn.Conv2d(channels, 1, kernel_size=1)
 
     def forward(self, features: Float[Tensor, "batch channels rows cols"]) -> Float[Tensor, "batch 1 height width"]:
         """Return the logits, before the sigmoid."""
         weights = self.classify.weight.flatten()
-        by_channel = (len(weights), self.shuffle.upscale_factor**2)
+        by_channel = (len(weights), self.scale**2)
         kernel = torch.einsum("cskij,c->skij", self.expand.weight.reshape(*by_channel, -1, 3, 3), weights)
         offset = weights @ _bias(self.expand).view(by_channel)
-        smooth: Tensor = self.smooth(self.shuffle(nn.functional.conv2d(features, kernel, offset, padding=1)))
-        return smooth + _bias(self.classify)
+        shuffled = nn.functional.pixel_shuffle(nn.functional.conv2d(features, kernel, offset, padding=1), self.scale)
+        return smooth(shuffled.float(), self.scale) + _bias(self.classify)
 
 
 def _bias(convolution: nn.Conv2d) -> Tensor:

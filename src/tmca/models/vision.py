@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tmca.config import STRIDES, ImageEncoderConfig
 from tmca.errors import ConfigError, DataError, WeightsError, unknown_name
+from tmca.models.operations import speed_up_depthwise
 from tmca.models.weights import changed_fields, load_config, load_state_dict, locate
 from tmca.types import ImageFeatures
 
@@ -51,6 +52,7 @@ class ImageEncoder(nn.Module):
         self.strides = strides
         _fit_to_strides(backbone, strides)
         _use_running_statistics(backbone)
+        speed_up_depthwise(backbone)
         # In evaluation mode, so that looking does not change the statistics of BatchNorm.
         was_training = backbone.training
         self.eval()

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from tmca.models import operations
+from tmca.models.operations import DepthwiseConv2d, attend, smooth, speed_up_depthwise
+
+SHAPES = [  # kernel, stride, padding, height, width
+    ((3, 3), (2, 2), (0, 0), 9, 12),
+    ((3, 3), (2, 2), (1, 1), 8, 7),
+    ((5, 5), (1, 1), (2, 2), 6, 9),
+    ((7, 7), (1, 1), (3, 3), 7, 5),
+    ((7, 7), (2, 2), (3, 3), 13, 8),
+    ((5, 7), (2, 3), (0, 1), 11, 14),
+    ((3, 3), (3, 1), (1, 0), 10, 6),
+]
+
+
+def _pair(kernel: tuple[int, int], bias: bool = True, **fields: tuple[int, int]) -> tuple[nn.Conv2d, nn.Conv2d]:
+    """Return a depthwise convolution of PyTorch and the same one sped up."""
+    plain = nn.Conv2d(6, 6, kernel, groups=6, bias=bias, **fields)
+    fast = copy.deepcopy(plain)
+    speed_up_depthwise(fast)
+    assert type(fast) is DepthwiseConv2d
+    return plain, fast
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("kernel", "stride", "padding", "height", "width"), SHAPES)
+def test_a_depthwise_convolution_and_its_gradients_are_those_of_pytorch(
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    height: int,
+    width: int,
+    bias: bool,
+    channels_last: bool,
+):
+    torch.manual_seed(0)
+    plain, fast = _pair(kernel, bias, stride=stride, padding=padding)
+    images = torch.randn(3, 6, height, width, requires_grad=True)
+    given = images.contiguous(memory_format=torch.channels_last) if channels_last else images
+    expected, output = plain(images), fast(given)
+    torch.testing.assert_close(output, expected)
+    weight = torch.randn_like(expected)
+    wanted = torch.autograd.grad((expected * weight).sum(), [images, *plain.parameters()])
+    gradients = torch.autograd.grad((output * weight).sum(), [images, *fast.parameters()])
+    for gradient, truth in zip(gradients, wanted, strict=True):
+        assert gradient.dtype == truth.dtype
+        torch.testing.assert_close(gradient, truth, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [((3, 3), (2, 2)), ((7, 7), (1, 1))])
+def test_under_autocast_a_depthwise_convolution_computes_in_bfloat16(kernel: tuple[int, int], stride: tuple[int, int]):
+    torch.manual_seed(0)
+    plain, fast = _pair(kernel, stride=stride)
+    images = torch.randn(3, 6, 17, 17, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, expected = fast(images), plain(images)
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output, expected)
+    truth = torch.autograd.grad(plain(images).square().sum(), [images, *plain.parameters()])
+    gradients = torch.autograd.grad(output.float().square().sum(), [images, *fast.parameters()])
+    for gradient, wanted in zip(gradients, truth, strict=True):
+        assert gradient.dtype == torch.float32
+        torch.testing.assert_close(gradient, wanted, rtol=0.05, atol=0.02 * float(wanted.abs().max()))
+
+
+def test_what_gains_nothing_is_left_alone():
+    network = nn.Sequential(
+        nn.Conv2d(6, 6, 7, padding=3),  # not depthwise
+        nn.Conv2d(6, 12, 7, groups=6),  # two outputs a channel
+        nn.Conv2d(6, 6, 3, groups=6),  # fast already
+        nn.Conv2d(6, 6, 7, groups=6, dilation=2),
+        nn.Conv2d(6, 6, 7, groups=6, padding="same"),
+        nn.Conv2d(6, 6, 7, groups=6, padding_mode="reflect", padding=3),
+        nn.Conv2d(6, 6, 5, groups=6, padding=6),  # padded beyond the kernel
+    )
+    speed_up_depthwise(network)
+    assert all(type(module) is nn.Conv2d for module in network)
+
+
+def test_a_frozen_kernel_gets_no_gradient_and_images_still_do():
+    plain, fast = _pair((7, 7))
+    fast.requires_grad_(requires_grad=False)
+    images = torch.randn(2, 6, 9, 9, requires_grad=True)
+    fast(images).sum().backward()
+    assert fast.weight.grad is None
+    torch.testing.assert_close(images.grad, torch.autograd.grad(plain(images).sum(), images)[0])
+
+
+@pytest.mark.parametrize("explicit", [True, False])
+@pytest.mark.parametrize("heads", [1, 4])
+def test_attention_is_that_of_the_layer(heads: int, explicit: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(operations, "EXPLICIT_SCORES", 2 * heads * 5 * 3 if explicit else 0)
+    attention = nn.MultiheadAttention(8, heads, batch_first=True)
+    nn.init.normal_(attention.in_proj_bias)
+    queries, keys, values = torch.randn(2, 5, 8), torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    expected, _ = attention(queries, keys, values, need_weights=False)
+    torch.testing.assert_close(attend(attention, queries, keys, values), expected)
+
+
+@pytest.mark.parametrize("side", [1, 2, 4])
+def test_smoothing_is_average_pooling_of_the_padded_map(side: int):
+    maps = torch.randn(2, 3, 7, 5)
+    padded = nn.functional.pad(maps, (side - 1, 0, side - 1, 0))
+    torch.testing.assert_close(smooth(maps, side), nn.functional.avg_pool2d(padded, side, stride=1))
