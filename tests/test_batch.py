@@ -254,7 +254,7 @@ def test_masks_overlays_and_a_report_are_written(
     assert report["intended_use"] == "research only; not a medical device"
     files = ("model.safetensors", "tokenizer.json")
     assert report["model"]["sha256"] == {name: sha256_of(model_folder / name) for name in files}
-    assert (report["device"], report["precision"], report["failures"]) == ("cpu", "float32", [])
+    assert (report["device"], report["precision"], report["failures"]) == ("cpu", predictor.precision, [])
     assert report["environment"]["packages"]["tmca"]
     assert len(report["cases"]) == 3
     for case, job in zip(report["cases"], jobs, strict=True):

@@ -225,7 +225,7 @@ def _middle(predictor: Predictor, manifest: Manifest) -> float:
 
 
 def test_at_the_original_size_the_counts_are_those_of_the_predictor(tiny_model: Callable[..., TMCA], odd: Manifest):
-    predictor = Predictor(tiny_model(), "cpu")
+    predictor = Predictor(tiny_model(), "cpu", precision="32")
     threshold = _middle(predictor, odd)
     evaluation = evaluate(predictor.model, odd, threshold=threshold, space="original", batch_size=1)
     assert evaluation.protocol()["space"] == "original"

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -235,3 +235,54 @@ def test_predicting_needs_no_gradient_and_leaves_the_model_in_evaluation(tiny_mo
     assert all(value.grad is None for value in model.parameters())
     after = (*model.parameters(), *model.buffers())
     assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+
+
+# Several at a time, and precision --------------------------------------------------------------------------------
+
+
+def test_several_sentences_are_decoded_together(predictor: Predictor):
+    predictor.set_image(_noise())
+    texts = [FIRST, None, SECOND, FIRST, ""]
+    together = predictor.probabilities(texts, batch_size=2)
+    for text, found in zip(texts, together, strict=True):
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, predictor.probability(text), atol=5e-3)
+    assert predictor.probabilities([]) == []
+
+
+def test_several_images_are_segmented_together_and_the_set_one_remains(predictor: Predictor, tmp_path: Path):
+    predictor.set_image(_noise(seed=9))
+    kept = predictor.probability(SECOND)
+    images = [_noise(40 + 3 * seed, 50, seed) for seed in range(5)]
+    Image.fromarray(images[2]).save(tmp_path / "third.png")
+    pairs = [(images[0], FIRST), (images[1], None), (tmp_path / "third.png", SECOND), (images[3], FIRST)]
+    taken = []
+
+    def asked() -> Iterator[tuple[object, str | None]]:
+        for number, pair in enumerate(pairs):
+            taken.append(number)
+            yield pair
+
+    found = predictor.segment(asked(), batch_size=2)  # type: ignore[arg-type]
+    first = next(found)
+    assert taken == [0, 1]  # no more is read than is computed
+    probabilities = [first, *found]
+    assert [len(probability) for probability in probabilities] == [40, 43, 46, 49]
+    np.testing.assert_array_equal(predictor.probability(SECOND), kept)
+    for (_, text), image, probability in zip(pairs, images, probabilities, strict=False):
+        np.testing.assert_allclose(probability, _probability(predictor, image, text), atol=5e-3)
+
+
+def test_bfloat16_gives_the_masks_of_float32(model: TMCA):
+    exact, half = Predictor(model, "cpu", "32"), Predictor(model, "cpu", "bf16")
+    assert (exact.precision, half.precision) == ("float32", "bfloat16")
+    assert all(value.dtype == torch.float32 for value in model.state_dict().values() if value.is_floating_point())
+    expected, found = _probability(exact, _noise()), _probability(half, _noise())
+    assert not np.array_equal(expected, found)
+    np.testing.assert_allclose(found, expected, atol=0.02)
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_auto_computes_in_bfloat16_where_the_device_can(model: TMCA, able: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("tmca.devices.computes_bfloat16", lambda _: able)
+    assert Predictor(model, "cpu").precision == ("bfloat16" if able else "float32")

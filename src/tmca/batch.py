@@ -64,7 +64,7 @@ class BatchReport:
                 "reads_text": predictor.model.reads_text,
             },
             "device": str(predictor.device),
-            "precision": "float32",
+            "precision": predictor.precision,
             "environment": describe_environment(),
             "cases": self.cases,
             "failures": self.failures,

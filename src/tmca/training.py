@@ -37,7 +37,7 @@ from tmca.data.cache import DecodedCache
 from tmca.data.describe import provenance_notice
 from tmca.data.loading import SegmentationDataset, make_loader
 from tmca.data.manifest import Manifest
-from tmca.devices import computes_bfloat16, resolve_device
+from tmca.devices import keep_freed_memory, resolve_device, uses_bfloat16
 from tmca.environment import describe_environment
 from tmca.errors import CheckpointError, ConfigError, DataError, OutOfMemoryError, StorageError, TMCAError
 from tmca.files import replace_folder, write_bytes, write_json, write_text
@@ -435,6 +435,7 @@ def fit(
     task = SegmentationTask(channels_last(model), experiment)
     writer = RunWriter(task, folder)
     trainer = _make_trainer(experiment, writer, device)
+    keep_freed_memory()
     with _readable_failures(trainer):
         state = last / TRAINER_STATE if resume else None
         trainer.fit(task, loaders[0], loaders[1], ckpt_path=state, weights_only=True)
@@ -537,7 +538,6 @@ def _resumed(experiment: Experiment, folder: Path, data: dict[str, Any]) -> Expe
 def _make_trainer(experiment: Experiment, writer: RunWriter, device: str) -> pl.Trainer:
     config = experiment.trainer
     place = resolve_device(device)
-    bfloat16 = config.precision == "bf16" or (config.precision == "auto" and computes_bfloat16(place))
     callbacks = [
         Patience(writer.monitor, patience=config.patience, mode=writer.best_end, check_finite=True),
         EpochProgress(writer, config.max_epochs),
@@ -548,7 +548,7 @@ def _make_trainer(experiment: Experiment, writer: RunWriter, device: str) -> pl.
     return pl.Trainer(
         accelerator="gpu" if place.type == "cuda" else place.type,
         devices=1 if place.index is None else [place.index],
-        precision="bf16-mixed" if bfloat16 else "32-true",
+        precision="bf16-mixed" if uses_bfloat16(config.precision, place) else "32-true",
         max_epochs=config.max_epochs,
         min_epochs=min(config.min_epochs, config.max_epochs),
         accumulate_grad_batches=config.accumulate_batches,

@@ -93,6 +93,11 @@ class TextTokens:
         return self.input_ids.shape[1]
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest row, at least 1: what lies behind them is padding."""
+        return min(self.limit, max((1, *self.token_counts)))
+
+    @property
     def truncated(self) -> tuple[bool, ...]:
         """Whether each sentence was longer than the limit."""
         return tuple(count > self.limit for count in self.token_counts)
@@ -139,11 +144,14 @@ class ImageFeatures:
         feature_maps: Stride → ``(batch, channels, rows, cols)``; which strides there are is the method's business.
         image_embedding: Pooled global feature ``(batch, dim)``, of methods that have one.
         size: Height and width of the images before padding, in pixels.
+        encoded_skips: Stride → what the skip connection adds to the decoder's map there, of methods that compute it
+            before they know a sentence.
     """
 
     feature_maps: dict[int, Float[Tensor, "batch _ _ _"]]
     image_embedding: Float[Tensor, "batch dim"] | None
     size: tuple[int, int]
+    encoded_skips: dict[int, Float[Tensor, "batch _ _ _"]] = field(default_factory=dict)
 
     @property
     def batch_size(self) -> int:
@@ -156,6 +164,7 @@ class ImageFeatures:
             {stride: maps.expand(batch_size, -1, -1, -1) for stride, maps in self.feature_maps.items()},
             None if self.image_embedding is None else self.image_embedding.expand(batch_size, -1),
             self.size,
+            {stride: maps.expand(batch_size, -1, -1, -1) for stride, maps in self.encoded_skips.items()},
         )
 
 

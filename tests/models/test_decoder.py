@@ -164,7 +164,7 @@ def test_the_place_of_a_feature_matters():
 @torch.no_grad()
 def test_an_image_without_a_sentence_skips_the_guidance():
     stage = GuidedDecoderStage(_guide(), UpsampleBlock(CHANNELS, 4, 6)).eval()
-    features, skip = torch.randn(2, CHANNELS, 3, 4), torch.randn(2, 4, 6, 8)
+    features, skip = torch.randn(2, CHANNELS, 3, 4), stage.upsample.encode_skip(torch.randn(2, 4, 6, 8))
     text = _text(3, 0)
     decoded = stage(features, skip, text)
     assert torch.equal(decoded[1], stage.upsample(features, skip)[1])
@@ -195,13 +195,15 @@ def test_upsampling_equals_monai(training: bool):
     block = UpsampleBlock(8, 6, 6).train(training)
     _copy_from_monai(block, reference)
     features, skip = torch.randn(2, 8, 3, 5), torch.randn(2, 6, 6, 10)
-    torch.testing.assert_close(block(features, skip), reference(features, skip))
+    torch.testing.assert_close(block(features, block.encode_skip(skip)), reference(features, skip))
     for name, expected in reference.conv_block.norm1.named_buffers():
         torch.testing.assert_close(block.refine[0][1].get_buffer(name), expected, msg=name)
 
 
 def test_the_skip_may_have_another_width():
-    assert UpsampleBlock(8, 3, 5)(torch.randn(2, 8, 3, 5), torch.randn(2, 3, 6, 10)).shape == (2, 5, 6, 10)
+    block = UpsampleBlock(8, 3, 5)
+    skip = block.encode_skip(torch.randn(2, 3, 6, 10))
+    assert block(torch.randn(2, 8, 3, 5), skip).shape == (2, 5, 6, 10)
 
 
 # --- head ---------------------------------------------------------------------------------------------------------

@@ -150,6 +150,20 @@ def test_padding_can_keep_what_the_encoder_gives_there(bert: BertModel, folder: 
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("mask_padding", [True, False])
+def test_padding_behind_the_longest_sentence_is_computed_only_where_it_is_read(folder: Path, mask_padding: bool):
+    encoder = _build(folder, mask_padding=mask_padding)
+    widths: list[int] = []
+    encoder.backbone.register_forward_pre_hook(
+        lambda *call: widths.append(call[2]["input_ids"].shape[1]), with_kwargs=True
+    )
+    features = encoder.encode(TEXTS[1:2])
+    assert features.word_features.shape == (1, MAX_TOKENS, encoder.text_dim)
+    assert widths == [COUNTS[1] if mask_padding else MAX_TOKENS]
+    encoder.train()
+    assert encoder(encoder.tokenizer([None])).word_features.count_nonzero() == 0
+
+
 def test_a_sentence_does_not_see_its_neighbours(folder: Path):
     encoder = _build(folder)
     together = encoder(encoder.tokenizer([TEXTS[0], None, TEXTS[1]])).word_features

@@ -143,7 +143,11 @@ class LanguageGuide(nn.Module):
 
 
 class UpsampleBlock(nn.Module):
-    """Transposed convolution by 2, the skip connection joined, two 3×3 convolutions."""
+    """Transposed convolution by 2, the skip connection joined, two 3×3 convolutions.
+
+    Convolving two joined maps is the sum of convolving each. The share of the skip connection is computed by
+    :meth:`encode_skip`, which needs no sentence and therefore runs once an image.
+    """
 
     def __init__(self, in_channels: int, skip_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -152,14 +156,36 @@ class UpsampleBlock(nn.Module):
             _convolution(out_channels + skip_channels, out_channels), _convolution(out_channels, out_channels)
         )
 
+    def encode_skip(self, skip: Float[Tensor, "batch skip height width"]) -> Float[Tensor, "batch out height width"]:
+        """Return what the skip connection adds to the first convolution."""
+        return nn.functional.conv2d(skip, self._kernel[:, self.upsample.out_channels :], padding=1)
+
     def forward(
         self,
         features: Float[Tensor, "batch channels rows cols"],
-        skip: Float[Tensor, "batch skip height width"],
+        encoded_skip: Float[Tensor, "batch out height width"],
     ) -> Float[Tensor, "batch out height width"]:
-        """Return the map at twice the resolution."""
-        refined: Tensor = self.refine(torch.cat([self.upsample(features), skip], dim=1))
+        """Return the map at twice the resolution.
+
+        Args:
+            features: The coarser map.
+            encoded_skip: From :meth:`encode_skip`.
+        """
+        upsampled = self.upsample(features)
+        joined = nn.functional.conv2d(upsampled, self._kernel[:, : upsampled.shape[1]], padding=1) + encoded_skip
+        _, norm, activation = self._first
+        refined: Tensor = self.refine[1](activation(norm(joined)))
         return refined
+
+    @property
+    def _first(self) -> nn.Sequential:
+        first: nn.Sequential = self.refine[0]  # type: ignore[assignment]
+        return first
+
+    @property
+    def _kernel(self) -> Tensor:
+        kernel: Tensor = self._first[0].weight  # type: ignore[assignment]
+        return kernel
 
 
 def _convolution(in_channels: int, out_channels: int) -> nn.Sequential:
@@ -186,14 +212,14 @@ class GuidedDecoderStage(nn.Module):
     def forward(
         self,
         features: Float[Tensor, "batch channels rows cols"],
-        skip: Float[Tensor, "batch skip height width"],
+        encoded_skip: Float[Tensor, "batch out height width"],
         text: TextFeatures | None,
     ) -> Float[Tensor, "batch out height width"]:
-        """Return the decoded map at twice the resolution; images without a sentence skip the guidance."""
+        """Return the decoded map at twice the resolution; images without a sentence pass by the guidance."""
         if self.guide is not None and text is not None:
             guided = self.guide(features, text.word_features)
             features = torch.where(text.present.view(-1, 1, 1, 1), guided, features.to(guided.dtype))
-        decoded: Tensor = self.upsample(features, skip)
+        decoded: Tensor = self.upsample(features, encoded_skip)
         return decoded
 
 

@@ -227,12 +227,17 @@ class TextEncoder(nn.Module):
         # Attention over a row of padding only is undefined; such a row reads its first token and is zeroed below.
         readable = tokens.attention_mask.clone()
         readable[:, 0] = True
+        # Padding behind the longest sentence is not computed where nobody reads it.
+        length = tokens.longest if self.config.mask_padding else tokens.limit
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze):
             output = self.backbone(
-                input_ids=tokens.input_ids, attention_mask=readable.to(torch.int64), output_hidden_states=True
+                input_ids=tokens.input_ids[:, :length],
+                attention_mask=readable[:, :length].to(torch.int64),
+                output_hidden_states=True,
             )
             words = torch.stack(output.hidden_states[-self.config.word_layers :]).mean(dim=0)
             words = words if self._final_norm is None else self._final_norm(words)
+        words = nn.functional.pad(words, (0, 0, 0, tokens.limit - length))
         mask = tokens.attention_mask
         kept = mask if self.config.mask_padding else mask.any(dim=1, keepdim=True)
         return self._features(words * kept.unsqueeze(-1), mask)

@@ -6,6 +6,7 @@ the same network without language.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from jaxtyping import Float
@@ -60,10 +61,12 @@ class TMCA(SegmentationModel):
         self.enhancement = nn.ModuleDict(enhancement or {})
 
     def encode_image(self, images: Float[Tensor, "batch 3 height width"]) -> ImageFeatures:
-        """Encode images; see :class:`~tmca.models.vision.ImageEncoder`."""
+        """Encode images, and with them the skip connections of the decoder."""
         check_images(images)
         features: ImageFeatures = self.image_encoder(images)
-        return features
+        maps = features.feature_maps
+        skips = {stride // 2: self._stage(stride).upsample.encode_skip(maps[stride // 2]) for stride in DECODED_STRIDES}
+        return replace(features, encoded_skips=skips)
 
     def pretrained_parameters(self) -> list[nn.Parameter]:
         """Return the image encoder's parameters."""
@@ -80,7 +83,7 @@ class TMCA(SegmentationModel):
 
         decoded = maps[DECODED_STRIDES[0]]
         for stride in DECODED_STRIDES:
-            decoded = self.decoder[str(stride)](decoded, maps[stride // 2], text)
+            decoded = self._stage(stride)(decoded, images.encoded_skips[stride // 2], text)
             if str(stride) in self.enhancement and text is not None:
                 decoded = self.enhancement[str(stride)](decoded, maps[stride], projected[str(stride)], text.present)
         height, width = images.size
@@ -90,6 +93,10 @@ class TMCA(SegmentationModel):
             return ModelOutput(mask_logits, {}, nobody(images))
         alignments = self.alignment(images, projected, text.present) if self.alignment is not None else {}
         return ModelOutput(mask_logits, alignments, text.present)
+
+    def _stage(self, stride: int) -> GuidedDecoderStage:
+        stage: GuidedDecoderStage = self.decoder[str(stride)]  # type: ignore[assignment]
+        return stage
 
 
 def build(config: ModelConfig, parts: Parts) -> TMCA:
