@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from monai.networks.blocks import SubpixelUpsample, UnetOutBlock, UnetrUpBlock
-from torch import Tensor, nn
-from transformers import BertConfig, BertForMaskedLM, ConvNextConfig, ConvNextModel
+from reference.network import Ariadne
+from torch import Tensor
+from transformers import BertConfig, ConvNextConfig
 
 from tmca.checkpoints import load_checkpoint
 from tmca.cli import run
@@ -26,92 +26,6 @@ from tmca.presets import get_preset
 
 SENTENCES = ("two infected areas, upper left lung", "one lesion", "bilateral pulmonary infection, all lung")
 MAX_TOKENS = 10
-
-
-# --- the network as the authors' modules name it ------------------------------------------------------------------
-
-
-class _Positions(nn.Module):
-    """Adds the sinusoidal table of numbered positions."""
-
-    def __init__(self, width: int, length: int) -> None:
-        super().__init__()
-        angles = torch.arange(length)[:, None] / 10_000 ** (torch.arange(0, width, 2) / width)
-        self.register_buffer("pe", torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)[None])
-
-    def forward(self, sequence: Tensor) -> Tensor:
-        return sequence + self.pe[:, : sequence.shape[1]]
-
-
-class _GuideLayer(nn.Module):
-    def __init__(self, width: int, text_width: int, tokens: int, summary: int) -> None:
-        super().__init__()
-        self.text_project = nn.Sequential(
-            nn.Conv1d(tokens, summary, 1), nn.GELU(), nn.Linear(text_width, width), nn.LeakyReLU()
-        )
-        self.vis_pos, self.txt_pos = _Positions(width, 400), _Positions(width, summary)
-        self.norm1, self.self_attn_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.norm2, self.cross_attn_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.self_attn = nn.MultiheadAttention(width, 1, batch_first=True)
-        self.cross_attn = nn.MultiheadAttention(width, 4, batch_first=True)
-        self.scale = nn.Parameter(torch.tensor(1.421))
-
-    def forward(self, sequence: Tensor, words: Tensor) -> Tensor:
-        normed = self.norm1(sequence)
-        placed = self.vis_pos(normed)
-        sequence = sequence + self.self_attn_norm(self.self_attn(placed, placed, normed)[0])
-        summary = self.text_project(words)
-        placed = self.vis_pos(self.norm2(sequence))
-        read = self.cross_attn(placed, self.txt_pos(summary), summary)[0]
-        return sequence + self.scale * self.cross_attn_norm(read)
-
-
-class _Stage(nn.Module):
-    def __init__(self, widths: tuple[int, int], *text: int) -> None:
-        super().__init__()
-        self.guide_layer = _GuideLayer(widths[0], *text)
-        self.decoder = UnetrUpBlock(2, *widths, 3, 2, norm_name="BATCH")
-
-    def forward(self, features: Tensor, skip: Tensor, words: Tensor) -> Tensor:
-        guided = self.guide_layer(features.flatten(2).mT, words)
-        return self.decoder(guided.mT.unflatten(2, features.shape[2:]), skip)
-
-
-class _Wrapped(nn.Module):
-    """An encoder beside a head that segmentation does not use."""
-
-    def __init__(self, model: nn.Module, width: int) -> None:
-        super().__init__()
-        self.model = model
-        self.project_head = nn.Linear(width, 5)
-
-
-class Reference(nn.Module):
-    """Ariadne, written from its description, with every size free."""
-
-    def __init__(
-        self, image: ConvNextConfig, text: BertConfig, tokens: int, summary: tuple[int, ...], head: int
-    ) -> None:
-        super().__init__()
-        width = image.hidden_sizes
-        self.encoder = _Wrapped(ConvNextModel(image), width[3])
-        self.text_encoder = _Wrapped(BertForMaskedLM(text), text.hidden_size)
-        self.text_encoder.model.cls_projection_head = nn.Linear(text.hidden_size, 5)
-        sizes = (text.hidden_size, tokens)
-        self.decoder16 = _Stage((width[3], width[2]), *sizes, summary[2])
-        self.decoder8 = _Stage((width[2], width[1]), *sizes, summary[1])
-        self.decoder4 = _Stage((width[1], width[0]), *sizes, summary[0])
-        self.decoder1 = SubpixelUpsample(2, width[0], head, 4)
-        self.out = UnetOutBlock(2, head, 1)
-
-    def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return logits; images as the authors' reader gives them, that is, transposed."""
-        maps = self.encoder.model(images, output_hidden_states=True).hidden_states
-        words = self.text_encoder.model.bert(input_ids, attention_mask).last_hidden_state
-        features = maps[4]
-        for stage, skip in ((self.decoder16, maps[3]), (self.decoder8, maps[2]), (self.decoder4, maps[1])):
-            features = stage(features, skip, words)
-        return self.out(self.decoder1(features))
 
 
 @pytest.fixture(scope="module")
@@ -128,12 +42,12 @@ def words(tokenizer: SentenceTokenizer, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="module")
-def reference(tokenizer: SentenceTokenizer) -> Reference:
+def reference(tokenizer: SentenceTokenizer) -> Ariadne:
     image = ConvNextConfig(hidden_sizes=[8, 16, 24, 32], depths=[1, 2, 1, 1])
     sizes = {"hidden_size": 128, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     text = BertConfig(vocab_size=tokenizer.vocabulary_size, max_position_embeddings=20, **sizes)
     torch.manual_seed(3)
-    network = Reference(image, text, MAX_TOKENS, (2, 3, 5), head=6).eval()
+    network = Ariadne(image, text, MAX_TOKENS, summary=(2, 3, 5), head=6).eval()
     with torch.no_grad():
         for name, value in network.state_dict().items():
             if "running_var" in name:
@@ -143,7 +57,7 @@ def reference(tokenizer: SentenceTokenizer) -> Reference:
     return network
 
 
-def _lightning(network: Reference, **fields: Any) -> dict[str, Any]:
+def _lightning(network: Ariadne, **fields: Any) -> dict[str, Any]:
     """Return what Lightning writes: the network under ``model.``, and much beside it."""
     state = {f"model.{name}": value for name, value in network.state_dict().items()}
     state["model.text_encoder.model.bert.embeddings.position_ids"] = torch.arange(20)[None]
@@ -158,7 +72,7 @@ def _lightning(network: Reference, **fields: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(reference: Ariadne, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("ariadne") / "medseg.ckpt"
     torch.save(_lightning(reference), path)
     return path
@@ -170,7 +84,7 @@ def checkpoint(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -
 @torch.no_grad()
 @pytest.mark.parametrize("size", [(64, 64), (64, 96)], ids=str)
 def test_the_converted_model_sees_upright_what_the_original_sees_transposed(
-    reference: Reference, checkpoint: Path, words: str, size: tuple[int, int], tmp_path: Path
+    reference: Ariadne, checkpoint: Path, words: str, size: tuple[int, int], tmp_path: Path
 ):
     convert_ariadne(checkpoint, tmp_path / "model", words)
     model = load_checkpoint(tmp_path / "model")
@@ -190,7 +104,7 @@ def test_the_converted_model_sees_upright_what_the_original_sees_transposed(
 
 @torch.no_grad()
 def test_a_network_of_upright_images_is_converted_as_it_is(
-    reference: Reference, checkpoint: Path, words: str, tmp_path: Path
+    reference: Ariadne, checkpoint: Path, words: str, tmp_path: Path
 ):
     model = convert_ariadne(checkpoint, tmp_path / "model", words, upright=True)
     tokens = model.text_encoder.tokenizer(SENTENCES)
@@ -228,7 +142,7 @@ def test_sizes_are_read_off_the_tensors(checkpoint: Path, words: str, tmp_path: 
 def test_the_published_network_fits_tensor_by_tensor():
     with torch.device("meta"):
         text = BertConfig(vocab_size=30522)
-        network = Reference(ConvNextConfig(), text, 24, (9, 12, 24), head=24)
+        network = Ariadne(ConvNextConfig(), text)
         state = {name.replace("model.bert.", "model."): value for name, value in network.state_dict().items()}
         experiment, architecture = describe_ariadne(state)
         nothing = SentenceTokenizer.learn(SENTENCES, vocabulary_size=90, max_tokens=24)
@@ -258,7 +172,7 @@ def test_the_command_converts_and_never_replaces(checkpoint: Path, words: str, t
 # --- what a checkpoint may hold -----------------------------------------------------------------------------------
 
 
-def test_the_settings_lightning_stores_are_no_hindrance(reference: Reference, words: str, tmp_path: Path):
+def test_the_settings_lightning_stores_are_no_hindrance(reference: Ariadne, words: str, tmp_path: Path):
     with pytest.MonkeyPatch.context() as patch:
         module = ModuleType("utils.config")
         module.CfgNode = type("CfgNode", (dict,), {"__module__": "utils.config"})
@@ -270,7 +184,7 @@ def test_the_settings_lightning_stores_are_no_hindrance(reference: Reference, wo
     assert (tmp_path / "model" / "model.safetensors").is_file()
 
 
-def test_a_state_dict_alone_is_enough(reference: Reference, words: str, tmp_path: Path):
+def test_a_state_dict_alone_is_enough(reference: Ariadne, words: str, tmp_path: Path):
     torch.save(reference.state_dict(), tmp_path / "weights.pt")
     convert_ariadne(tmp_path / "weights.pt", tmp_path / "model", words)
     assert (tmp_path / "model" / "model.safetensors").is_file()
@@ -317,7 +231,7 @@ def _rename(state: dict[str, Tensor]) -> None:
     ids=["missing", "unknown", "reshaped", "flattened", "another-encoder"],
 )
 def test_tensors_that_do_not_fit_are_named(
-    reference: Reference, words: str, tmp_path: Path, spoil: Callable[[dict[str, Tensor]], None], named: list[str]
+    reference: Ariadne, words: str, tmp_path: Path, spoil: Callable[[dict[str, Tensor]], None], named: list[str]
 ):
     content = _lightning(reference)
     spoil(content["state_dict"])

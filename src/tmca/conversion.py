@@ -67,6 +67,9 @@ HEAD_WIDTH = 64
 HEAD_SCALE = 4
 """How much the last block of the decoder enlarges."""
 
+NAMED = 3
+"""How many tensors a message names of those that do not fit."""
+
 NO_ARIADNE = "The file is no checkpoint of Ariadne"
 GIVE_ARIADNE = "give one that its published code wrote"
 
@@ -204,14 +207,14 @@ def translate_ariadne(
         upright: See :func:`convert_ariadne`.
 
     Raises:
-        CheckpointError: Tensors are missing, unknown or of another shape; all are named.
+        CheckpointError: Tensors are missing, unknown or of another shape; the first of each kind are named.
     """
     names = {ours: _original_name(ours) for ours in wanted}
     missing = names.values() - state.keys()
     unknown = {name for name in state.keys() - names.values() if not UNUSED.match(name)}
     shapes = {name for ours, name in names.items() if name in state and state[name].shape != wanted[ours].shape}
     problems = [
-        f"{problem} {', '.join(sorted(found))}"
+        f"{problem} {_listed(found)}"
         for problem, found in (
             ("it lacks", missing),
             ("it has the unknown", unknown),
@@ -223,6 +226,12 @@ def translate_ariadne(
         raise CheckpointError(f"{NO_ARIADNE}: {'; '.join(problems)}", hint=GIVE_ARIADNE)
     found = {ours: state[name] for ours, name in names.items()}
     return found if upright else {ours: _transposed(ours, value) for ours, value in found.items()}
+
+
+def _listed(names: Iterable[str]) -> str:
+    first = sorted(names)
+    more = f" and {len(first) - NAMED} more" if len(first) > NAMED else ""
+    return ", ".join(first[:NAMED]) + more
 
 
 def _original_name(name: str) -> str:

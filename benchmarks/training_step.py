@@ -1,0 +1,168 @@
+"""How many images a second does a training step of TMCA take in, beside the plain baseline's?
+
+ConvNeXt-Tiny at 224 pixels, random weights, the batch in memory, sentences of Kvasir's form that have been seen before
+(as in every epoch but the first). The reference (``benchmarks/reference``) runs in float32 and its text encoder in
+every step; ours is the step of ``tmca train``: alignment at four levels, enhancement, the same segmentation loss. First
+the two are shown to compute the same function where they can: equal weights, equal logits. What alignment and
+enhancement cost is the difference to the same step without them. Each has a process of its own;
+they take turns.
+
+    python benchmarks/training_step.py [--batch 8] [--rounds 7] [--device cpu]
+
+Prints a table and writes ``benchmarks/results/training_step.json`` (``-cuda`` on a GPU).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+from measuring import isolated, medians, ratios, save
+from reference.loops import Trainer
+from reference.network import Ariadne
+from transformers import BertConfig, ConvNextConfig
+
+from tmca.config import Experiment
+from tmca.conversion import translate_ariadne
+from tmca.devices import keep_freed_memory, uses_bfloat16
+from tmca.losses import objective
+from tmca.models import SegmentationModel, build_model
+from tmca.models.text import SentenceTokenizer
+from tmca.presets import NO_ALIGNMENT, NO_ENHANCEMENT, ariadne_published, change, tmca
+from tmca.training import channels_last
+
+SIZE, TOKENS = 224, 24
+SHAPES = ("round", "flat", "large round", "small flat")
+PLACES = ("top left", "top right", "bottom left", "centre, bottom right")
+TEXTS = [f"one white {shape} polyp, located in {place} of the image" for shape in SHAPES for place in PLACES] * 2
+REFERENCE = "reference, float32"
+OURS = "TMCA"
+WITHOUT = {
+    "TMCA without alignment": {"alignment": NO_ALIGNMENT},
+    "TMCA without enhancement": {"enhancement": NO_ENHANCEMENT},
+    "TMCA without both": {"alignment": NO_ALIGNMENT, "enhancement": NO_ENHANCEMENT},
+}
+
+
+def tokenizer() -> SentenceTokenizer:
+    """Return a tokenizer of the sentences used here."""
+    return SentenceTokenizer.learn(TEXTS, vocabulary_size=200, max_tokens=TOKENS)
+
+
+def baseline() -> Ariadne:
+    """Return the reference with a text encoder of CXR-BERT's size."""
+    return Ariadne(ConvNextConfig(), BertConfig(hidden_dropout_prob=0.25), TOKENS)
+
+
+def model_of(experiment: Experiment) -> SegmentationModel:
+    """Return our model of the published sizes with random weights."""
+    config = replace(experiment.model, image_encoder=replace(experiment.model.image_encoder, weights="none"))
+    text = {"model_type": "bert"}
+    return build_model(config, tokenizer=tokenizer(), text_architecture=text, load_weights=False)
+
+
+def check_equality() -> float:
+    """Return the largest difference of logits between the reference and our Ariadne of the same weights."""
+    torch.manual_seed(0)
+    network, ours = baseline().eval(), model_of(ariadne_published())
+    state = {name.replace(".bert.", "."): value for name, value in network.state_dict().items()}
+    ours.load_state_dict(translate_ariadne(state, ours.state_dict(), upright=True))
+    images = torch.randn(2, 3, SIZE, SIZE)
+    tokens = tokenizer()(TEXTS[:2])
+    with torch.inference_mode():
+        expected = network(images, tokens.input_ids, tokens.attention_mask.long())
+        return float((ours.eval()(images, tokens).mask_logits - expected).abs().max() / expected.abs().max())
+
+
+def reference_step(batch: int, device: torch.device) -> Callable[[], object]:
+    """Return a training step of the reference."""
+    tokens = tokenizer()(TEXTS[:batch])
+    data = {"image": torch.randn(batch, 3, SIZE, SIZE), "mask": (torch.rand(batch, 1, SIZE, SIZE) > 0.8).float()}
+    data |= {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask.long()}
+    data = {name: value.to(device) for name, value in data.items()}
+    trainer = Trainer(baseline().to(device))
+    return lambda: trainer(data)
+
+
+def our_step(experiment: Experiment, batch: int, device: torch.device, *, half: bool) -> Callable[[], object]:
+    """Return a training step as ``tmca train`` takes it."""
+    model = channels_last(model_of(experiment)).to(device).train()
+    images = torch.randn(batch, 3, SIZE, SIZE, device=device).contiguous(memory_format=torch.channels_last)
+    masks = torch.rand(batch, 1, SIZE, SIZE, device=device) > 0.8
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, lr=3e-4, fused=True)
+
+    def step() -> float:
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            output = model.segment(model.encode_image(images), model.encode_text(TEXTS[:batch]))
+            loss = objective(output, masks, experiment.objective)["loss"]
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        return float(loss.detach())
+
+    return step
+
+
+def build(name: str, batch: int, device: torch.device) -> Callable[[], object]:
+    """Return a training step by its name in the table."""
+    if name == REFERENCE:
+        return _synchronised(reference_step(batch, device))
+    keep_freed_memory()
+    half = not name.endswith("float32") and uses_bfloat16("auto", device)
+    experiment = change(tmca(), "x", model=WITHOUT.get(name, {}))
+    return _synchronised(our_step(experiment, batch, device, half=half))
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    difference = check_equality()
+    names = (REFERENCE, OURS, f"{OURS}, float32", *WITHOUT)
+    builds = {name: partial(build, name, arguments.batch, device) for name in names}
+    seconds, memory = isolated(builds, arguments.rounds)
+    middle, gains = medians(seconds), ratios(seconds, REFERENCE)
+    print(f"equal weights: logits differ by at most {difference:.1e} of the largest")
+    print(f"batches of {arguments.batch}, {torch.get_num_threads()} threads\n")
+    print(f"{'':28}{'images/s':>10}{'ratio':>8}{'GB':>8}")
+    for name in names:
+        print(f"{name:28}{arguments.batch / middle[name]:>10.2f}{gains[name]:>8.2f}{memory[name]:>8.2f}")
+    costs = {name: 1 - 1 / ratios(seconds, OURS)[name] for name in WITHOUT}
+    for name, cost in costs.items():
+        print(f"a step {name.removeprefix('TMCA ')} is shorter by {cost:.1%}")
+    save(
+        "training_step" if device.type == "cpu" else f"training_step-{device.type}",
+        __doc__,
+        batch=arguments.batch,
+        rounds=arguments.rounds,
+        bfloat16=uses_bfloat16("auto", device),
+        relative_difference_of_logits=difference,
+        images_per_second={name: arguments.batch / value for name, value in middle.items()},
+        ratio_to_reference=gains,
+        peak_gigabytes=memory,
+        share_of_the_step=costs,
+    )
+
+
+def _synchronised(work: Callable[[], object]) -> Callable[[], object]:
+    def synchronised() -> object:
+        result = work()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        return result
+
+    return synchronised
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        main()
