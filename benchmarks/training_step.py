@@ -33,7 +33,7 @@ from tmca.losses import objective
 from tmca.models import SegmentationModel, build_model
 from tmca.models.text import SentenceTokenizer
 from tmca.presets import NO_ALIGNMENT, NO_ENHANCEMENT, ariadne_published, change, tmca
-from tmca.training import channels_last
+from tmca.training.task import channels_last
 
 SIZE, TOKENS = 224, 24
 SHAPES = ("round", "flat", "large round", "small flat")

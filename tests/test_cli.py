@@ -24,7 +24,7 @@ from tmca.imaging.raster import read_mask
 from tmca.models import TMCA
 from tmca.presets import NO_ALIGNMENT, NO_ENHANCEMENT, PRESETS, get_preset
 from tmca.progress import set_quiet
-from tmca.training import SegmentationTask
+from tmca.training.task import SegmentationTask
 
 PROMPT = "one small bright round lesion, located in top left of the image"
 

@@ -18,7 +18,6 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import BertConfig, BertModel
 
-from tmca import training
 from tmca.checkpoints import TEXT_ENCODER_FILE, load_checkpoint
 from tmca.config import Experiment, from_dict
 from tmca.data.loading import SegmentationDataset, make_loader
@@ -38,7 +37,8 @@ from tmca.losses import objective
 from tmca.models import TMCA, build_model
 from tmca.models.text import SentenceTokenizer
 from tmca.presets import NO_ALIGNMENT, NO_ENHANCEMENT, change
-from tmca.training import SegmentationTask, averaged_copy, fit, follow, learning_rate_factor, resolve
+from tmca.training import fit, resolve, task
+from tmca.training.task import SegmentationTask, averaged_copy, follow, learning_rate_factor
 from tmca.types import Batch
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny.json"
@@ -798,7 +798,7 @@ def worsening(monkeypatch: pytest.MonkeyPatch) -> None:
         losses = objective(*arguments)  # type: ignore[arg-type]
         return losses | {"segmentation_loss": losses["segmentation_loss"] + next(calls)}
 
-    monkeypatch.setattr(training, "objective", grow)
+    monkeypatch.setattr(task, "objective", grow)
 
 
 @pytest.mark.parametrize(("min_epochs", "expected"), [(1, 3), (5, 5)])

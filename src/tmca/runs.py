@@ -40,7 +40,7 @@ def train_run(
 
 def can_resume(folder: Path) -> bool:
     """Whether a folder holds a run that :func:`train_run` can continue."""
-    from tmca.training import TRAINER_STATE
+    from tmca.training.writer import TRAINER_STATE
 
     return is_nnunet_run(folder) or (folder / "checkpoints" / "last" / TRAINER_STATE).is_file()
 

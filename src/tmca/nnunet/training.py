@@ -28,7 +28,8 @@ from tmca.nnunet.workspace import (
 )
 from tmca.presets import differences
 from tmca.progress import say
-from tmca.training import Row, RunRecord, write_history
+from tmca.training import RunRecord
+from tmca.training.writer import Row, write_history
 
 COLUMNS = {
     "learning_rate": "lrs",

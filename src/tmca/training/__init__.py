@@ -1,0 +1,297 @@
+"""Training: one shared step, a run folder that can always be resumed, nothing hidden.
+
+A run folder holds ``experiment.json``, ``splits.json``, ``environment.json``, ``metrics.csv`` (a row an epoch),
+``curves.png``, ``tensorboard/`` and ``checkpoints/{best,last}``. ``last`` also holds the state of optimiser and loops,
+so that a resumed run gives the same numbers as an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from tmca.checkpoints import load_checkpoint
+from tmca.config import Experiment, from_dict, to_dict
+from tmca.data.cache import DecodedCache
+from tmca.data.describe import provenance_notice
+from tmca.data.loading import SegmentationDataset, make_loader
+from tmca.data.manifest import Manifest
+from tmca.devices import keep_freed_memory, resolve_device, uses_bfloat16
+from tmca.environment import describe_environment
+from tmca.errors import CheckpointError, ConfigError, DataError, OutOfMemoryError, StorageError
+from tmca.files import replace_folder, write_json
+from tmca.models import SegmentationModel, build_model
+from tmca.models.text import SentenceTokenizer
+from tmca.models.vision import encoder_normalisation
+from tmca.presets import differences
+from tmca.progress import say, track
+from tmca.training.task import SegmentationTask, channels_last
+from tmca.training.writer import TRAINER_STATE, EpochProgress, Patience, RunWriter
+
+LENGTH_FIELDS = {
+    "trainer.max_epochs",
+    "trainer.min_epochs",
+    "trainer.patience",
+    "trainer.max_train_seconds",
+    "trainer.num_workers",
+}
+"""Fields that may change when a run is resumed."""
+MINIMUM_CONTRAST = 8
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """How a training run ended.
+
+    Attributes:
+        folder: The run folder.
+        epochs: Epochs trained, over all resumes.
+        best_epoch: Epoch of the best validation score, from 1.
+        best_score: That score: the segmentation loss or the Dice, see ``trainer.monitor``.
+        seconds: Spent training, over all resumes.
+        stopped: Why it ended.
+    """
+
+    folder: Path
+    epochs: int
+    best_epoch: int
+    best_score: float
+    seconds: float
+    stopped: str
+
+
+def fit(
+    experiment: Experiment,
+    manifest: Manifest,
+    folder: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str = "auto",
+    cache: Path | None = None,
+) -> RunRecord:
+    """Train a model on the ``train`` split of a manifest, choosing the best epoch on its ``val`` split.
+
+    Args:
+        experiment: What to train; see :mod:`tmca.presets`.
+        manifest: Cases with splits ``train`` and ``val``.
+        folder: The run folder.
+        resume: Continue the run in ``folder`` from its last finished epoch.
+        overwrite: Replace a run that is there; without it and ``resume`` an existing run is refused.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
+        cache: Folder of decoded images; by default ``$TMCA_HOME/decoded``.
+
+    Returns:
+        How the run ended; an interrupted run raises KeyboardInterrupt and can be resumed.
+
+    Raises:
+        DataError: The data cannot be trained on.
+        ConfigError: The experiment does not fit the data, or not the run to resume.
+        CheckpointError: There is nothing to resume.
+        WeightsError: Pretrained weights are missing.
+        StorageError: The run folder cannot be written, or holds a run already.
+        OutOfMemoryError: The batch does not fit the device.
+    """
+    resolve_device(device)
+    experiment = resolve(experiment)
+    training, validation = _splits(experiment, manifest)
+    folder = Path(folder)
+    last = folder / "checkpoints" / "last"
+    data = {"hash": manifest.content_hash(), "train": [r.id for r in training.records]}
+    data |= {"val": [r.id for r in validation.records]}
+    pl.seed_everything(experiment.seed, verbose=False)
+    if resume:
+        experiment = _resumed(experiment, folder, data)
+        model = load_checkpoint(last)
+        model.train()
+    else:
+        _check_folder(folder, overwrite=overwrite)
+        model = build_model(experiment.model, training.sentences)
+    model.experiment = experiment
+    _report_tokens(model, training, validation)
+
+    loaders = []
+    for split, name in ((training, "train"), (validation, "val")):
+        augmentation = experiment.augmentation if name == "train" else None
+        cached = DecodedCache(split, experiment.preprocessing.image_size, cache)
+        for _ in track(cached.fill(), f"Reading {name} images", len(cached)):
+            pass
+        dataset = SegmentationDataset(split, experiment.preprocessing, augmentation, seed=experiment.seed, cache=cached)
+        config = experiment.trainer
+        size = config.batch_size if name == "train" else config.evaluation_batch_size
+        loaders.append(make_loader(dataset, size, training=name == "train", num_workers=config.num_workers))
+    if not resume:
+        # Only now, when nothing can be wrong with weights and data any more, may an older run be given up.
+        with replace_folder(folder) as place:
+            (place / "checkpoints").mkdir()
+        write_json(folder / "splits.json", data)
+        write_json(folder / "environment.json", describe_environment())
+    write_json(folder / "experiment.json", to_dict(experiment))  # a resumed run may have become longer
+
+    task = SegmentationTask(channels_last(model), experiment)
+    writer = RunWriter(task, folder)
+    trainer = _make_trainer(experiment, writer, device)
+    keep_freed_memory()
+    with _readable_failures(trainer):
+        state = last / TRAINER_STATE if resume else None
+        trainer.fit(task, loaders[0], loaders[1], ckpt_path=state, weights_only=True)
+    stopped = "all epochs done"
+    if writer.out_of_time:
+        stopped = "time limit reached"
+    elif writer.history and writer.history[-1]["epoch"] < experiment.trainer.max_epochs:
+        stopped = f"no better validation {experiment.trainer.monitor} for {experiment.trainer.patience} epochs"
+    return RunRecord(folder, len(writer.history), writer.best_epoch, writer.best_score, writer.seconds, stopped)
+
+
+def resolve(experiment: Experiment) -> Experiment:
+    """Return the experiment with ``encoder`` normalisation replaced by the encoder's own mean and std.
+
+    Raises:
+        ConfigError: The image encoder does not say how its images were normalised.
+        WeightsError: Its weights cannot be found.
+    """
+    if experiment.preprocessing.normalisation != "encoder":
+        return experiment
+    mean, std = encoder_normalisation(experiment.model.image_encoder)
+    fixed = replace(
+        experiment.preprocessing,
+        normalisation="fixed",
+        mean=(mean[0], mean[1], mean[2]),
+        std=(std[0], std[1], std[2]),
+    )
+    return replace(experiment, preprocessing=fixed)
+
+
+def _splits(experiment: Experiment, manifest: Manifest) -> tuple[Manifest, Manifest]:
+    training, validation = manifest.split("train"), manifest.split("val")
+    training = training.fraction(experiment.trainer.train_fraction, experiment.seed)
+    notice = provenance_notice(training) if experiment.model.guidance else None
+    if notice:
+        say(f"note: {notice}")
+    for split in (training, validation):
+        split.check(require_text=experiment.model.guidance, require_mask=True)
+    batch = experiment.trainer.batch_size
+    aligned = experiment.model.alignment.strides or experiment.model.alignment.align_global
+    if aligned and min(batch, len(training.records)) < MINIMUM_CONTRAST:
+        say(
+            f"warning: batches of {min(batch, len(training.records))} images give the alignment loss little to "
+            f"contrast; {MINIMUM_CONTRAST} or more are better"
+        )
+    return training, validation
+
+
+def _report_tokens(model: SegmentationModel, *splits: Manifest) -> None:
+    if model.text_encoder is None:
+        return
+    tokenizer: SentenceTokenizer = model.text_encoder.tokenizer
+    texts = [record.text for split in splits for record in split.records if record.text]
+    counts = tokenizer(texts).token_counts
+    over = [(count, text) for count, text in zip(counts, texts, strict=True) if count > tokenizer.max_tokens]
+    if over:
+        longest = max(over)
+        say(
+            f"warning: {len(over)} of {len(texts)} sentences exceed {tokenizer.max_tokens} tokens and are cut, the "
+            f"longest has {longest[0]}: {longest[1]!r}; raise model.text_encoder.max_tokens to keep them whole"
+        )
+
+
+def _check_folder(folder: Path, *, overwrite: bool) -> None:
+    if (folder / "experiment.json").exists() and not overwrite:
+        raise StorageError(
+            f"{folder} holds a training run already", hint="continue it with --resume last, or replace it: --overwrite"
+        )
+    if folder.exists() and not folder.is_dir():
+        raise StorageError(f"{folder} is a file", hint="choose another output folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "checkpoints").is_dir():
+        raise StorageError(
+            f"{folder} holds files that are no training run; they would be lost", hint="choose another output folder"
+        )
+
+
+def _resumed(experiment: Experiment, folder: Path, data: dict[str, Any]) -> Experiment:
+    try:
+        before = from_dict(Experiment, json.loads((folder / "experiment.json").read_text("utf-8")))
+        split_before = json.loads((folder / "splits.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} holds no run to resume: {error}", hint="start it without --resume") from error
+    if not (folder / "checkpoints" / "last" / TRAINER_STATE).is_file():
+        raise CheckpointError(f"The run in {folder} has not finished an epoch yet", hint="start again with --overwrite")
+    changed = {name: values for name, values in differences(before, experiment).items() if name not in LENGTH_FIELDS}
+    if changed:
+        name, (old, new) = next(iter(changed.items()))
+        raise ConfigError(
+            f"The run in {folder} was started with {name} {old!r}, not {new!r}",
+            hint="resume with the same settings, or start another run",
+        )
+    if split_before != data:
+        raise DataError(
+            f"The data is not what the run in {folder} was started on (data hash or split differs)",
+            hint="resume on the same data, or start another run",
+        )
+    return experiment
+
+
+def _make_trainer(experiment: Experiment, writer: RunWriter, device: str) -> pl.Trainer:
+    config = experiment.trainer
+    place = resolve_device(device)
+    callbacks = [
+        Patience(writer.monitor, patience=config.patience, mode=writer.best_end, check_finite=True),
+        EpochProgress(writer, config.max_epochs),
+        writer,
+    ]
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return pl.Trainer(
+        accelerator="gpu" if place.type == "cuda" else place.type,
+        devices=1 if place.index is None else [place.index],
+        precision="bf16-mixed" if uses_bfloat16(config.precision, place) else "32-true",
+        max_epochs=config.max_epochs,
+        min_epochs=min(config.min_epochs, config.max_epochs),
+        accumulate_grad_batches=config.accumulate_batches,
+        callbacks=callbacks,
+        logger=TensorBoardLogger(writer.folder, name="tensorboard", version=""),
+        log_every_n_steps=1_000_000_000,
+        num_sanity_val_steps=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=writer.folder,
+    )
+
+
+@contextmanager
+def _readable_failures(trainer: pl.Trainer) -> Iterator[None]:
+    """Turn Lightning's exit on Ctrl-C and running out of memory into our errors; silence its advice."""
+    interrupt_handler = signal.getsignal(signal.SIGINT)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists.*")
+        warnings.filterwarnings("ignore", message=".*number of training batches.*")
+        warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")  # frozen text encoder
+        warnings.filterwarnings("ignore", category=FutureWarning, module="lightning.*")
+        warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
+        try:
+            yield
+        except SystemExit as error:
+            if trainer.interrupted:
+                raise KeyboardInterrupt from error
+            raise
+        except torch.cuda.OutOfMemoryError as error:
+            raise OutOfMemoryError("The device ran out of memory", hint="lower trainer.batch_size") from error
+        finally:
+            # Lightning leaves Ctrl-C switched off behind it.
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, interrupt_handler)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
