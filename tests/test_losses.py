@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from tmca.config import ObjectiveConfig
 from tmca.losses import (
+    ALONE,
     IGNORED,
     alignment_loss,
     class_loss,
@@ -28,6 +29,7 @@ from tmca.losses import (
     segmentation_loss,
     target_classes,
     target_entropy,
+    target_matrix,
 )
 from tmca.types import LevelEmbeddings, ModelOutput
 
@@ -216,14 +218,15 @@ def test_laws_of_the_contrastive_loss(seed: int, batch: int, target_temperature:
 def test_identity_targets_give_the_loss_of_clip(
     seed: int, batch: int, target_temperature: float, logit_temperature: float
 ):
-    images, texts, similarity = _pairs(seed, batch)
+    images, texts, _ = _pairs(seed, batch)
     logits = functional.normalize(images) @ functional.normalize(texts).T / logit_temperature
     pairs = torch.arange(batch)
     clip = (functional.cross_entropy(logits, pairs) + functional.cross_entropy(logits.T, pairs)) / 2
     config = ObjectiveConfig(
         targets="identity", target_temperature=target_temperature, logit_temperature=logit_temperature
     )
-    loss = alignment_loss({"global": LevelEmbeddings(images, texts)}, similarity, config)
+    targets = target_matrix(_random_masks(batch), config, ALONE, [batch])
+    loss = alignment_loss({"global": LevelEmbeddings(images, texts)}, targets, config)
     torch.testing.assert_close(loss, clip, rtol=1e-4, atol=1e-5)
 
 

@@ -1,11 +1,13 @@
 """The objective, L = L_CA + L_SEG (Eq. 4): functions of tensors that return named scalars.
 
-Every term is computed in float32, whatever the autocast of the model.
+Every term is computed in float32, whatever the autocast of the model. Where several processes share a batch, the mean
+over the processes of what :func:`objective` returns is the loss of the whole batch, and the mean of its gradients the
+gradient; see :class:`Group`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -115,16 +117,19 @@ def class_loss(
     return torch.stack(losses).sum()
 
 
-def mask_dice_similarity(masks: Bool[Tensor, "batch 1 height width"]) -> Float[Tensor, "batch batch"]:
+def mask_dice_similarity(
+    masks: Bool[Tensor, "batch 1 height width"], others: Bool[Tensor, "all 1 height width"] | None = None
+) -> Float[Tensor, "batch all"]:
     """Return the pairwise Dice coefficient between the masks of a batch.
 
     Two empty masks have similarity 1: they describe the same (absent) target.
 
     Args:
         masks: Ground-truth foreground masks.
+        others: What they are compared with, where it is not themselves.
 
     Returns:
-        Symmetric matrix with values in [0, 1] and ones on the diagonal; carries no gradient.
+        Values in [0, 1], without a gradient; of a batch with itself symmetric, with ones on the diagonal.
 
     Source:
         Li et al., TMCA, Sec. 3.2.
@@ -132,19 +137,20 @@ def mask_dice_similarity(masks: Bool[Tensor, "batch 1 height width"]) -> Float[T
     # Autocast off: sums of tens of thousands of pixels are not exact in bfloat16.
     with torch.autocast(masks.device.type, enabled=False):
         pixels = masks.flatten(1).float()
-        areas = pixels.sum(dim=1)
-        overlap = 2 * pixels @ pixels.T
-        total = areas[:, None] + areas[None, :]
+        against = pixels if others is None else others.flatten(1).float()
+        overlap = 2 * pixels @ against.T
+        total = pixels.sum(dim=1)[:, None] + against.sum(dim=1)[None, :]
         return torch.where(total > 0, overlap / total.clamp(min=1), torch.ones_like(overlap))
 
 
 def contrastive_loss(
     image_embedding: Float[Tensor, "batch dim"],
     text_embedding: Float[Tensor, "batch dim"],
-    target_similarity: Float[Tensor, "batch batch"],
+    target_similarity: Float[Tensor, "batch all"],
     *,
     target_temperature: float,
     logit_temperature: float,
+    candidates: LevelEmbeddings | None = None,
 ) -> Float[Tensor, ""]:
     """Return the semantic contrastive loss of one level, both directions averaged (Eq. 1).
 
@@ -155,9 +161,10 @@ def contrastive_loss(
     Args:
         image_embedding: One vector an image.
         text_embedding: One vector a sentence, in the same space.
-        target_similarity: How alike the targets of pair p and pair q are; symmetric, in [0, 1].
+        target_similarity: How alike the targets of pair p and pair q are, in [0, 1].
         target_temperature: The paper's tau_1.
         logit_temperature: The paper's tau_2.
+        candidates: The pairs that each pair is contrasted with, where these are more than the batch itself.
 
     Source:
         Li et al., TMCA, Sec. 3.2, Eq. 1.
@@ -165,17 +172,24 @@ def contrastive_loss(
     with torch.autocast(image_embedding.device.type, enabled=False):
         images = functional.normalize(image_embedding.float(), dim=1)
         texts = functional.normalize(text_embedding.float(), dim=1)
-        logits = images @ texts.T / logit_temperature
         targets = (target_similarity.float() / target_temperature).softmax(dim=1)
-        image_to_text = -(targets * logits.log_softmax(dim=1)).sum(dim=1).mean()
-        text_to_image = -(targets * logits.T.log_softmax(dim=1)).sum(dim=1).mean()
-    return (image_to_text + text_to_image) / 2
+        all_images, all_texts = images, texts
+        if candidates is not None:
+            all_images = functional.normalize(candidates.image_embedding.float(), dim=1)
+            all_texts = functional.normalize(candidates.text_embedding.float(), dim=1)
+        image_to_text = images @ all_texts.T / logit_temperature
+        text_to_image = texts @ all_images.T / logit_temperature
+        return (_cross_entropy(targets, image_to_text) + _cross_entropy(targets, text_to_image)) / 2
 
 
-def target_entropy(target_similarity: Float[Tensor, "batch batch"], temperature: float) -> Float[Tensor, ""]:
+def _cross_entropy(targets: Float[Tensor, "batch all"], logits: Float[Tensor, "batch all"]) -> Float[Tensor, ""]:
+    return -(targets * logits.log_softmax(dim=1)).sum() / max(1, len(targets))
+
+
+def target_entropy(target_similarity: Float[Tensor, "batch all"], temperature: float) -> Float[Tensor, ""]:
     """Return the mean entropy of the softened targets: the least value :func:`contrastive_loss` can take."""
     log_targets = (target_similarity.float() / temperature).log_softmax(dim=1)
-    return -(log_targets.exp() * log_targets).sum(dim=1).mean()
+    return -(log_targets.exp() * log_targets).sum() / max(1, len(log_targets))
 
 
 def pool_masked(level: LevelEmbeddings, masks: Bool[Tensor, "batch 1 height width"]) -> LevelEmbeddings:
@@ -197,21 +211,22 @@ def pool_masked(level: LevelEmbeddings, masks: Bool[Tensor, "batch 1 height widt
 
 
 def alignment_loss(
-    alignments: Mapping[str, LevelEmbeddings], target_similarity: Float[Tensor, "batch batch"], config: ObjectiveConfig
+    alignments: Mapping[str, LevelEmbeddings],
+    target_similarity: Float[Tensor, "batch all"],
+    config: ObjectiveConfig,
+    candidates: Mapping[str, LevelEmbeddings] | None = None,
 ) -> Float[Tensor, ""]:
     """Return the contrastive loss averaged over the aligned levels (MAS); zero where there is nothing to contrast.
 
     Args:
         alignments: Level → embeddings; at least one level.
-        target_similarity: From :func:`mask_dice_similarity`; its own off-diagonal is ignored for identity targets.
+        target_similarity: From :func:`target_matrix`.
         config: Targets and temperatures.
+        candidates: Level → what to contrast with; see :func:`contrastive_loss`.
 
     Source:
         Li et al., TMCA, Sec. 3.2.
     """
-    if config.targets == "identity":
-        # A temperature cannot make a softmax one-hot, so the targets are scaled far beyond it.
-        target_similarity = torch.eye(len(target_similarity), device=target_similarity.device) * 1e4
     levels = [
         contrastive_loss(
             level.image_embedding,
@@ -219,8 +234,9 @@ def alignment_loss(
             target_similarity,
             target_temperature=config.target_temperature,
             logit_temperature=config.logit_temperature,
+            candidates=None if candidates is None else candidates[name],
         )
-        for level in alignments.values()
+        for name, level in alignments.items()
     ]
     return torch.stack(levels).mean()
 
@@ -240,8 +256,37 @@ def segmentation_loss(
     }
 
 
+class Group:
+    """The processes that share a batch: by default this one alone."""
+
+    size = 1
+    rank = 0
+
+    def counts(self, count: int) -> list[int]:
+        """Return how many rows each process has, this one having ``count``."""
+        return [count]
+
+    def gather(self, rows: Tensor, counts: Sequence[int]) -> Tensor:  # noqa: ARG002
+        """Return the rows of all processes in the order of their ranks; gradients flow back to whose rows they are."""
+        return rows
+
+
+ALONE = Group()
+
+
+def target_matrix(
+    masks: Bool[Tensor, "batch 1 height width"], config: ObjectiveConfig, group: Group, counts: Sequence[int]
+) -> Float[Tensor, "batch all"]:
+    """Return how alike the target of each pair of this process is to that of every pair of the group."""
+    if config.targets == "mask_dice":
+        return mask_dice_similarity(masks, group.gather(masks, counts))
+    # A temperature cannot make a softmax one-hot, so the targets are scaled far beyond it.
+    first = sum(counts[: group.rank])
+    return torch.eye(sum(counts), device=masks.device)[first : first + len(masks)] * 1e4
+
+
 def objective(
-    output: ModelOutput, masks: Bool[Tensor, "batch 1 height width"], config: ObjectiveConfig
+    output: ModelOutput, masks: Bool[Tensor, "batch 1 height width"], config: ObjectiveConfig, group: Group = ALONE
 ) -> dict[str, Float[Tensor, ""]]:
     """Return every term of the loss by name; ``loss`` is the one to minimise (Eq. 4).
 
@@ -254,21 +299,34 @@ def objective(
         output: Of the model.
         masks: Ground-truth foreground at the size of the logits.
         config: Weights, targets and temperatures.
+        group: The processes that share the batch, each with as many images; all must call this.
     """
-    losses = segmentation_loss(output.mask_logits, masks, config)
-    losses["loss"] = losses["segmentation_loss"]
-    if output.side_logits:
-        supervised = [segmentation_loss(side, masks, config)["segmentation_loss"] for side in output.side_logits]
-        losses["loss"] = torch.stack([losses["segmentation_loss"], *supervised]).mean()
+    alike = [len(masks)] * group.size
+    supervised, truth = (output.mask_logits, *output.side_logits), masks
+    if group.size > 1 and (config.dice_form == "batch" or config.cross_entropy_form == "balanced"):
+        # These forms are no mean over images.
+        supervised, truth = tuple(group.gather(logits, alike) for logits in supervised), group.gather(masks, alike)
+    terms = [segmentation_loss(logits, truth, config) for logits in supervised]
+    losses = terms[0]
+    losses["loss"] = torch.stack([term["segmentation_loss"] for term in terms]).mean()
     if output.class_logits:
-        losses["class_loss"] = class_loss(output.class_logits, masks)
+        classes = {name: group.gather(logits, alike) for name, logits in output.class_logits.items()}
+        losses["class_loss"] = class_loss(classes, group.gather(masks, alike))
         losses["loss"] = losses["loss"] + config.class_weight * losses["class_loss"]
-    if output.alignments and int(output.present.sum()) > 1:
+    counts = group.counts(int(output.present.sum())) if output.alignments else [0]
+    if sum(counts) > 1:
         targets = masks[output.present]
-        similarity = mask_dice_similarity(targets)
-        pooled = {name: pool_masked(level, targets) for name, level in output.alignments.items()}
-        losses["alignment_loss"] = alignment_loss(pooled, similarity, config)
-        floor = target_entropy(similarity, config.target_temperature) if config.targets == "mask_dice" else 0.0
+        similarity = target_matrix(targets, config, group, counts)
+        levels = {name: pool_masked(level, targets) for name, level in output.alignments.items()}
+        candidates = {
+            name: LevelEmbeddings(
+                group.gather(level.image_embedding, counts), group.gather(level.text_embedding, counts)
+            )
+            for name, level in levels.items()
+        }
+        share = len(targets) * group.size / sum(counts)
+        losses["alignment_loss"] = share * alignment_loss(levels, similarity, config, candidates)
+        floor = share * target_entropy(similarity, config.target_temperature) if config.targets == "mask_dice" else 0.0
         losses["alignment_excess"] = (losses["alignment_loss"] - floor).detach()
         losses["loss"] = losses["loss"] + config.alignment_weight * losses["alignment_loss"]
     return losses

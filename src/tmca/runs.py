@@ -29,13 +29,27 @@ def train_run(
     resume: bool = False,
     overwrite: bool = False,
     device: str = "auto",
+    devices: int = 1,
+    nodes: int = 1,
 ) -> RunRecord:
     """Train an experiment into a run folder; see :func:`tmca.training.fit` for arguments and errors."""
     from tmca.nnunet import training as nnunet_training  # scoring must not need the training stack
     from tmca.training import fit
 
-    train = nnunet_training.fit if experiment.model.method == NNUNET else fit
-    return train(experiment, manifest, folder, resume=resume, overwrite=overwrite, device=device)
+    if experiment.model.method == NNUNET:
+        if devices * nodes > 1:
+            raise ConfigError("nnU-Net trains on one device here", hint="leave --devices and --nodes out")
+        return nnunet_training.fit(experiment, manifest, folder, resume=resume, overwrite=overwrite, device=device)
+    return fit(
+        experiment,
+        manifest,
+        folder,
+        resume=resume,
+        overwrite=overwrite,
+        device=device,
+        devices=devices,
+        nodes=nodes,
+    )
 
 
 def can_resume(folder: Path) -> bool:

@@ -190,7 +190,7 @@ class ModelOutput:
     Attributes:
         mask_logits: Before the sigmoid, at the size of the input images.
         alignments: Level name (``"8"``, ``"16"``, ``"32"``, ``"global"``) → embeddings of the images that have a
-            sentence; empty for methods that do not align or when no image has one.
+            sentence; empty for methods that do not align or that were given no text.
         present: Which images of the batch have a sentence, in the order of the batch.
         side_logits: Further logits of the same size that training supervises like ``mask_logits`` (deep supervision).
         class_logits: Name of an attribute of the target (see :func:`tmca.losses.target_classes`) → logits

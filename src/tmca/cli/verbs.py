@@ -52,11 +52,16 @@ class Train:
     """Detail of the sentences in datasets that have levels; p6 is the paper's."""
     device: Device = "auto"
     """Where to train."""
+    devices: int = 1
+    """Processes on this machine that share each batch, one a GPU; under torchrun its own number counts."""
+    nodes: int = 1
+    """Machines of a Slurm job that share each batch."""
 
     def run(self) -> None:
         """Train, then say where the result is and how to score it."""
         from tmca.data.layouts import open_dataset
         from tmca.runs import train_run
+        from tmca.training.processes import ProcessLayout
 
         if self.data is None:
             raise ConfigError("`tmca train` needs --data", hint="name a manifest file or a dataset folder")
@@ -71,10 +76,14 @@ class Train:
                 resume=self.resume == "last",
                 overwrite=self.overwrite,
                 device=self.device,
+                devices=self.devices,
+                nodes=self.nodes,
             )
         except KeyboardInterrupt:
             say(f"Interrupted; continue with: tmca train {self.experiment.name} … -o {folder} --resume last")
             raise
+        if not ProcessLayout.of(self.devices, self.nodes).is_first:
+            return
         show(
             f"Trained {record.epochs} epochs in {record.seconds / 60:.1f} minutes ({record.stopped}); best epoch "
             f"{record.best_epoch}.\nRun folder: {folder}\n"

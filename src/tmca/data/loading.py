@@ -7,6 +7,7 @@ resume. With a :class:`~tmca.data.cache.DecodedCache` a second epoch reads no pi
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -91,13 +92,45 @@ class SegmentationDataset(Dataset[Sample]):
         return augment(chosen, self.augmentation, np.random.default_rng((self.seed, epoch, case)))
 
 
-class EpochSampler(Sampler[int]):
-    """Indices of one epoch, shuffled by (seed, epoch) or in order; see :class:`SegmentationDataset`."""
+@dataclass(frozen=True)
+class Shard:
+    """Which part of the cases a process loads.
 
-    def __init__(self, size: int, *, shuffle: bool, seed: int = 0) -> None:
+    Attributes:
+        rank: Number of the process, from 0.
+        processes: How many there are.
+    """
+
+    rank: int = 0
+    processes: int = 1
+
+
+class EpochSampler(Sampler[int]):
+    """Indices of one epoch, shuffled by (seed, epoch) or in order; see :class:`SegmentationDataset`.
+
+    Args:
+        size: Cases of the data set.
+        shuffle: Whether in random order.
+        seed: Of that order.
+        shard: Process p of N gets the p-th case of every N, so that N processes see the batches of one, and each case
+            once.
+        multiple: The last cases are left out, so that the number of all processes' cases is a multiple of this.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        shuffle: bool,
+        seed: int = 0,
+        shard: Shard = Shard(),
+        multiple: int = 1,
+    ) -> None:
         self.size = size
+        self.used = size // multiple * multiple
         self.shuffle = shuffle
         self.seed = seed
+        self.shard = shard
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -105,17 +138,23 @@ class EpochSampler(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.size
+        return len(range(self.shard.rank, self.used, self.shard.processes))
 
     def __iter__(self) -> Iterator[int]:
         order = np.arange(self.size)
         if self.shuffle:
             order = np.random.default_rng((self.seed, self.epoch)).permutation(self.size)
-        return iter((order + self.epoch * self.size).tolist())
+        mine = order[self.shard.rank : self.used : self.shard.processes]
+        return iter((mine + self.epoch * self.size).tolist())
 
 
 def make_loader(
-    dataset: SegmentationDataset, batch_size: int, *, training: bool, num_workers: int = 0
+    dataset: SegmentationDataset,
+    batch_size: int,
+    *,
+    training: bool,
+    num_workers: int = 0,
+    shard: Shard = Shard(),
 ) -> DataLoader[Batch]:
     """Return batches of a dataset.
 
@@ -124,13 +163,16 @@ def make_loader(
         batch_size: Images a batch.
         training: Shuffle, and drop an incomplete last batch (the alignment loss compares the images of a batch).
         num_workers: Processes that load; 0 loads in this one.
+        shard: The part of the cases that this process loads; ``batch_size`` counts its own images.
     """
+    whole = batch_size * shard.processes
+    multiple = whole if training and len(dataset) > whole else 1
+    sampler = EpochSampler(len(dataset), shuffle=training, seed=dataset.seed, shard=shard, multiple=multiple)
     return DataLoader(
         dataset,  # type: ignore[arg-type]  # it makes batches by itself
         batch_size=batch_size,
-        sampler=EpochSampler(len(dataset), shuffle=training, seed=dataset.seed),
+        sampler=sampler,
         collate_fn=_as_is,  # type: ignore[arg-type]
-        drop_last=training and len(dataset) > batch_size,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
     )

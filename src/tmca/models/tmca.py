@@ -89,7 +89,7 @@ class TMCA(SegmentationModel):
         height, width = images.size
         mask_logits = self.head(decoded)[..., :height, :width]
 
-        if text is None or not text.present.any():
+        if text is None:
             return ModelOutput(mask_logits, {}, nobody(images))
         alignments = self.alignment(images, projected, text.present) if self.alignment is not None else {}
         return ModelOutput(mask_logits, alignments, text.present)

@@ -26,7 +26,7 @@ from tmca.checkpoints import load_checkpoint
 from tmca.config import Experiment, from_dict, to_dict
 from tmca.data.cache import DecodedCache
 from tmca.data.describe import provenance_notice
-from tmca.data.loading import SegmentationDataset, make_loader
+from tmca.data.loading import SegmentationDataset, Shard, make_loader
 from tmca.data.manifest import Manifest
 from tmca.devices import keep_freed_memory, resolve_device, uses_bfloat16
 from tmca.environment import describe_environment
@@ -36,7 +36,8 @@ from tmca.models import SegmentationModel, build_model
 from tmca.models.text import SentenceTokenizer
 from tmca.models.vision import encoder_normalisation
 from tmca.presets import differences
-from tmca.progress import say, track
+from tmca.progress import say, set_quiet, track
+from tmca.training.processes import ProcessLayout
 from tmca.training.task import SegmentationTask, channels_last
 from tmca.training.writer import TRAINER_STATE, EpochProgress, Patience, RunWriter
 
@@ -80,6 +81,8 @@ def fit(
     resume: bool = False,
     overwrite: bool = False,
     device: str = "auto",
+    devices: int = 1,
+    nodes: int = 1,
     cache: Path | None = None,
 ) -> RunRecord:
     """Train a model on the ``train`` split of a manifest, choosing the best epoch on its ``val`` split.
@@ -91,6 +94,8 @@ def fit(
         resume: Continue the run in ``folder`` from its last finished epoch.
         overwrite: Replace a run that is there; without it and ``resume`` an existing run is refused.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
+        devices: Processes on this machine that share each batch, one a GPU; started by torchrun, its number counts.
+        nodes: Machines of a Slurm job that do so.
         cache: Folder of decoded images; by default ``$TMCA_HOME/decoded``.
 
     Returns:
@@ -104,9 +109,17 @@ def fit(
         StorageError: The run folder cannot be written, or holds a run already.
         OutOfMemoryError: The batch does not fit the device.
     """
-    resolve_device(device)
+    place = resolve_device(device)
+    layout = ProcessLayout.of(devices, nodes)
+    if not layout.is_first:
+        set_quiet(quiet=True)
     experiment = resolve(experiment)
     training, validation = _splits(experiment, manifest)
+    layout.check(place, experiment.trainer.batch_size, len(training.records))
+    batch_sizes = {
+        "train": layout.share_of_batch(experiment.trainer.batch_size),
+        "val": experiment.trainer.evaluation_batch_size,
+    }
     folder = Path(folder)
     last = folder / "checkpoints" / "last"
     data = {"hash": manifest.content_hash(), "train": [r.id for r in training.records]}
@@ -117,7 +130,8 @@ def fit(
         model = load_checkpoint(last)
         model.train()
     else:
-        _check_folder(folder, overwrite=overwrite)
+        if layout.is_first:
+            _check_folder(folder, overwrite=overwrite)
         model = build_model(experiment.model, training.sentences)
     model.experiment = experiment
     _report_tokens(model, training, validation)
@@ -129,20 +143,26 @@ def fit(
         for _ in track(cached.fill(), f"Reading {name} images", len(cached)):
             pass
         dataset = SegmentationDataset(split, experiment.preprocessing, augmentation, seed=experiment.seed, cache=cached)
-        config = experiment.trainer
-        size = config.batch_size if name == "train" else config.evaluation_batch_size
-        loaders.append(make_loader(dataset, size, training=name == "train", num_workers=config.num_workers))
-    if not resume:
+        loader = make_loader(
+            dataset,
+            batch_sizes[name],
+            training=name == "train",
+            num_workers=experiment.trainer.num_workers,
+            shard=Shard(layout.rank, layout.processes),
+        )
+        loaders.append(loader)
+    if layout.is_first and not resume:
         # Only now, when nothing can be wrong with weights and data any more, may an older run be given up.
-        with replace_folder(folder) as place:
-            (place / "checkpoints").mkdir()
+        with replace_folder(folder) as fresh:
+            (fresh / "checkpoints").mkdir()
         write_json(folder / "splits.json", data)
         write_json(folder / "environment.json", describe_environment())
-    write_json(folder / "experiment.json", to_dict(experiment))  # a resumed run may have become longer
+    if layout.is_first:
+        write_json(folder / "experiment.json", to_dict(experiment))  # a resumed run may have become longer
 
     task = SegmentationTask(channels_last(model), experiment)
     writer = RunWriter(task, folder)
-    trainer = _make_trainer(experiment, writer, device)
+    trainer = _make_trainer(experiment, writer, place, layout)
     keep_freed_memory()
     with _readable_failures(trainer):
         state = last / TRAINER_STATE if resume else None
@@ -243,19 +263,24 @@ def _resumed(experiment: Experiment, folder: Path, data: dict[str, Any]) -> Expe
     return experiment
 
 
-def _make_trainer(experiment: Experiment, writer: RunWriter, device: str) -> pl.Trainer:
+def _make_trainer(experiment: Experiment, writer: RunWriter, place: torch.device, layout: ProcessLayout) -> pl.Trainer:
     config = experiment.trainer
-    place = resolve_device(device)
-    callbacks = [
-        Patience(writer.monitor, patience=config.patience, mode=writer.best_end, check_finite=True),
-        EpochProgress(writer, config.max_epochs),
-        writer,
+    callbacks: list[pl.Callback] = [
+        Patience(writer.monitor, patience=config.patience, mode=writer.best_end, check_finite=True)
     ]
+    callbacks += [EpochProgress(writer, config.max_epochs), writer] if layout.is_first else [writer]
+    several = layout.processes > 1
+    if several and place.type == "cpu":
+        torch.set_num_threads(max(1, torch.get_num_threads() // layout.devices))
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     return pl.Trainer(
         accelerator="gpu" if place.type == "cuda" else place.type,
-        devices=1 if place.index is None else [place.index],
+        devices=layout.devices if place.index is None else [place.index],
+        num_nodes=layout.nodes,
+        strategy="ddp" if several else "auto",
+        sync_batchnorm=several and place.type == "cuda",
+        use_distributed_sampler=False,
         precision="bf16-mixed" if uses_bfloat16(config.precision, place) else "32-true",
         max_epochs=config.max_epochs,
         min_epochs=min(config.min_epochs, config.max_epochs),

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from tmca.config import Experiment
 from tmca.errors import TMCAError
-from tmca.losses import objective
+from tmca.losses import ALONE, Group, objective
 from tmca.metrics import Counts, confusion_counts, per_case_mean, pooled_scores
 from tmca.models import SegmentationModel
+from tmca.training.processes import current_group, join_objects
 from tmca.types import Batch
 
 MONITORS: dict[str, tuple[str, Literal["min", "max"]]] = {
@@ -41,11 +42,15 @@ class SegmentationTask(pl.LightningModule):
         """The model that is validated and kept as best: the average of the weights, or the model itself."""
         return self.model if self.average is None else self.average
 
-    def shared_step(self, model: SegmentationModel, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+    def shared_step(
+        self, model: SegmentationModel, batch: Batch, group: Group = ALONE
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """Return the losses by name and the mask logits of a batch."""
         images = batch.images.contiguous(memory_format=torch.channels_last)
-        output = model.segment(model.encode_image(images), model.encode_text(batch.texts))
-        losses = objective(output, batch.masks, self.experiment.objective)
+        # Encoded even if no image of this process has a sentence: every process must take part in the same operations.
+        text = None if model.text_encoder is None else model.text_encoder.encode(batch.texts)
+        output = model.segment(model.encode_image(images), text)
+        losses = objective(output, batch.masks, self.experiment.objective, group)
         if not torch.isfinite(losses["loss"]):
             raise TMCAError(
                 f"The loss became {float(losses['loss'].detach())} in epoch {self.current_epoch + 1}",
@@ -55,12 +60,13 @@ class SegmentationTask(pl.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
         """Seed dropout by (seed, epoch, batch), so that a resumed run draws what an uninterrupted one would."""
-        sequence = np.random.SeedSequence((self.experiment.seed, self.current_epoch, batch_idx))
+        others = (self.global_rank,) if self.global_rank else ()
+        sequence = np.random.SeedSequence((self.experiment.seed, self.current_epoch, batch_idx, *others))
         torch.manual_seed(int(sequence.generate_state(1)[0]))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002
         """Return the loss of a training batch."""
-        losses, _ = self.shared_step(self.model, batch)
+        losses, _ = self.shared_step(self.model, batch, current_group())
         self._log(losses, "train", batch.batch_size)
         return losses["loss"]
 
@@ -84,9 +90,9 @@ class SegmentationTask(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log pooled and per-case Dice of the validation split."""
-        counts = Counts.concatenate(self._counts)
-        self.log("val_pooled_dice", pooled_scores(counts)["dice"])
-        self.log("val_per_case_dice", per_case_mean(counts)["dice"])
+        counts = Counts.concatenate(join_objects(self._counts))
+        scores = {"pooled": pooled_scores(counts)["dice"], "per_case": per_case_mean(counts)["dice"]}
+        self.log_dict({f"val_{name}_dice": value for name, value in scores.items()}, sync_dist=self._is_joined)
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401
         """Return AdamW and a cosine schedule with linear warm-up, stepped every batch."""
@@ -132,7 +138,11 @@ class SegmentationTask(pl.LightningModule):
 
     def _log(self, losses: dict[str, Tensor], stage: str, batch_size: int) -> None:
         named = {f"{stage}_{name}": value.detach() for name, value in losses.items()}
-        self.log_dict(named, on_step=False, on_epoch=True, batch_size=batch_size)
+        self.log_dict(named, on_step=False, on_epoch=True, batch_size=batch_size, sync_dist=self._is_joined)
+
+    @property
+    def _is_joined(self) -> bool:
+        return self.trainer.world_size > 1
 
 
 def averaged_copy(model: SegmentationModel) -> SegmentationModel:

@@ -57,7 +57,8 @@ class RunWriter(Checkpoint):
         if is_best:
             self.best_score, self.best_epoch = score, trainer.current_epoch + 1
         limit = self.task.experiment.trainer.max_train_seconds
-        if limit is not None and self.seconds >= limit:
+        over = limit is not None and self.seconds >= limit
+        if trainer.strategy.reduce_boolean_decision(over, all=False):
             self.out_of_time = True
             trainer.fit_loop.min_epochs = None
             trainer.should_stop = True
@@ -67,6 +68,9 @@ class RunWriter(Checkpoint):
         checkpoints = self.folder / "checkpoints"
         last, best = checkpoints / "last", checkpoints / "best"
         scores = {name: value for name, value in self.history[-1].items() if name.endswith("_dice")}
+        if not trainer.is_global_zero:
+            trainer.save_checkpoint(last / TRAINER_STATE)  # takes part, and writes nothing
+            return
         with replace_folder(last) as place:
             write_checkpoint(self.task.model, self.task.experiment, place, metrics=scores, link_from=last)
             trainer.save_checkpoint(place / TRAINER_STATE)
