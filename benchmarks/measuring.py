@@ -50,6 +50,7 @@ def isolated(builds: Mapping[str, Build], rounds: int) -> tuple[dict[str, list[f
         pipes[name], other = context.Pipe()
         processes.append(context.Process(target=_serve, args=(other, build), daemon=True))
         processes[-1].start()
+        other.close()  # so that a process that fails ends the wait for it
         pipes[name].recv()
     seconds: dict[str, list[float]] = {name: [] for name in builds}
     for _ in range(rounds):

@@ -167,7 +167,7 @@ def test_no_text_equals_sentences_without_a_token(model: SegmentationModel):
     assert without.alignments == {}
     blank = _run(model, _images(), None, "", "   ", "\n")
     assert not blank.present.any()
-    assert blank.alignments == {}
+    assert not any(len(level.image_embedding) for level in blank.alignments.values())
     torch.testing.assert_close(blank.mask_logits, without.mask_logits, rtol=0, atol=1e-6)
 
 

@@ -32,20 +32,18 @@ KEYS = ("image", "mask")
 
 def transforms(size: int, *, training: bool, keys: Sequence[str] = KEYS) -> Compose:
     """Return what happens to every case in every epoch."""
-    masks = [key for key in keys if key == "mask"]
     modes = ["bicubic", "nearest"][: len(keys)]
     steps: list[Callable[..., Any]] = [
         LoadImaged(keys, reader="PILReader", reverse_indexing=False, image_only=True),
         EnsureChannelFirstd(keys),
         Lambdad("image", _three_channels),
-        Lambdad(masks, _one_channel),
         Resized(keys, (size, size), mode=modes),
-        AsDiscreted(masks, threshold=128),
-        NormalizeIntensityd("image", channel_wise=True),
     ]
+    if "mask" in keys:
+        steps += [Lambdad("mask", _one_channel), AsDiscreted("mask", threshold=128)]
     if training:
-        steps.insert(6, RandZoomd(keys, prob=0.1, min_zoom=0.95, max_zoom=1.2, mode=modes))
-    return Compose(steps)
+        steps.append(RandZoomd(keys, prob=0.1, min_zoom=0.95, max_zoom=1.2, mode=modes))
+    return Compose([*steps, NormalizeIntensityd("image", channel_wise=True)])
 
 
 def _three_channels(image: Tensor) -> Tensor:

@@ -238,6 +238,8 @@ decision about a patient. The licence of the training data may restrict the use 
 
 
 def _build(folder: Path, experiment: Experiment, values: dict[str, Any]) -> SegmentationModel:
+    from transformers.initialization import no_init_weights
+
     config = to_dict(experiment.model)
     if values["image_encoder"] is not None:
         config["image_encoder"] = {"weights": "none", **values["image_encoder"]}
@@ -246,7 +248,8 @@ def _build(folder: Path, experiment: Experiment, values: dict[str, Any]) -> Segm
         if experiment.model.guidance:
             tokenizer = SentenceTokenizer.read(folder, experiment.model.text_encoder.max_tokens)
         built = from_dict(type(experiment.model), config, where="model")
-        return build_model(built, tokenizer=tokenizer, text_architecture=values["text_encoder"], load_weights=False)
+        with no_init_weights():  # they are read right after
+            return build_model(built, tokenizer=tokenizer, text_architecture=values["text_encoder"], load_weights=False)
     except ModuleNotFoundError:
         raise  # a package that the method needs, which is no fault of the folder
     except Exception as error:  # whatever transformers makes of a damaged architecture

@@ -25,6 +25,7 @@ from tmca.imaging.raster import rgb_from_array
 from tmca.imaging.reading import read_image
 from tmca.metrics import check_threshold
 from tmca.models import SegmentationModel
+from tmca.models.operations import channels_last
 from tmca.types import ImageFeatures
 
 Mask = NDArray[np.bool_]
@@ -63,7 +64,7 @@ class Predictor:
         half = uses_bfloat16(precision, self.device)
         self.precision = "bfloat16" if half else "float32"
         self.model = model.to(self.device).eval()
-        self._network = _halved(self.model) if half else self.model
+        self._network = halved(self.model) if half else self.model
         self._features: ImageFeatures | None = None
         self._size = (0, 0)
 
@@ -199,18 +200,13 @@ def _upright(image: ImageSource) -> ImageArray:
     return rgb_from_array(image) if isinstance(image, np.ndarray) else read_image(image)
 
 
-def _halved(model: SegmentationModel) -> SegmentationModel:
-    """Return a copy whose multiplying layers are stored in bfloat16, so that no step has to convert them.
-
-    The text encoder, whose features are remembered, stays in float32 and is shared.
-    """
-    shared = {} if model.text_encoder is None else {id(model.text_encoder): model.text_encoder}
-    half = copy.deepcopy(model, memo=shared)
-    kept = set() if half.text_encoder is None else set(half.text_encoder.modules())
+def halved(model: SegmentationModel) -> SegmentationModel:
+    """Return a copy whose multiplying layers are stored in bfloat16, so that no step has to convert them."""
+    half = copy.deepcopy(model)
     for module in half.modules():
-        if isinstance(module, HALVED) and module not in kept:
+        if isinstance(module, HALVED):
             module.to(torch.bfloat16)
-    for parameter in half.parameters():
-        if parameter.ndim == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-    return half
+    if half.text_encoder is not None:
+        half.text_encoder.precision = torch.bfloat16
+        half.text_encoder.forget()
+    return channels_last(half)

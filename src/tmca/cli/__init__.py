@@ -21,7 +21,7 @@ from tmca.cli.catalogue import ModelsConvert, ModelsInstall, ModelsList, Presets
 from tmca.cli.data import DataAudit, DataDescribe, DataImport, DataPhantom, DataSplit
 from tmca.cli.options import show
 from tmca.cli.reproduction import Reproduce
-from tmca.cli.results import Compare
+from tmca.cli.results import Bench, Compare
 from tmca.cli.verbs import Demo, Evaluate, Predict, Train
 from tmca.config import Experiment
 from tmca.errors import EXIT_INTERRUPTED, ConfigError, TMCAError, unknown_name
@@ -35,6 +35,7 @@ VERBS: dict[str, Any] = {
     "predict": Predict,
     "compare": Compare,
     "reproduce": Reproduce,
+    "bench": Bench,
     "data import": DataImport,
     "data audit": DataAudit,
     "data describe": DataDescribe,

@@ -1,4 +1,4 @@
-"""What is done with the results of runs: compare."""
+"""What is done with the results of runs: compare them, time them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from tmca.cli.options import show
+from tmca.cli.options import Device, show
 
 
 @dataclass(frozen=True)
@@ -48,3 +48,39 @@ class Compare:
         if self.output is not None:
             write_comparison(comparison, self.output, cases=self.cases)
             show(f"Report: {self.output / 'comparison.html'}")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Show where time goes on this machine, stage by stage: `tmca bench -m RUN` or `tmca bench --preset NAME`."""
+
+    model: Annotated[str, tyro.conf.arg(aliases=["-m"], metavar="RUN")] = ""
+    """Run folder, checkpoint folder or hub id; by default an untrained model of the preset, for which nothing is
+    downloaded."""
+    preset: str = "kvasir-mobile"
+    """Whose architecture to time where no model is given."""
+    batch_sizes: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N …")] = (1, 8)
+    """Images predicted at a time."""
+    training_batch: int = 8
+    """Images of a training step; 0 leaves training out."""
+    device: Device = "auto"
+    """Where to compute."""
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="FILE.json")] = None
+    """Also write what was measured into this file."""
+
+    def run(self) -> None:
+        """Measure and print a table for each."""
+        from tmca.checkpoints import load_checkpoint
+        from tmca.presets import get_preset
+        from tmca.speed import in_words, measure_speed, profile_table, random_model
+
+        model = load_checkpoint(self.model) if self.model else random_model(get_preset(self.preset))
+        speed = measure_speed(
+            model, device=self.device, batch_sizes=self.batch_sizes, training_batch=self.training_batch
+        )
+        show(in_words(speed))
+        for profile in speed.profiles:
+            show(profile_table(profile, speed.limit))
+        if self.output is not None:
+            speed.write(self.output)
+            show(f"Written: {self.output}")

@@ -5,12 +5,14 @@ What each one gains is measured by ``benchmarks/operations.py``; on other device
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+NetworkT = TypeVar("NetworkT", bound=nn.Module)
 
 LARGE_KERNEL = 5
 """Side from which the gradient of a depthwise kernel is computed by exchanged roles; for 3 × 3 PyTorch is fast."""
@@ -117,6 +119,14 @@ def _kernel_gradient(
     products = nn.functional.conv2d(planes, kernels, padding=padding, dilation=stride, groups=batch * channels)
     products = products[:, :, : kernel[0], : kernel[1]].view(batch, channels, 1, *kernel)
     return products.sum(0, dtype=torch.promote_types(products.dtype, torch.float32)).to(weight.dtype)
+
+
+def channels_last(network: NetworkT) -> NetworkT:
+    """Lay convolution weights out with the channels last, which is faster on CPUs and GPUs and changes no value."""
+    for parameter in network.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return network
 
 
 def attend(

@@ -154,6 +154,7 @@ class TextEncoder(nn.Module):
         text_dim: Width of the word features.
         sentence_dim: Width of the sentence embedding.
         max_tokens: Tokens a row.
+        precision: What remembered features are computed in, whatever the autocast of the caller.
 
     Raises:
         ConfigError: The configuration or the tokenizer does not fit the backbone.
@@ -189,6 +190,7 @@ class TextEncoder(nn.Module):
         self.text_dim: int = backbone.config.hidden_size
         self.sentence_dim: int = self.text_dim if self._projection is None else backbone.config.projection_dim
         self.max_tokens = tokenizer.max_tokens
+        self.precision = torch.float32
         if config.freeze:
             self.requires_grad_(requires_grad=False)
             self.eval()
@@ -254,13 +256,18 @@ class TextEncoder(nn.Module):
         rows = [self._cache[text] if text and text.strip() else nothing for text in texts]
         return self._features(torch.stack(rows).to(device), tokens.attention_mask)
 
+    def forget(self) -> None:
+        """Forget the features of the sentences seen so far."""
+        self._cache.clear()
+
     def _remember(self, texts: Sequence[str]) -> None:
         missing = [text for text in dict.fromkeys(texts) if text not in self._cache]
         device = next(self.backbone.parameters()).device
         for start in range(0, len(missing), 64):
             chunk = missing[start : start + 64]
-            # Autocast off: what is cached must not depend on the precision of the step that happened to ask first.
-            with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            # What is cached must not depend on the precision of the step that happened to ask first.
+            half = self.precision != torch.float32
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=half):
                 words = self(self.tokenizer(chunk).to(device)).word_features.float().cpu()
             self._cache.update(zip(chunk, words, strict=True))
         for text in texts:
@@ -290,7 +297,7 @@ class TextEncoder(nn.Module):
 
 
 def _forget_features(encoder: TextEncoder, _: object) -> None:
-    encoder._cache.clear()  # other weights, other features
+    encoder.forget()  # other weights, other features
 
 
 def build_tokenizer(config: TextEncoderConfig, sentences: Iterable[str] = ()) -> SentenceTokenizer:

@@ -33,12 +33,13 @@ from tmca.environment import describe_environment
 from tmca.errors import CheckpointError, ConfigError, DataError, OutOfMemoryError, StorageError
 from tmca.files import replace_folder, write_json
 from tmca.models import SegmentationModel, build_model
+from tmca.models.operations import channels_last
 from tmca.models.text import SentenceTokenizer
 from tmca.models.vision import encoder_normalisation
 from tmca.presets import differences
 from tmca.progress import say, set_quiet, track
 from tmca.training.processes import ProcessLayout
-from tmca.training.task import SegmentationTask, channels_last
+from tmca.training.task import SegmentationTask
 from tmca.training.writer import TRAINER_STATE, EpochProgress, Patience, RunWriter
 
 LENGTH_FIELDS = {

@@ -172,14 +172,6 @@ def follow(average: SegmentationModel, model: SegmentationModel, decay: float) -
             value.copy_(now[name])
 
 
-def channels_last(model: SegmentationModel) -> SegmentationModel:
-    """Lay convolution weights out with the channels last, which is faster on CPUs and GPUs and changes no value."""
-    for parameter in model.parameters():
-        if parameter.ndim == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-    return model
-
-
 def learning_rate_factor(step: int, total: int, warmup: int, floor: float, *, restarts: bool = False) -> float:
     """Return the factor on the peak learning rate: linear warm-up, then a cosine down to ``floor``.
 
