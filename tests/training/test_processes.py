@@ -197,6 +197,6 @@ def test_a_run_of_two_processes_is_a_run_and_is_resumed(
     for name in ("train_alignment_loss", "train_segmentation_loss", "val_segmentation_loss"):
         assert ours[name] == pytest.approx(theirs[name], rel=0.1), name
     assert json.loads((together / "splits.json").read_text()) == json.loads((alone / "splits.json").read_text())
-    resumed = _train(phantoms.root, together, "--devices", "2", "--trainer.max-epochs", "2", "--resume", "last")
+    resumed = _train(phantoms.root, together, "--devices", "1", "--trainer.max-epochs", "2", "--resume", "last")
     assert resumed.returncode == 0, resumed.stderr
     assert [row["epoch"] for row in _rows(together)] == [1, 2]
