@@ -1,9 +1,9 @@
 """How long does an epoch take on real files, decoding and augmentation included, beside the plain baseline?
 
-``kvasir-mobile`` (MobileNetV2, 224 pixels, batches of 16) by ``tmca.fit``: first epoch, which also fills the cache of
-decoded images, and a later one, both with what belongs to them here (averaged weights, clipping, validation left out by a
-single image). The baseline (``benchmarks/reference``) has the same image encoder and the same widths of the decoder, its
-own text encoder of CXR-BERT's size, MONAI's transforms on two workers, and no validation.
+``kvasir-mobile`` (MobileNetV2, 224 pixels, batches of 16) by ``tmca.fit``: the first epoch, which also fills the cache
+of decoded images, and later ones, with all that belongs to them here (averaged weights, clipping, checkpoints;
+validation on one image). The baseline (``benchmarks/reference``) has the same image encoder and widths of the decoder,
+its own text encoder of CXR-BERT's size, MONAI's transforms on two workers, and neither validation nor checkpoints.
 
     python benchmarks/epoch.py --data FOLDER [--cases 320]
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import tempfile
 import time
 from dataclasses import replace
@@ -51,7 +52,7 @@ def our_epochs(manifest: Manifest, folder: Path) -> list[float]:
     whole = time.perf_counter() - started
     with (folder / "run" / "metrics.csv").open() as stream:
         ends = [float(row["seconds"]) for row in csv.DictReader(stream)]
-    later = [after - before for before, after in zip(ends, ends[1:], strict=False)]
+    later = [after - before for before, after in itertools.pairwise(ends)]
     return [whole - sum(later), *later]
 
 

@@ -2,8 +2,8 @@
 
 1. Many predictions, each of another image with another sentence, one process: seconds a thousand, and the slope of
    resident memory over the second half.
-2. Images of 224 to 1,024 pixels a side, the preset ``kvasir-mobile``: milliseconds of one prediction and peak memory, with
-   attention scores written out where they are few (as always here) and with PyTorch's fused attention throughout.
+2. Images of 224 to 1,024 pixels a side, the preset ``kvasir-mobile``: milliseconds of one prediction and peak memory,
+   with attention scores written out where they are few (as always here) and with PyTorch's fused attention throughout.
 3. Peak memory of training on data sets of different size.
 
     python benchmarks/growth.py [--predictions 20000]
@@ -113,10 +113,8 @@ def main() -> None:
         training = {images: apart(training_memory, (images,)) for images in DATA_SETS}
     seconds = many["seconds_a_thousand"]
     print(f"{many['predictions']} predictions: {seconds[1]:.2f} s a thousand at first, {seconds[-1]:.2f} at last;")
-    memory = many["resident_megabytes"]
-    print(
-        f"  resident {memory[0]:.0f} MB at first, {memory[-1]:.0f} at last, {many['kilobytes_a_prediction']:.3f} kB each"
-    )
+    memory, slope = many["resident_megabytes"], many["kilobytes_a_prediction"]
+    print(f"  resident {memory[0]:.0f} MB at first, {memory[-1]:.0f} at last, {slope:.3f} kB each")
     print(f"{'pixels':>8}{'ms':>10}{'GB':>8}{'ms, fused':>12}{'GB':>8}")
     for size in SIZES:
         left, right = explicit[size], fused[size]

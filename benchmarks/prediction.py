@@ -74,23 +74,23 @@ def reference_batch(root: Path, batch: int) -> Callable[[], object]:
     return lambda: predictor(files, texts(batch))
 
 
-def our_predictor() -> Predictor:
-    """Return a predictor of the paper's model with random weights."""
+def our_predictor(model: Path) -> Predictor:
+    """Return a predictor of a model folder."""
     keep_freed_memory()
-    return Predictor(random_model(get_preset("tmca")))
+    return Predictor.from_pretrained(model)
 
 
-def our_batch(root: Path, batch: int, *, known: bool) -> Callable[[], object]:
+def our_batch(model: Path, root: Path, batch: int, *, known: bool) -> Callable[[], object]:
     """Return a prediction of ours."""
-    predictor, texts = our_predictor(), new_sentences()
+    predictor, texts = our_predictor(model), new_sentences()
     files = files_of(open_dataset(root))[:batch]
     again = texts(batch)
     return lambda: list(predictor.segment(zip(files, again if known else texts(batch), strict=True)))
 
 
-def further(root: Path, count: int, *, known: bool) -> Callable[[], object]:
+def further(model: Path, root: Path, count: int, *, known: bool) -> Callable[[], object]:
     """Return so many sentences about an image that has been encoded, decoded together."""
-    predictor, texts = our_predictor(), new_sentences()
+    predictor, texts = our_predictor(model), new_sentences()
     predictor.set_image(files_of(open_dataset(root))[0])
     again = texts(count)
     return lambda: predictor.probabilities(again if known else texts(count), batch_size=count)
@@ -141,24 +141,24 @@ def main() -> None:
             root = Path(temporary) / "data"
             write_phantoms(root, {"train": CASES, "test": CASES}, size=512)
         manifest = open_dataset(root)
+        model = Path(temporary) / "model"
+        random_model(get_preset("tmca")).save_pretrained(model)
         rows = {}
         for batch in BATCHES:
             builds = {
                 "reference": partial(reference_batch, root, batch),
-                "ours, new": partial(our_batch, root, batch, known=False),
-                "ours, known": partial(our_batch, root, batch, known=True),
+                "ours, new": partial(our_batch, model, root, batch, known=False),
+                "ours, known": partial(our_batch, model, root, batch, known=True),
             }
             seconds, memory = isolated(builds, arguments.rounds if batch < 64 else 2)
             rows[batch] = {"images_per_second": {k: batch / v for k, v in medians(seconds).items()}}
             rows[batch] |= {"ratio": ratios(seconds, "reference"), "peak_gigabytes": memory}
-        works = {"first": partial(our_batch, root, 1, known=False)}
+        works = {"first": partial(our_batch, model, root, 1, known=False)}
         for count, known in itertools.product((1, SENTENCES), (False, True)):
             name = f"{count} further, {'known' if known else 'new'}"
-            works[name] = partial(further, root, count, known=known)
+            works[name] = partial(further, model, root, count, known=known)
         sentences = medians(isolated(works, 3 * arguments.rounds)[0])
-        model = our_predictor().model
-        model.save_pretrained(Path(temporary) / "model")
-        starts = cold_start(Path(temporary) / "model", files_of(manifest)[0])
+        starts = cold_start(model, files_of(manifest)[0])
         agreed = agreement(arguments.model, manifest) if arguments.model else None
     print(f"{manifest.name}, {torch.get_num_threads()} threads; images a second (ratio to the reference)")
     for batch, row in rows.items():

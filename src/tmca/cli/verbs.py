@@ -187,6 +187,8 @@ class Predict:
     """Replace masks that are in the output folder."""
     device: Device = "auto"
     """Where to compute."""
+    precision: Literal["auto", "32", "bf16"] = "auto"
+    """auto: bfloat16 where the device computes it natively, else float32; 32: the same masks on every machine."""
 
     def run(self) -> None:
         """Segment, say what was written, and fail with exit code 4 if some cases failed."""
@@ -202,7 +204,7 @@ class Predict:
         left_out = len(images) - len({job.image for job in jobs})
         if left_out:
             say(f"warning: {left_out} of {len(images)} images have no line in {self.prompts} and are not segmented")
-        predictor = Predictor.from_pretrained(self.model, self.device)
+        predictor = Predictor.from_pretrained(self.model, self.device, self.precision)
         _warn_of_prompt(predictor, [job.text for job in jobs])
         report = predict_batch(
             predictor,
