@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FALSE_POSITIVE, FALSE_NEGATIVE = "#e8112d", "#1f6fff"
+CELL_INCHES, SENTENCE_INCHES = 2.1, 0.65
+"""Width of a column, and height of what stands under an image."""
 SMALLEST_BOX = 0.002
 """Share of the image from which a wrong region gets a box: thinner ones are differences of the outline."""
 
@@ -91,7 +93,9 @@ def draw_comparison(compared: Sequence[Compared], path: Path) -> None:
 
     labels = list(compared[0].predicted)
     columns = 2 + len(labels)
-    figure = Figure(figsize=(2.1 * columns, 2.45 * len(compared)), layout="constrained", facecolor="white")
+    height = CELL_INCHES * float(np.median([case.image.shape[0] / case.image.shape[1] for case in compared]))
+    size = (CELL_INCHES * columns, (height + SENTENCE_INCHES) * len(compared) + SENTENCE_INCHES)
+    figure = Figure(figsize=size, layout="constrained", facecolor="white")
     grid = figure.subplots(len(compared), columns, squeeze=False)
     for axes, case in zip(grid, compared, strict=True):
         _show(axes[0], case.image, None)
