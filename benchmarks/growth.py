@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measuring import peak_gigabytes, save
+from measuring import peak_gigabytes, report
 
 from tmca.data.phantom import write_phantoms
 from tmca.devices import keep_freed_memory
@@ -111,20 +111,24 @@ def main() -> None:
         explicit = {size: apart(one_size, (size,), {"fused": False}) for size in SIZES}
         fused = {size: apart(one_size, (size,), {"fused": True}) for size in SIZES}
         training = {images: apart(training_memory, (images,)) for images in DATA_SETS}
-    seconds = many["seconds_a_thousand"]
+    rows = [
+        {
+            "pixels a side": str(size),
+            "ms": f"{explicit[size]['milliseconds']:.0f}",
+            "GB": f"{explicit[size]['peak_gigabytes']:.2f}",
+            "ms, fused attention": f"{fused[size]['milliseconds']:.0f}",
+            "GB, fused attention": f"{fused[size]['peak_gigabytes']:.2f}",
+        }
+        for size in SIZES
+    ]
+    report("growth", __doc__, rows, many=many, size_explicit=explicit, size_fused=fused, training=training)
+    seconds, memory = many["seconds_a_thousand"], many["resident_megabytes"]
     print(f"{many['predictions']} predictions: {seconds[1]:.2f} s a thousand at first, {seconds[-1]:.2f} at last;")
-    memory, slope = many["resident_megabytes"], many["kilobytes_a_prediction"]
-    print(f"  resident {memory[0]:.0f} MB at first, {memory[-1]:.0f} at last, {slope:.3f} kB each")
-    print(f"{'pixels':>8}{'ms':>10}{'GB':>8}{'ms, fused':>12}{'GB':>8}")
-    for size in SIZES:
-        left, right = explicit[size], fused[size]
-        print(
-            f"{size:>8}{left['milliseconds']:>10.0f}{left['peak_gigabytes']:>8.2f}"
-            f"{right['milliseconds']:>12.0f}{right['peak_gigabytes']:>8.2f}"
-        )
+    print(
+        f"  resident {memory[0]:.0f} MB at first, {memory[-1]:.0f} at last, {many['kilobytes_a_prediction']:.3f} kB each"
+    )
     for images, row in training.items():
         print(f"training on {images} images: {row['peak_gigabytes']:.2f} GB")
-    save("growth", __doc__, many=many, size_explicit=explicit, size_fused=fused, training=training)
 
 
 if __name__ == "__main__":

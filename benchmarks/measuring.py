@@ -7,7 +7,7 @@ import multiprocessing
 import resource
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -95,10 +95,23 @@ def peak_gigabytes() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def save(name: str, question: str | None, **values: Any) -> None:  # noqa: ANN401
-    """Write ``benchmarks/results/NAME.json`` with the question, the values and the machine."""
+def report(name: str, question: str | None, rows: Sequence[Mapping[str, str]], **values: Any) -> None:  # noqa: ANN401
+    """Print a table and write ``benchmarks/results/NAME.json``, from which the documentation takes it.
+
+    Args:
+        name: Of the file.
+        question: The docstring of the benchmark; its first line is the question.
+        rows: Heading → cell, of every row.
+        values: Everything else that was measured.
+    """
+    headings = list(rows[0])
+    widths = {heading: max(len(heading), *(len(row[heading]) for row in rows)) for heading in headings}
+    for row in ({heading: heading for heading in headings}, *rows):
+        first, *others = headings
+        print("  ".join([row[first].ljust(widths[first]), *(row[other].rjust(widths[other]) for other in others)]))
     result = {
         "question": (question or "").splitlines()[0],
+        "rows": list(rows),
         **values,
         "threads": torch.get_num_threads(),
         "environment": describe_environment(),

@@ -15,7 +15,7 @@ import copy
 from collections.abc import Callable
 
 import torch
-from measuring import interleaved, medians, ratios, save
+from measuring import interleaved, medians, ratios, report
 from torch import Tensor, nn
 
 from tmca.devices import keep_freed_memory, uses_bfloat16
@@ -98,15 +98,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     rounds = parser.parse_args().rounds
     keep_freed_memory()
-    rows = {}
-    print(f"{torch.get_num_threads()} threads, {'bfloat16' if HALF else 'float32'}; milliseconds, forward and backward")
-    print(f"{'':42}{'torch':>8}{'ours':>8}{'ratio':>8}")
+    rows, gains = [], {}
     for name, works in cases().items():
         seconds = interleaved(works, rounds)
-        middle, ratio = medians(seconds), ratios(seconds, "torch")["ours"]
-        rows[name] = {way: 1e3 * value for way, value in middle.items()} | {"ratio": ratio}
-        print(f"{name:42}{rows[name]['torch']:>8.1f}{rows[name]['ours']:>8.1f}{ratio:>8.1f}")
-    save("operations", __doc__, bfloat16=HALF, milliseconds=rows)
+        middle, gains[name] = medians(seconds), ratios(seconds, "torch")["ours"]
+        cells = {f"{way}, ms": f"{1e3 * value:.1f}" for way, value in middle.items()}
+        rows.append({"forward and backward": name, **cells, "× torch": f"{gains[name]:.1f}"})
+    report("operations", __doc__, rows, bfloat16=HALF, ratio=gains)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from measuring import RESULTS, save
+from measuring import RESULTS, report
 
 from tmca.config import Experiment
 from tmca.data.cache import DecodedCache
@@ -105,10 +105,25 @@ def main() -> None:
     noise = np.mean(pairs, axis=0)
     apart = np.mean([abs(smoothed["bfloat16"][seed] - smoothed["float32"][seed]) for seed in SEEDS], axis=0)
     bias = np.mean([smoothed["bfloat16"][seed] - smoothed["float32"][seed] for seed in SEEDS], axis=0)
-    print("steps        float32, seeds apart   bfloat16 from float32   bias")
-    for index in range(len(noise)):
-        steps = f"{WINDOW * index}–{WINDOW * (index + 1)}"
-        print(f"{steps:11}{noise[index]:>18.3f}{apart[index]:>22.3f}{bias[index]:>14.3f}")
+    rows = [
+        {
+            "steps": f"{WINDOW * index}–{WINDOW * (index + 1)}",
+            "float32, seeds apart": f"{noise[index]:.3f}",
+            "bfloat16 from float32": f"{apart[index]:.3f}",
+            "bias": f"{bias[index]:+.3f}",
+        }
+        for index in range(len(noise))
+    ]
+    report(
+        "precision",
+        __doc__,
+        rows,
+        data=manifest.name,
+        size=arguments.size,
+        batch=arguments.batch,
+        window=WINDOW,
+        curves={name: {seed: values.tolist() for seed, values in kind.items()} for name, kind in smoothed.items()},
+    )
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axis = figure.subplots()
     for (name, kind), colour in zip(smoothed.items(), ("tab:blue", "tab:orange"), strict=True):
@@ -118,20 +133,7 @@ def main() -> None:
     axis.set(xlabel="step", ylabel="training loss")
     axis.legend()
     axis.grid(alpha=0.3)
-    RESULTS.mkdir(exist_ok=True)
     figure.savefig(RESULTS / "precision.png", dpi=110)
-    save(
-        "precision",
-        __doc__,
-        data=manifest.name,
-        size=arguments.size,
-        batch=arguments.batch,
-        window=WINDOW,
-        seeds_apart=noise.tolist(),
-        bfloat16_from_float32=apart.tolist(),
-        bias=bias.tolist(),
-        curves={name: {seed: values.tolist() for seed, values in kind.items()} for name, kind in smoothed.items()},
-    )
 
 
 if __name__ == "__main__":

@@ -27,8 +27,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
-from measuring import isolated, medians, ratios, save
+from measuring import isolated, medians, ratios, report
 from reference.loops import ReferencePredictor
 from reference.network import Ariadne
 from training_step import TEXTS, TOKENS, tokenizer
@@ -160,28 +159,43 @@ def main() -> None:
         sentences = medians(isolated(works, 3 * arguments.rounds)[0])
         starts = cold_start(model, files_of(manifest)[0])
         agreed = agreement(arguments.model, manifest) if arguments.model else None
-    print(f"{manifest.name}, {torch.get_num_threads()} threads; images a second (ratio to the reference)")
-    for batch, row in rows.items():
-        parts = [f"{name} {rate:.2f} ({row['ratio'][name]:.2f})" for name, rate in row["images_per_second"].items()]
-        print(f"  {batch:>3} at a time: " + ", ".join(parts))
     first = sentences["first"]
-    print(f"an image and its sentence: {1e3 * first:.0f} ms; each further sentence on the encoded image:")
+    table = [
+        {
+            "files and sentences": f"{batch} at a time, {name}",
+            "ms each": f"{1e3 / rate:.1f}",
+            "images/s": f"{rate:.2f}",
+            "× reference": f"{row['ratio'][name]:.2f}",
+            "of the first": "",
+        }
+        for batch, row in rows.items()
+        for name, rate in row["images_per_second"].items()
+    ]
     for name, value in sentences.items():
-        if name != "first":
-            each = value / int(name.split()[0])
-            print(f"  {name}: {1e3 * each:.1f} ms each, {each / first:.0%} of the first")
-    print("seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in starts.items()))
-    if agreed:
-        print("Dice of bfloat16 against float32: " + json.dumps(agreed))
-    save(
+        count = 1 if name == "first" else int(name.split()[0])
+        each = value / count
+        table.append(
+            {
+                "files and sentences": "an image and its sentence" if name == "first" else f"{name}, on one image",
+                "ms each": f"{1e3 * each:.1f}",
+                "images/s": "",
+                "× reference": "",
+                "of the first": f"{each / first:.0%}",
+            }
+        )
+    report(
         "prediction",
         __doc__,
+        table,
         data=manifest.name,
-        rows=rows,
+        batches=rows,
         seconds_on_one_image=sentences,
         cold_start_seconds=starts,
         bfloat16_against_float32=agreed,
     )
+    print("seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in starts.items()))
+    if agreed:
+        print("Dice of bfloat16 against float32: " + json.dumps(agreed))
 
 
 if __name__ == "__main__":

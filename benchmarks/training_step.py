@@ -21,7 +21,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from measuring import isolated, medians, ratios, save
+from measuring import isolated, medians, ratios, report
 from reference.loops import Trainer
 from reference.network import Ariadne
 from transformers import BertConfig, ConvNextConfig
@@ -131,22 +131,25 @@ def main() -> None:
     builds = {name: partial(build, name, arguments.batch, device) for name in names}
     seconds, memory = isolated(builds, arguments.rounds)
     middle, gains = medians(seconds), ratios(seconds, REFERENCE)
-    print(f"equal weights: logits differ by at most {difference:.1e} of the largest")
-    print(f"batches of {arguments.batch}, {torch.get_num_threads()} threads\n")
-    print(f"{'':28}{'images/s':>10}{'ratio':>8}{'GB':>8}")
-    for name in names:
-        print(f"{name:28}{arguments.batch / middle[name]:>10.2f}{gains[name]:>8.2f}{memory[name]:>8.2f}")
     costs = {name: 1 - 1 / ratios(seconds, OURS)[name] for name in WITHOUT}
-    for name, cost in costs.items():
-        print(f"a step {name.removeprefix('TMCA ')} is shorter by {cost:.1%}")
-    save(
+    rows = [
+        {
+            "step": name,
+            "images/s": f"{arguments.batch / middle[name]:.2f}",
+            "× reference": f"{gains[name]:.2f}",
+            "peak GB": f"{memory[name]:.2f}",
+            "shorter than TMCA by": f"{costs[name]:.1%}" if name in costs else "",
+        }
+        for name in names
+    ]
+    report(
         "training_step" if device.type == "cpu" else f"training_step-{device.type}",
         __doc__,
+        rows,
         batch=arguments.batch,
         rounds=arguments.rounds,
         bfloat16=uses_bfloat16("auto", device),
         relative_difference_of_logits=difference,
-        images_per_second={name: arguments.batch / value for name, value in middle.items()},
         ratio_to_reference=gains,
         peak_gigabytes=memory,
         share_of_the_step=costs,

@@ -1,12 +1,14 @@
 """Write the results tables of the pages from results/*.json.
 
 A page holds ``<!-- results:begin WHAT -->`` and ``<!-- results:end -->``; between them goes the table that WHAT names:
-``runs`` (single runs, one a line) or, for example, ``table1 kvasir_polyp cpu`` (a table of the paper, over all seeds).
+``runs`` (single runs, one a line), for example ``table1 kvasir_polyp cpu`` (a table of the paper, over all seeds), or
+``benchmark training_step`` (the table of ``benchmarks/results/training_step.json``).
 ``python docs/tables.py`` rewrites them; with ``--check`` nothing is changed and the exit code is 1 if one is stale.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from dataclasses import replace
@@ -19,7 +21,7 @@ from tmca.reproduction.printing import markdown_table, table_lines
 from tmca.reproduction.tables import TABLES, get_table
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/index.md", "docs/findings.md")
+PAGES = ("README.md", "docs/index.md", "docs/findings.md", "docs/concepts/speed.md")
 BLOCK = re.compile(r"(<!-- results:begin ([^>]+) -->\n).*?(<!-- results:end -->)", re.DOTALL)
 NOTHING = "No run is recorded in `results/` yet."
 ABSENT = "n/a"
@@ -77,8 +79,22 @@ def paper_table(ledger: Ledger, name: str, dataset: str, scale: Any) -> str:  # 
     return "\n\n".join([markdown_table(known), *([" ".join(notes)] if notes else [])])
 
 
+def benchmark_table(name: str) -> str:
+    """Return the table of a benchmark, and below it where it was measured."""
+    path = ROOT / "benchmarks" / "results" / f"{name}.json"
+    if not path.is_file():
+        return "Not measured yet."
+    result = json.loads(path.read_text("utf-8"))
+    rows, hardware = result["rows"], result["environment"]["hardware"]
+    lines = [list(rows[0]), ["---", *["---:"] * (len(rows[0]) - 1)], *(list(row.values()) for row in rows)]
+    where = f"{hardware['processor']}, {result['threads']} threads; `python benchmarks/{name.partition('-')[0]}.py`"
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{where}"
+
+
 def content(what: str, ledger: Ledger) -> str:
     """Return what stands between the marks of a block."""
+    if what.startswith("benchmark "):
+        return benchmark_table(what.split()[1])
     if what != "runs":
         name, dataset, scale = what.split()
         return paper_table(ledger, name, dataset, scale)
