@@ -124,9 +124,8 @@ def main() -> None:
     report("growth", __doc__, rows, many=many, size_explicit=explicit, size_fused=fused, training=training)
     seconds, memory = many["seconds_a_thousand"], many["resident_megabytes"]
     print(f"{many['predictions']} predictions: {seconds[1]:.2f} s a thousand at first, {seconds[-1]:.2f} at last;")
-    print(
-        f"  resident {memory[0]:.0f} MB at first, {memory[-1]:.0f} at last, {many['kilobytes_a_prediction']:.3f} kB each"
-    )
+    slope = many["kilobytes_a_prediction"]
+    print(f"  resident {memory[0]:.0f} MB at first, {memory[-1]:.0f} at last, {slope:.3f} kB each")
     for images, row in training.items():
         print(f"training on {images} images: {row['peak_gigabytes']:.2f} GB")
 
