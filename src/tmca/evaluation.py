@@ -49,6 +49,7 @@ from tmca.metrics import (
     surface_scores,
 )
 from tmca.models import SegmentationModel
+from tmca.models.operations import channels_last
 from tmca.progress import track
 
 Space = Literal["network", "original"]
@@ -190,7 +191,7 @@ def evaluate(
     chosen = manifest.split(split)
     chosen.check(require_text=model.reads_text, require_mask=True)
     place = resolve_device(device)
-    model = model.to(place).eval()
+    model = channels_last(model.to(place)).eval()
     own = [record.text for record in chosen.records]
     texts = sentence_variants(own, seed) if model.reads_text else {RIGHT: tuple(own)}
     dataset = SegmentationDataset(chosen, experiment.preprocessing)
@@ -199,7 +200,7 @@ def evaluate(
     outlines = None if surface_tolerance is None else _Outlines(surface_tolerance, chosen, space)
     first = 0
     for batch in track(loader, f"Scoring {split}", len(loader)):
-        features = model.encode_image(batch.images.to(place))
+        features = model.encode_image(batch.images.to(place, memory_format=torch.channels_last))
         rows = range(first, first + batch.batch_size)
         for variant, sentences in texts.items():
             output = model.segment(features, model.encode_text([sentences[row] for row in rows]))

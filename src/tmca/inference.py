@@ -63,7 +63,7 @@ class Predictor:
         self.experiment = model.experiment
         half = uses_bfloat16(precision, self.device)
         self.precision = "bfloat16" if half else "float32"
-        self.model = model.to(self.device).eval()
+        self.model = channels_last(model.to(self.device)).eval()
         self._network = halved(self.model) if half else self.model
         self._features: ImageFeatures | None = None
         self._size = (0, 0)
@@ -209,4 +209,4 @@ def halved(model: SegmentationModel) -> SegmentationModel:
     if half.text_encoder is not None:
         half.text_encoder.precision = torch.bfloat16
         half.text_encoder.forget()
-    return channels_last(half)
+    return half

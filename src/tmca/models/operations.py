@@ -121,6 +121,7 @@ def _kernel_gradient(
     return products.sum(0, dtype=torch.promote_types(products.dtype, torch.float32)).to(weight.dtype)
 
 
+@torch.inference_mode(mode=False)  # so that a network laid out while it is scored can be trained afterwards
 def channels_last(network: NetworkT) -> NetworkT:
     """Lay convolution weights out with the channels last, which is faster on CPUs and GPUs and changes no value."""
     for parameter in network.parameters():
