@@ -206,7 +206,7 @@ def test_encoding_and_segmenting_equal_forward(model: SegmentationModel):
 def test_one_image_takes_many_sentences(reader: SegmentationModel):
     image = reader.encode_image(_images(1, 40, 70))
     texts = (*TEXTS, None)
-    together = reader.segment(image.expand(len(texts)), reader.encode_text(texts)).mask_logits
+    together = reader.segment(image.repeat(len(texts)), reader.encode_text(texts)).mask_logits
     alone = [reader.segment(image, reader.encode_text([text])).mask_logits for text in texts]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
 

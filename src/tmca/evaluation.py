@@ -48,6 +48,7 @@ from tmca.metrics import (
     pooled_scores,
     surface_scores,
 )
+from tmca.mirrored import MirrorAveraged
 from tmca.models import SegmentationModel
 from tmca.models.operations import channels_last
 from tmca.progress import track
@@ -83,6 +84,7 @@ class Evaluation:
         over_limit: Sentences that are cut because they have more tokens than the model takes.
         surface: Distances between outlines with the right sentences; ``None`` where they were not asked for.
         experiment: What the model was trained with; ``None`` where nobody knows.
+        mirrored: Whether each image was segmented together with its mirror image; see :mod:`tmca.mirrored`.
     """
 
     split: str
@@ -99,6 +101,7 @@ class Evaluation:
     over_limit: tuple[str, ...] = ()
     surface: SurfaceScores | None = None
     experiment: Experiment | None = None
+    mirrored: bool = False
 
     @property
     def compared_at(self) -> str:
@@ -128,6 +131,7 @@ class Evaluation:
             "surface": None if self.surface is None else self.surface.summary(self.empty_policy),
             "threshold": self.threshold,
             "space": self.compared_at,
+            "mirrored": self.mirrored,
         }
 
     def text_ablation(self) -> dict[str, Any]:
@@ -158,6 +162,7 @@ def evaluate(
     space: Space = "network",
     empty_policy: EmptyPolicy = "one",
     surface_tolerance: float | None = None,
+    mirrored: bool = False,
     seed: int = 0,
     batch_size: int = 16,
     device: str = "auto",
@@ -173,6 +178,7 @@ def evaluate(
         empty_policy: See :data:`tmca.metrics.EmptyPolicy`.
         surface_tolerance: Also measure the distances between outlines, and count those up to this one as none. In
             millimetres at the original size if every case has a spacing, else in pixels. ``None``: do not measure.
+        mirrored: Segment each image together with its mirror image, and average; see :mod:`tmca.mirrored`.
         seed: Decides which other sentence an image gets.
         batch_size: Images encoded at a time.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
@@ -192,6 +198,7 @@ def evaluate(
     chosen.check(require_text=model.reads_text, require_mask=True)
     place = resolve_device(device)
     model = channels_last(model.to(place)).eval()
+    model = MirrorAveraged(model) if mirrored else model
     own = [record.text for record in chosen.records]
     texts = sentence_variants(own, seed) if model.reads_text else {RIGHT: tuple(own)}
     dataset = SegmentationDataset(chosen, experiment.preprocessing)
@@ -227,6 +234,7 @@ def evaluate(
         over_limit=_over_limit(model, own),
         surface=None if outlines is None else outlines.scores(),
         experiment=experiment,
+        mirrored=mirrored,
     )
 
 

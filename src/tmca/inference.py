@@ -143,7 +143,7 @@ class Predictor:
         for start in range(0, len(texts), batch_size):
             chosen = texts[start : start + batch_size]
             with self._computing():
-                found += self._decode(self._features.expand(len(chosen)), chosen, [self._size] * len(chosen))
+                found += self._decode(self._features.repeat(len(chosen)), chosen, [self._size] * len(chosen))
         return found
 
     def segment(

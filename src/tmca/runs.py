@@ -69,6 +69,7 @@ def score_run(
     space: Space = "network",
     empty_policy: EmptyPolicy = "one",
     surface_tolerance: float | None = None,
+    mirrored: bool = False,
     seed: int = 0,
     device: str = "auto",
 ) -> Evaluation:
@@ -83,6 +84,7 @@ def score_run(
         space: Compare at the network's size or at each mask's own.
         empty_policy: Score of a case that is empty in mask and prediction.
         surface_tolerance: Also measure surface distances, with this tolerance.
+        mirrored: Average over the image and its mirror image.
         seed: Decides which other sentence an image gets.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
 
@@ -93,6 +95,8 @@ def score_run(
     if is_nnunet_run(Path(model)):
         if threshold != USUAL_THRESHOLD:
             raise ConfigError("nnU-Net's masks have no threshold to choose", hint="leave --threshold out")
+        if mirrored:
+            raise ConfigError("nnU-Net mirrors by itself", hint="leave --mirrored out")
         evaluation = nnunet_evaluation.evaluate(
             Path(model),
             manifest,
@@ -113,6 +117,7 @@ def score_run(
         space=space,
         empty_policy=empty_policy,
         surface_tolerance=surface_tolerance,
+        mirrored=mirrored,
         seed=seed,
         device=device,
     )

@@ -158,13 +158,17 @@ class ImageFeatures:
         """Number of images."""
         return next(iter(self.feature_maps.values())).shape[0]
 
-    def expand(self, batch_size: int) -> Self:
-        """Return the features of one image repeated for ``batch_size`` sentences, without a copy."""
+    def repeat(self, times: int) -> Self:
+        """Return the features with every image repeated for so many sentences; of one image without a copy."""
+
+        def repeated(rows: Tensor) -> Tensor:
+            return rows.expand(times, *rows.shape[1:]) if len(rows) == 1 else rows.repeat_interleave(times, dim=0)
+
         return type(self)(
-            {stride: maps.expand(batch_size, -1, -1, -1) for stride, maps in self.feature_maps.items()},
-            None if self.image_embedding is None else self.image_embedding.expand(batch_size, -1),
+            {stride: repeated(maps) for stride, maps in self.feature_maps.items()},
+            None if self.image_embedding is None else repeated(self.image_embedding),
             self.size,
-            {stride: maps.expand(batch_size, -1, -1, -1) for stride, maps in self.encoded_skips.items()},
+            {stride: repeated(maps) for stride, maps in self.encoded_skips.items()},
         )
 
 

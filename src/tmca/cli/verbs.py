@@ -114,6 +114,8 @@ class Evaluate:
     tolerance: float = 2.0
     """Distance up to which the surface Dice counts outlines as equal: in millimetres with --space original if the data
     has a spacing for every image, else in pixels."""
+    mirrored: bool = False
+    """Segment each image together with its mirror image and average: a little better, twice the time."""
     prompt_level: PromptLevel = "p6"
     """Detail of the sentences in datasets that have levels."""
     seed: int = 0
@@ -148,6 +150,7 @@ class Evaluate:
             space=self.space,
             empty_policy=self.empty_policy,
             surface_tolerance=self.tolerance if self.surface else None,
+            mirrored=self.mirrored,
             seed=self.seed,
             device=self.device,
         )

@@ -54,7 +54,7 @@ class Ledger:
         """Return the entry of an experiment on a split of some data, or ``None``."""
         wanted = (config_hash(experiment), data_hash, split)
         found = (e for e in self.entries if (e.config_hash, e.data_hash, e.values.get("split")) == wanted)
-        return next(found, None)
+        return next((entry for entry in found if not entry.values["metrics"].get("mirrored", False)), None)
 
     def on_other_data(self, experiment: Experiment, data_hash: str, dataset: str) -> Entry | None:
         """Return an entry of the same experiment on a dataset of the same name but other content, or ``None``."""

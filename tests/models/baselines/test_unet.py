@@ -130,7 +130,7 @@ def test_a_sentence_costs_the_last_convolution_only(method: str):
     ((stride, maps),) = features.feature_maps.items()
     assert (stride, tuple(maps.shape)) == (1, (2, WIDTHS[0], 20, 37))
     model.network = nn.Identity()
-    logits = model.segment(features.expand(2), None).mask_logits
+    logits = model.segment(features, None).mask_logits
     weight, bias = model.heads[-1].parameters()
     torch.testing.assert_close(logits, torch.einsum("bchw,c->bhw", maps, weight.flatten())[:, None] + bias)
 
