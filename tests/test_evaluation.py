@@ -410,7 +410,7 @@ def test_the_summary_has_the_keys_of_nnunet_and_the_protocol(written: Path, halv
     assert summary["foreground_mean"]["Dice"] == pytest.approx(3.5 / 4)
 
     protocol = summary["protocol"]
-    assert set(protocol) == {"pooled", "per_case_mean", "ci95", "surface", "threshold", "space"}
+    assert set(protocol) == {"pooled", "per_case_mean", "ci95", "surface", "threshold", "space", "mirrored"}
     assert set(protocol["pooled"]) == set(SCORES)
     assert set(protocol["per_case_mean"]) == {*SCORES, "empty_policy", "n_empty"}
     assert set(protocol["ci95"]) == {f"{kind}_{name}" for kind in ("pooled", "per_case") for name in OVERLAPS}
