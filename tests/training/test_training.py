@@ -41,7 +41,7 @@ from tmca.training import fit, resolve, task
 from tmca.training.task import SegmentationTask, averaged_copy, follow, learning_rate_factor
 from tmca.types import Batch
 
-GOLDEN = Path(__file__).parent / "golden" / "tiny.json"
+GOLDEN = Path(__file__).parents[1] / "golden" / "tiny.json"
 IMAGE_ONLY = {"guidance": False, "alignment": NO_ALIGNMENT, "enhancement": NO_ENHANCEMENT}
 
 
