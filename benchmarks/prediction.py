@@ -76,7 +76,7 @@ def reference_batch(root: Path, batch: int) -> Callable[[], object]:
 def our_predictor(model: Path) -> Predictor:
     """Return a predictor of a model folder."""
     keep_freed_memory()
-    return Predictor.from_pretrained(model)
+    return Predictor.from_pretrained(model, precision="auto")
 
 
 def our_batch(model: Path, root: Path, batch: int, *, known: bool) -> Callable[[], object]:

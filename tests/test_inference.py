@@ -285,4 +285,4 @@ def test_bfloat16_gives_the_masks_of_float32(model: TMCA):
 @pytest.mark.parametrize("able", [True, False])
 def test_auto_computes_in_bfloat16_where_the_device_can(model: TMCA, able: bool, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("tmca.devices.computes_bfloat16", lambda _: able)
-    assert Predictor(model, "cpu").precision == ("bfloat16" if able else "float32")
+    assert Predictor(model, "cpu", "auto").precision == ("bfloat16" if able else "float32")

@@ -58,7 +58,8 @@ def keep_freed_memory() -> None:
     """Let this process keep the memory it frees, for the next batch.
 
     glibc returns blocks above 32 MB to the system at once, so that every training step takes and clears the same pages
-    anew: a tenth of the time of a step on a CPU. Other systems have no such limit, and nothing is done there.
+    anew: a tenth of the time of a step with large batches on a CPU. Other systems have no such limit, and nothing is
+    done there.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -43,8 +43,8 @@ class Predictor:
     Args:
         model: With its ``experiment`` set, which tells the preprocessing.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
-        precision: ``32``, ``bf16``, or ``auto``: bfloat16 where the device computes it natively. Masks differ by a few
-            pixels at their outline (``benchmarks/prediction.py`` counts them).
+        precision: ``32``; ``bf16``; or ``auto``: bfloat16 where the device computes it natively. bfloat16 is faster
+            and changes masks: their Dice against those of float32 was 0.991 on 64 polyps.
 
     Attributes:
         model: The model, in float32 and evaluation mode.
@@ -56,7 +56,7 @@ class Predictor:
         >>> mask = predictor.predict("one small polyp, located in top left of the image")  # doctest: +SKIP
     """
 
-    def __init__(self, model: SegmentationModel, device: str = "auto", precision: Precision = "auto") -> None:
+    def __init__(self, model: SegmentationModel, device: str = "auto", precision: Precision = "32") -> None:
         if model.experiment is None:
             raise ConfigError("This model does not know its preprocessing", hint="load it with from_pretrained")
         self.device = resolve_device(device)
@@ -69,7 +69,7 @@ class Predictor:
         self._size = (0, 0)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, device: str = "auto", precision: Precision = "auto") -> Predictor:
+    def from_pretrained(cls, name: str | Path, device: str = "auto", precision: Precision = "32") -> Predictor:
         """Load a run folder (its best checkpoint), a checkpoint folder or a hub id.
 
         Raises:
