@@ -31,10 +31,10 @@ from tmca.errors import ConfigError
 from tmca.files import write_json
 from tmca.imaging.raster import write_mask
 from tmca.imaging.reading import read_image
-from tmca.inference import halved
 from tmca.losses import objective
 from tmca.models import SegmentationModel, build_model
 from tmca.models.operations import channels_last
+from tmca.models.prediction import prepare_for_prediction
 from tmca.models.text import SCRATCH, SentenceTokenizer
 
 MATRIX = 2048
@@ -212,7 +212,7 @@ class _Bench:
     half: bool
 
     def prediction(self, batch: int) -> Profile:
-        network = (halved(self.model) if self.half else self.model).eval()
+        network = prepare_for_prediction(self.model, self.device, half=self.half)
         records = self.manifest.records[:batch]
         texts = [record.text for record in records]
         paths = [self.manifest.image_path(record) for record in records]

@@ -190,8 +190,8 @@ class Predict:
     """Replace masks that are in the output folder."""
     device: Device = "auto"
     """Where to compute."""
-    precision: Literal["auto", "32", "bf16"] = "32"
-    """32: float32; bf16: faster, and masks differ at their outline; auto: bf16 where the device computes it."""
+    precision: Literal["auto", "32", "bf16"] = "auto"
+    """32: float32; bf16: faster; auto: bf16 where the device computes it and the method is known to keep its masks."""
 
     def run(self) -> None:
         """Segment, say what was written, and fail with exit code 4 if some cases failed."""

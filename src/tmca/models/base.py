@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -29,7 +29,11 @@ class SegmentationModel(nn.Module, ABC):
 
     Attributes:
         experiment: What the model was trained with; set by training and by loading.
+        exact_parts: Modules that have to predict in float32 so that bfloat16 in all others leaves the masks as they
+            are; ``None`` where that was not measured, and prediction is in float32 unless asked otherwise.
     """
+
+    exact_parts: ClassVar[tuple[str, ...] | None] = None
 
     def __init__(self, text_encoder: TextEncoder | None = None) -> None:
         super().__init__()

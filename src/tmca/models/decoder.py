@@ -136,7 +136,9 @@ class LanguageGuide(nn.Module):
         summary = self.text_summary(word_features)
         keys = summary + sinusoidal_positions(summary.shape[1], channels, device=summary.device)
         located = self.cross_attention_norm(sequence) + positions
-        attended = attend(self.cross_attention, located, keys, summary)
+        # In float32: what is read from a few tokens is nearly the same everywhere, and the norm enlarges what differs.
+        with torch.autocast(sequence.device.type, enabled=False):
+            attended = attend(self.cross_attention, located.float(), keys.float(), summary.float())
         sequence = sequence + self.gate * self.cross_attention_output_norm(attended)
         guided: Tensor = sequence.transpose(1, 2).reshape(-1, channels, rows, cols)
         return guided
@@ -172,8 +174,9 @@ class UpsampleBlock(nn.Module):
             encoded_skip: From :meth:`encode_skip`.
         """
         upsampled = self.upsample(features)
-        joined = nn.functional.conv2d(upsampled, self._kernel[:, : upsampled.shape[1]], padding=1) + encoded_skip
-        _, norm, activation = self._first
+        convolution, norm, activation = self._first
+        kernel = self._kernel[:, : upsampled.shape[1]]
+        joined = nn.functional.conv2d(upsampled, kernel, convolution.bias, padding=1) + encoded_skip
         refined: Tensor = self.refine[1](activation(norm(joined)))
         return refined
 

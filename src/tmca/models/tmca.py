@@ -44,6 +44,8 @@ class TMCA(SegmentationModel):
         Li et al., TMCA, Fig. 1.
     """
 
+    exact_parts = ("image_encoder",)
+
     def __init__(
         self,
         image_encoder: ImageEncoder,
