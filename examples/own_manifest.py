@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from tmca import Manifest
-from tmca.batch import find_images
+from tmca.jobs import find_images
 from tmca.data.manifest import Record, read_rows, seeded_number
 
 

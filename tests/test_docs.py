@@ -23,7 +23,7 @@ import pytest
 import torch
 
 from tmca import cli, errors
-from tmca.batch import find_images, make_jobs, predict_batch
+from tmca.batch import predict_batch
 from tmca.comparison import compare, read_runs
 from tmca.comparison_report import write_comparison
 from tmca.config import Experiment, ImageEncoderConfig, ModelConfig, to_dict
@@ -32,6 +32,7 @@ from tmca.data.phantom import write_phantoms
 from tmca.demo import run_demo
 from tmca.evaluation import evaluate, write_ledger
 from tmca.inference import Predictor
+from tmca.jobs import find_images, make_jobs
 from tmca.models import build_model
 from tmca.models.text import SentenceTokenizer
 from tmca.presets import PRESETS, get_preset
@@ -352,7 +353,7 @@ def test_the_fields_of_the_files_are_documented(demo: Path):
 def test_the_fields_of_a_prediction_and_of_the_ledger_are_documented(demo: Path, tmp_path: Path):
     predictor = Predictor.from_pretrained(demo / "run", "cpu")
     jobs = make_jobs(find_images([demo / "data" / "images" / "test-00000.png"]), "one small lesion")
-    predict_batch(predictor, jobs, tmp_path / "masks", model=str(demo / "run"))
+    predict_batch(predictor, jobs, tmp_path / "masks")
     report = json.loads((tmp_path / "masks" / "run_report.json").read_text("utf-8"))
     section = _section(_text("docs/reference/files.md"), "run_report.json")
     fields, entries = section.split("Each of `cases`")

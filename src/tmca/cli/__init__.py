@@ -21,7 +21,7 @@ from tmca.cli.catalogue import ModelsConvert, ModelsInstall, ModelsList, Presets
 from tmca.cli.data import DataAudit, DataDescribe, DataImport, DataPhantom, DataSplit
 from tmca.cli.options import show
 from tmca.cli.reproduction import Reproduce
-from tmca.cli.results import Bench, Compare
+from tmca.cli.results import Bench, BenchPrompts, Calibrate, Compare
 from tmca.cli.verbs import Demo, Evaluate, Predict, Train
 from tmca.config import Experiment
 from tmca.errors import EXIT_INTERRUPTED, ConfigError, TMCAError, unknown_name
@@ -33,9 +33,11 @@ VERBS: dict[str, Any] = {
     "train": Train,
     "evaluate": Evaluate,
     "predict": Predict,
+    "calibrate": Calibrate,
     "compare": Compare,
     "reproduce": Reproduce,
     "bench": Bench,
+    "bench prompts": BenchPrompts,
     "data import": DataImport,
     "data audit": DataAudit,
     "data describe": DataDescribe,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -13,6 +13,10 @@ from tmca.cli.options import Data, Device, Model, Output, PromptLevel, show
 from tmca.config import Experiment
 from tmca.errors import ConfigError, DataError, PartialFailureError
 from tmca.progress import say
+
+if TYPE_CHECKING:
+    from tmca.inference import Predictor
+    from tmca.jobs import Job
 
 
 @dataclass(frozen=True)
@@ -172,22 +176,34 @@ class Evaluate:
 class Predict:
     """Segment images by sentences: `tmca predict -i IMAGES -o OUT -p "one small polyp, top left" -m RUN`."""
 
-    input: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-i"], metavar="FILE|FOLDER|GLOB …")]
-    """Image files, folders or globs."""
     output: Output
     """Folder for masks, overlays and run_report.json."""
-    model: Model
-    """Run folder, checkpoint folder or hub id."""
+    model: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-m"], metavar="RUN …")]
+    """Run folders, checkpoint folders or hub ids; of several the probabilities are averaged."""
+    input: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-i"], metavar="FILE|FOLDER|GLOB …")] = ()
+    """Image files, folders or globs; may be left out where --prompts names them."""
     prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"], metavar="SENTENCE")] = None
     """The sentence for all images; left out, images are segmented without one."""
-    prompts: Annotated[Path | None, tyro.conf.arg(metavar="FILE.csv|.jsonl")] = None
-    """Sentences by image: columns image and text; an image may stand on several lines."""
+    prompts: Annotated[Path | None, tyro.conf.arg(aliases=["--jobs"], metavar="FILE.csv|.jsonl")] = None
+    """Sentences by image: columns image and text, such as a manifest; an image may stand on several lines."""
     threshold: float = 0.5
     """Probability above which a pixel belongs to the mask."""
+    min_region: int = 0
+    """Leave out connected regions of fewer pixels."""
+    mirrored: bool = False
+    """Average over each image and its mirror image: a little better, twice the time."""
+    prompt_effect: bool = False
+    """Also compare each mask with those of the reordered and of a contradictory sentence."""
+    output_type: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TYPE …")] = ()
+    """Types of the masks: png, nifti; by default nifti for NIfTI volumes, else png."""
     save_probabilities: bool = False
     """Also write 16-bit probability maps."""
+    num_parts: int = 1
+    """Split the work into so many equal shares, for as many machines; all may write to one folder."""
+    part_id: int = 0
+    """Which share this is, from 0."""
     overwrite: bool = False
-    """Replace masks that are in the output folder."""
+    """Compute everything again; by default, what is finished in the output folder is kept."""
     device: Device = "auto"
     """Where to compute."""
     precision: Literal["auto", "32", "bf16"] = "auto"
@@ -195,47 +211,69 @@ class Predict:
 
     def run(self) -> None:
         """Segment, say what was written, and fail with exit code 4 if some cases failed."""
-        from tmca.batch import find_images, make_jobs, predict_batch, read_jobs
+        from tmca.batch import BatchOptions, predict_batch
         from tmca.inference import Predictor
+        from tmca.jobs import part_of
+        from tmca.outputs import OutputOptions
+        from tmca.prediction import ALL_EFFECTS, PredictionOptions
 
-        if self.prompt is not None and self.prompts is not None:
-            raise ConfigError("Both --prompt and --prompts were given", hint="use one of them")
-        if self.prompt is not None and not self.prompt.strip():
-            raise ConfigError("The sentence is blank", hint="write a sentence, or leave -p out to segment without one")
-        images = find_images(self.input)
-        jobs = read_jobs(self.prompts, images) if self.prompts is not None else make_jobs(images, self.prompt)
-        left_out = len(images) - len({job.image for job in jobs})
-        if left_out:
-            say(f"warning: {left_out} of {len(images)} images have no line in {self.prompts} and are not segmented")
-        predictor = Predictor.from_pretrained(self.model, self.device, self.precision)
-        _warn_of_prompt(predictor, [job.text for job in jobs])
-        report = predict_batch(
-            predictor,
-            jobs,
-            self.output,
-            model=self.model,
-            threshold=self.threshold,
-            save_probabilities=self.save_probabilities,
+        options = BatchOptions(
+            prediction=PredictionOptions(
+                self.threshold, self.min_region, ALL_EFFECTS if self.prompt_effect else ALL_EFFECTS[:1]
+            ),
+            outputs=OutputOptions(self.output_type, self.save_probabilities),
             overwrite=self.overwrite,
+            part=(self.part_id, self.num_parts),
         )
+        jobs = part_of(self._jobs(), self.num_parts, self.part_id)
+        predictor = Predictor.from_pretrained(self.model, self.device, self.precision, mirrored=self.mirrored)
+        _warn_of_prompt(predictor, [job.text for job in jobs])
+        report = predict_batch(predictor, jobs, self.output, options)
         empty = sum(not case["region_found"] for case in report.cases)
+        conflicts = sum(bool(case.get("conflicts")) for case in report.cases)
         found = f"; no region found in {empty}" if empty else ""
-        show(f"{len(report.cases)} masks in {self.output}{found}. Details: {self.output / 'run_report.json'}")
+        found += f"; {conflicts} contradict their sentence" if conflicts else ""
+        details = self.output / f"run_report{options.suffix}.json"
+        show(f"{len(report.cases)} masks in {self.output}{found}. Details: {details}")
         for failure in report.failures:
             say(f"failed: {failure['message']} ({failure['hint']})")
         if report.failures and not report.cases:
             raise DataError(f"None of {len(jobs)} cases could be segmented", hint="see the messages above")
         if report.failures:
             raise PartialFailureError(
-                f"{len(report.failures)} of {len(jobs)} cases failed, the others are done", hint="see run_report.json"
+                f"{len(report.failures)} of {len(jobs)} cases failed, the others are done", hint=f"see {details}"
             )
 
+    def _jobs(self) -> list[Job]:
+        from tmca.jobs import find_images, make_jobs, read_jobs
 
-def _warn_of_prompt(predictor: Any, texts: Sequence[str | None]) -> None:  # noqa: ANN401
-    if not predictor.model.reads_text and any(texts):
+        if self.prompt is not None and self.prompts is not None:
+            raise ConfigError("Both --prompt and --prompts were given", hint="use one of them")
+        if self.prompt is not None and not self.prompt.strip():
+            raise ConfigError("The sentence is blank", hint="write a sentence, or leave -p out to segment without one")
+        if not self.input:
+            if self.prompts is None:
+                raise ConfigError("There is no image to segment", hint="name files or folders with --input")
+            return read_jobs(self.prompts)
+        images = find_images(self.input)
+        if self.prompts is None:
+            return make_jobs(images, self.prompt)
+        jobs = read_jobs(self.prompts, images)
+        left_out = len(images) - len({job.image for job in jobs})
+        if left_out:
+            say(f"warning: {left_out} of {len(images)} images have no line in {self.prompts} and are not segmented")
+        return jobs
+
+
+def _warn_of_prompt(predictor: Predictor, texts: Sequence[str | None]) -> None:
+    if not predictor.reads_text and any(texts):
         say("warning: this model was trained without sentences and ignores the prompt")
     for text in dict.fromkeys(text for text in texts if text):
         count, is_cut = predictor.count_tokens(text)
         if is_cut:
             limit = predictor.experiment.model.text_encoder.max_tokens
-            say(f"warning: this sentence has {count} tokens and is cut to the model's {limit}: {text!r}")
+            shown = text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
+            say(f"warning: this sentence has {count} tokens and is cut to the model's {limit}: {shown!r}")
+
+
+LONGEST_SHOWN = 200

@@ -9,7 +9,7 @@ from torch import nn
 
 from tmca.config import ImageEncoderConfig
 from tmca.models import TMCA
-from tmca.models.prediction import InFloat32, prepare_for_prediction
+from tmca.models.preparation import InFloat32, prepare_for_prediction
 
 TEXTS = ["one small bright lesion, located in top left of the image", "two dark lesions"]
 
