@@ -103,8 +103,8 @@ class WordingReport:
         """Return a terminal table."""
         table = Table(title=f"{self.model} on {self.data}, {self.split}", title_justify="left", title_style="bold")
         for name in ("sentence", "mask should be"):
-            table.add_column(name)
-        for name in ("cases", "pooled Dice", "per-case Dice", "change of the mask", "no region"):
+            table.add_column(name, no_wrap=True)
+        for name in ("cases", "pooled Dice", "per-case Dice", "change", "empty"):
             table.add_column(name, justify="right")
         for wording in self.wordings:
             table.add_row(

@@ -47,8 +47,8 @@ class CalibrationReport:
                     "cases": str(len(errors)),
                     "ECE before": f"{reliability(counts).error:.4f}",
                     "ECE after": f"{reliability(counts, self.calibration.temperature).error:.4f}",
-                    "error of the estimated Dice": f"{np.abs(errors).mean():.3f}",
-                    "error of always the mean": f"{spread:.3f}",
+                    "Dice estimate off by": f"{np.abs(errors).mean():.3f}",
+                    "the mean off by": f"{spread:.3f}",
                 }
             )
         return found
