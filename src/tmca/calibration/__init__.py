@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy import optimize
 
 from tmca.config import from_dict
 from tmca.errors import CheckpointError, ConfigError, DataError
@@ -191,6 +190,8 @@ def fit_calibration(counts: LogitCounts, dataset: str = "", split: str = "") -> 
     Raises:
         DataError: There are too few cases to fit anything.
     """
+    from scipy import optimize  # slow to import, and predicting does not need it
+
     cases = len(counts.inside)
     if cases < LEAST_CASES:
         raise DataError(f"There are {cases} cases to calibrate on", hint=f"at least {LEAST_CASES} are needed")
