@@ -30,7 +30,8 @@ from tmca.config import Experiment, ImageEncoderConfig, ModelConfig, to_dict
 from tmca.data.manifest import COLUMNS, Manifest
 from tmca.data.phantom import write_phantoms
 from tmca.demo import run_demo
-from tmca.evaluation import evaluate, write_ledger
+from tmca.evaluation import evaluate
+from tmca.evaluation.writing import write_ledger
 from tmca.inference import Predictor
 from tmca.jobs import find_images, make_jobs
 from tmca.models import build_model

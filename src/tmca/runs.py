@@ -9,7 +9,8 @@ from tmca.checkpoints import load_checkpoint
 from tmca.config import Experiment
 from tmca.data.manifest import Manifest
 from tmca.errors import ConfigError
-from tmca.evaluation import Evaluation, Space, evaluate, write_evaluation
+from tmca.evaluation import Evaluation, Space, evaluate
+from tmca.evaluation.writing import write_evaluation
 from tmca.metrics import EmptyPolicy
 from tmca.nnunet import evaluation as nnunet_evaluation
 from tmca.nnunet.workspace import is_nnunet_run

@@ -133,7 +133,7 @@ class Evaluate:
         """Score, write the files and print the table."""
         from tmca.checkpoints import resolve_checkpoint
         from tmca.data.layouts import open_dataset
-        from tmca.evaluation import write_ledger
+        from tmca.evaluation.writing import write_ledger
         from tmca.inference import Predictor
         from tmca.nnunet.workspace import is_nnunet_run
         from tmca.report import score_table, surface_line, write_report

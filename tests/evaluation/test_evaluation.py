@@ -17,17 +17,8 @@ from tmca.config import Experiment, config_hash, from_dict
 from tmca.data.grammar import contradict
 from tmca.data.manifest import Manifest, Record
 from tmca.errors import CheckpointError, ConfigError, DataError
-from tmca.evaluation import (
-    Evaluation,
-    case_table,
-    evaluate,
-    pixel_size,
-    score_masks,
-    sentence_variants,
-    shuffled,
-    write_evaluation,
-    write_ledger,
-)
+from tmca.evaluation import Evaluation, evaluate, pixel_size, score_masks, sentence_variants, shuffled
+from tmca.evaluation.writing import case_table, write_evaluation, write_ledger
 from tmca.files import sha256_of
 from tmca.imaging.raster import read_mask, write_image, write_mask
 from tmca.inference import Predictor
