@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 from rich.table import Table
 
-from tmca.cli.options import Data, Device, Model, PromptLevel, show
+from tmca.cli.options import Data, Device, Model, Models, PromptLevel, show
 from tmca.errors import ConfigError
 
 
@@ -128,7 +128,7 @@ class Bench:
 class BenchPrompts:
     """Show what a model makes of other wordings: `tmca bench prompts -m RUN … --data MANIFEST_OR_FOLDER`."""
 
-    model: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-m"], metavar="RUN …")]
+    model: Models
     """Run folders, checkpoint folders or hub ids; a table each."""
     data: Data
     """Manifest file, or a dataset folder in a known layout; published levels p0…p9 are asked as they are."""

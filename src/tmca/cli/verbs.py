@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from tmca.cli.options import Data, Device, Model, Output, PromptLevel, show
+from tmca.cli.options import Data, Device, Models, Output, PromptLevel, show
 from tmca.config import Experiment
 from tmca.errors import ConfigError, DataError, PartialFailureError
 from tmca.progress import say
@@ -99,8 +99,8 @@ class Train:
 class Evaluate:
     """Score a model on a split, with the right sentences and with wrong ones."""
 
-    model: Model
-    """Run folder, checkpoint folder or hub id."""
+    model: Models
+    """Run folder, checkpoint folder or hub id; of several the probabilities are averaged."""
     data: Data
     """Manifest file, or a dataset folder in a known layout."""
     split: str = "test"
@@ -139,11 +139,14 @@ class Evaluate:
         from tmca.report import score_table, surface_line, write_report
         from tmca.runs import score_run
 
-        is_external = is_nnunet_run(Path(self.model))
-        if not is_external:
-            resolve_checkpoint(self.model)  # a model that is not there is refused before the data is read
+        first = Path(self.model[0])
+        is_external = is_nnunet_run(first)
+        for name in () if is_external else self.model:
+            resolve_checkpoint(name)  # a model that is not there is refused before the data is read
+        if len(self.model) > 1 and self.output is None:
+            raise ConfigError("Averaged models have no folder for their scores", hint="name one with --output")
         manifest = open_dataset(self.data, prompt=self.prompt_level)
-        default = Path(self.model) if Path(self.model).is_dir() else Path("runs") / Path(self.model).name
+        default = first if first.is_dir() else Path("runs") / first.name
         folder = self.output or default / f"evaluation-{self.split}"
         evaluation = score_run(
             self.model,
@@ -158,16 +161,17 @@ class Evaluate:
             seed=self.seed,
             device=self.device,
         )
-        name = evaluation.experiment.name if evaluation.experiment is not None else Path(self.model).name
+        name = evaluation.experiment.name if evaluation.experiment is not None else first.name
+        name += f", {len(self.model)} models averaged" if len(self.model) > 1 else ""
         if self.ledger is not None:
-            write_ledger(evaluation, Path(self.model), manifest, manifest.name, self.ledger)
+            write_ledger(evaluation, [Path(run) for run in self.model], manifest, manifest.name, self.ledger)
         show(score_table(evaluation, f"{name} on {manifest.name}, {self.split} ({len(evaluation.ids)} cases)"))
         if evaluation.surface is not None:
             show(surface_line(evaluation))
         if is_external:
             show(f"Scores of the cases: {folder / 'metrics.csv'}")
             return
-        predictor = Predictor.from_pretrained(self.model, self.device)
+        predictor = Predictor.from_pretrained(self.model, self.device, "32", mirrored=self.mirrored)
         write_report(evaluation, predictor, manifest, folder, model=name)
         show(f"Report with pictures: {folder / 'report.html'}")
 
@@ -178,7 +182,7 @@ class Predict:
 
     output: Output
     """Folder for masks, overlays and run_report.json."""
-    model: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-m"], metavar="RUN …")]
+    model: Models
     """Run folders, checkpoint folders or hub ids; of several the probabilities are averaged."""
     input: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-i"], metavar="FILE|FOLDER|GLOB …")] = ()
     """Image files, folders or globs; may be left out where --prompts names them."""

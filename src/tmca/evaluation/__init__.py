@@ -75,6 +75,7 @@ class Evaluation:
         surface: Distances between outlines with the right sentences; ``None`` where they were not asked for.
         experiment: What the model was trained with; ``None`` where nobody knows.
         mirrored: Whether each image was segmented together with its mirror image; see :mod:`tmca.mirrored`.
+        models: Number of models whose probabilities were averaged.
     """
 
     split: str
@@ -92,6 +93,7 @@ class Evaluation:
     surface: SurfaceScores | None = None
     experiment: Experiment | None = None
     mirrored: bool = False
+    models: int = 1
 
     @property
     def compared_at(self) -> str:
@@ -122,6 +124,7 @@ class Evaluation:
             "threshold": self.threshold,
             "space": self.compared_at,
             "mirrored": self.mirrored,
+            "models": self.models,
         }
 
     def text_ablation(self) -> dict[str, Any]:
@@ -144,7 +147,7 @@ class Evaluation:
 
 @torch.inference_mode()
 def evaluate(
-    model: SegmentationModel,
+    model: SegmentationModel | Sequence[SegmentationModel],
     manifest: Manifest,
     split: str = "test",
     *,
@@ -160,7 +163,7 @@ def evaluate(
     """Score a model on a split of a manifest.
 
     Args:
-        model: With its ``experiment`` set.
+        model: With its ``experiment`` set; of several that see images in the same way the probabilities are averaged.
         manifest: All splits; ``split`` is chosen from it.
         split: The split to score.
         threshold: Probability above which a pixel is foreground, in (0, 1).
@@ -175,33 +178,39 @@ def evaluate(
 
     Raises:
         DataError: The split is empty or its files cannot be used.
-        ConfigError: The threshold, the tolerance or the device is impossible.
+        ConfigError: The threshold, the tolerance or the device is impossible, or the models see images in different
+            ways.
     """
     check_threshold(threshold)
     if surface_tolerance is not None:
         check_tolerance(surface_tolerance)
-    experiment = model.experiment
-    if experiment is None:
-        raise ConfigError("This model does not know its preprocessing", hint="load it with from_pretrained")
+    models = [model] if isinstance(model, SegmentationModel) else list(model)
+    experiment = _common_experiment(models)
     started = time.monotonic()
     chosen = manifest.split(split)
-    chosen.check(require_text=model.reads_text, require_mask=True)
+    reads_text = any(member.reads_text for member in models)
+    chosen.check(require_text=reads_text, require_mask=True)
     place = resolve_device(device)
-    model = channels_last(model.to(place)).eval()
-    model = MirrorAveraged(model) if mirrored else model
+    models = [channels_last(member.to(place)).eval() for member in models]
+    models = [MirrorAveraged(member) for member in models] if mirrored else models
     own = [record.text for record in chosen.records]
-    texts = sentence_variants(own, seed) if model.reads_text else {RIGHT: tuple(own)}
+    texts = sentence_variants(own, seed) if reads_text else {RIGHT: tuple(own)}
     dataset = SegmentationDataset(chosen, experiment.preprocessing)
     loader = make_loader(dataset, batch_size, training=False)
     parts: dict[str, list[Counts]] = {variant: [] for variant in texts}
     outlines = None if surface_tolerance is None else _Outlines(surface_tolerance, chosen, space)
     first = 0
     for batch in track(loader, f"Scoring {split}", len(loader)):
-        features = model.encode_image(batch.images.to(place, memory_format=torch.channels_last))
+        images = batch.images.to(place, memory_format=torch.channels_last)
+        features = [member.encode_image(images) for member in models]
         rows = range(first, first + batch.batch_size)
         for variant, sentences in texts.items():
-            output = model.segment(features, model.encode_text([sentences[row] for row in rows]))
-            probabilities = output.mask_logits.float().sigmoid().cpu()
+            asked = [sentences[row] for row in rows]
+            found = [
+                member.segment(encoded, member.encode_text(asked)).mask_logits.float().sigmoid()
+                for member, encoded in zip(models, features, strict=True)
+            ]
+            probabilities = (found[0] if len(found) == 1 else torch.stack(found).mean(0)).cpu()
             for predictions, masks in _compared(probabilities, batch.masks, threshold, space, chosen, rows):
                 parts[variant].append(confusion_counts(predictions, masks))
                 if outlines is not None and variant == RIGHT:
@@ -221,11 +230,25 @@ def evaluate(
         image_size=experiment.preprocessing.image_size,
         empty_policy=empty_policy,
         seconds=time.monotonic() - started,
-        over_limit=_over_limit(model, own),
+        over_limit=_over_limit(models[0], own),
         surface=None if outlines is None else outlines.scores(),
         experiment=experiment,
         mirrored=mirrored,
+        models=len(models),
     )
+
+
+def _common_experiment(models: Sequence[SegmentationModel]) -> Experiment:
+    """Return the first model's experiment, after all have proved to see images in the same way."""
+    experiments = [model.experiment for model in models if model.experiment is not None]
+    if not models or len(experiments) < len(models):
+        raise ConfigError("This model does not know its preprocessing", hint="load it with from_pretrained")
+    if any(experiment.preprocessing != experiments[0].preprocessing for experiment in experiments):
+        raise ConfigError(
+            "The models see images at different sizes or normalised in different ways",
+            hint="average models of one preset; `tmca predict` can average others",
+        )
+    return experiments[0]
 
 
 def score_masks(

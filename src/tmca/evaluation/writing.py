@@ -24,13 +24,18 @@ LEDGER_VERSION = 1
 
 
 def write_evaluation(
-    evaluation: Evaluation, model: str | Path, manifest: Manifest, folder: Path, *, model_sha256: str | None = None
+    evaluation: Evaluation,
+    model: str | Path | Sequence[str | Path],
+    manifest: Manifest,
+    folder: Path,
+    *,
+    model_sha256: str | None = None,
 ) -> None:
     """Write ``metrics.csv`` (a row a case) and ``summary.json`` (nnU-Net's keys and the protocol).
 
     Args:
         evaluation: The scores.
-        model: The model as the user named it.
+        model: The model as the user named it; several that were averaged.
         manifest: The data it was scored on.
         folder: Where to write.
         model_sha256: Hash of the weights, of a model that is no checkpoint of ours.
@@ -38,6 +43,8 @@ def write_evaluation(
     Raises:
         StorageError: The folder cannot be written.
     """
+    names = [model] if isinstance(model, str | Path) else list(model)
+    hashes = [model_sha256 or file_hashes(resolve_checkpoint(name))[MODEL_FILE] for name in names]
     write_text(folder / "metrics.csv", case_table(evaluation))
     chosen = manifest.split(evaluation.split)
     cases = case_scores(evaluation.counts[RIGHT], evaluation.empty_policy)
@@ -60,8 +67,8 @@ def write_evaluation(
             "n": len(evaluation.ids),
             "data_hash": manifest.content_hash(),
             **_trained_with(None if evaluation.experiment is None else to_dict(evaluation.experiment)),
-            "model": str(model),
-            "model_sha256": model_sha256 or file_hashes(resolve_checkpoint(model))[MODEL_FILE],
+            "model": ", ".join(str(name) for name in names),
+            "model_sha256": ", ".join(hashes),
             "sentences_over_token_limit": list(evaluation.over_limit),
             "seconds": round(evaluation.seconds, 1),
         },
@@ -109,12 +116,15 @@ def _cells(values: np.ndarray) -> list[str]:
     return [f"{value:.6f}" if np.isfinite(value) else "" for value in values]
 
 
-def write_ledger(evaluation: Evaluation, run: Path, manifest: Manifest, dataset: str, path: Path) -> None:
+def write_ledger(
+    evaluation: Evaluation, run: Path | Sequence[Path], manifest: Manifest, dataset: str, path: Path
+) -> None:
     """Write a run's entry of the results ledger, and its per-case scores beside it as CSV.
 
     Args:
         evaluation: The scores.
-        run: The run folder, which tells the training's length, data and commit.
+        run: The run folder, which tells the training's length, data and commit; of several that were averaged, the
+            first stands for the experiment and ``seconds`` is the sum.
         manifest: The data it was scored on.
         dataset: The dataset's name.
         path: ``results/<name>.json``.
@@ -123,7 +133,8 @@ def write_ledger(evaluation: Evaluation, run: Path, manifest: Manifest, dataset:
         CheckpointError: ``run`` is no run folder.
         StorageError: The entry cannot be written.
     """
-    training = read_run(run)
+    trainings = [read_run(folder) for folder in ([run] if isinstance(run, Path) else run)]
+    training = trainings[0]
     write_json(
         path,
         {
@@ -139,7 +150,7 @@ def write_ledger(evaluation: Evaluation, run: Path, manifest: Manifest, dataset:
             "evaluation_commit": source_commit(),
             "hardware": training["hardware"],
             "evaluation_hardware": describe_hardware(),
-            "seconds": training["seconds"],
+            "seconds": sum(each["seconds"] for each in trainings),
             "epochs": training["epochs"],
             "metrics": evaluation.protocol(),
             "text_ablation": evaluation.text_ablation(),
