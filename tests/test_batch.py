@@ -201,8 +201,6 @@ def test_what_is_finished_is_not_computed_again(
     first = predict_batch(predictor, jobs[:3], out)
     written = _content(out)
     (out / "b.png").unlink()  # not finished any more
-    for path in out.glob("overlays/b.png"):
-        path.unlink()
     second = predict_batch(predictor, jobs, out)
     assert len(computed) == 3 + 3
     assert (first.resumed, second.resumed) == (0, 2)
@@ -220,8 +218,6 @@ def test_a_journal_that_was_cut_off_is_read_to_there(
     predict_batch(predictor, jobs[:2], out)
     lines = (out / "journal.jsonl").read_text("utf-8")
     (out / "journal.jsonl").write_text(lines[: len(lines) - 40], "utf-8")
-    (out / "b.png").unlink()
-    (out / "overlays" / "b.png").unlink()
     assert predict_batch(predictor, jobs[:2], out).resumed == 1
     assert len(computed) == 3
 
@@ -328,3 +324,20 @@ def test_an_interrupted_batch_keeps_what_is_finished(
     with pytest.raises(KeyboardInterrupt):
         predict_batch(predictor, jobs, tmp_path / "out")
     assert predict_batch(predictor, jobs, tmp_path / "out").resumed == 3
+
+
+def test_what_a_killed_run_left_half_done_is_replaced(
+    predictor: Predictor, jobs: list[Job], tmp_path: Path, computed: list[object]
+):
+    out = tmp_path / "out"
+    predict_batch(predictor, jobs[:2], out)
+    lines = (out / "journal.jsonl").read_text("utf-8").splitlines(keepends=True)
+    assert [("outputs" in json.loads(line)) for line in lines].count(True) == 2
+    kept = [line for line in lines if "outputs" not in line or json.loads(line)["name"] == "a"]
+    (out / "journal.jsonl").write_text(
+        "".join(kept), "utf-8"
+    )  # b was begun, its files are there, its end was not noted
+    written = _content(out)
+    assert predict_batch(predictor, jobs[:2], out).resumed == 1
+    assert _content(out) == written
+    assert len(computed) == 3

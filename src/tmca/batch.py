@@ -114,7 +114,7 @@ def predict_batch(
     run = _Run(predictor, folder, options)
     if not options.overwrite:
         run.resume(jobs)
-        _refuse_to_replace(folder, [job for job in jobs if job.name not in run.done], options.outputs)
+        run.refuse_to_replace(jobs)
     run.work([job for job in jobs if job.name not in run.done])
     report = BatchReport([run.done[job.name] for job in jobs if job.name in run.done], run.failures, run.resumed)
     report.seconds = time.monotonic() - started
@@ -142,6 +142,23 @@ class _Run:
         if self.done:
             say(f"{len(self.done)} of {len(jobs)} cases were finished before")
 
+    def refuse_to_replace(self, jobs: Sequence[Job]) -> None:
+        """Refuse if a file that would be written is there and is not of an interrupted run of the same.
+
+        Raises:
+            StorageError: It is.
+        """
+        outputs = self.options.outputs
+        left = [job for job in jobs if job.name not in self.done]
+        paths = [(job, path) for job in left for path in output_paths(job.name, job.image, outputs).values()]
+        existing = [(job, path) for job, path in paths if os.path.lexists(self.folder / path)]
+        foreign = [path for job, path in existing if not self.journal.has_begun(job)]
+        if foreign:
+            raise StorageError(
+                f"{self.folder} holds {foreign[0]} already" + (f" and {len(foreign) - 1} more" if foreign[1:] else ""),
+                hint="it is of another model, sentence or option: use --overwrite, or choose another folder",
+            )
+
     def work(self, jobs: Sequence[Job]) -> None:
         """Segment the jobs."""
         groups = [list(group) for _, group in itertools.groupby(jobs, key=lambda job: job.image)]
@@ -159,7 +176,10 @@ class _Run:
 
     def _segment(self, group: Sequence[Job], read: Future[tuple[Frames | list[Frame], float]]) -> list[_Case]:
         try:
-            return _segment(self.predictor, read.result(), group, self.folder, self.options)
+            images = read.result()
+            for job in group:
+                self.journal.begin(job)
+            return _segment(self.predictor, images, group, self.folder, self.options)
         except StorageError:
             raise
         except Exception as error:
@@ -298,10 +318,10 @@ def _ahead(
 
 
 class _Journal:
-    """Which cases are finished: a line of JSON each, written when all of a case's files are there.
+    """Which cases are begun and which are finished: a line of JSON each.
 
     A case is known by its key, a hash of image, sentence, model and options, so that another threshold or model is not
-    taken for the same work.
+    taken for the same work. Files of a case that is begun and not finished are ours to replace.
     """
 
     def __init__(self, folder: Path, options: BatchOptions, predictor: Predictor) -> None:
@@ -309,30 +329,43 @@ class _Journal:
         self.path = folder / f"journal{options.suffix}.jsonl"
         settings = [asdict(options.prediction), asdict(options.outputs), predictor.provenance()]
         self._settings = json.dumps(settings, sort_keys=True)
-        self._outputs = options.outputs
+        self._entries: dict[str, dict[str, Any]] = {}
         self._stream: Any = None
 
     def key(self, job: Job) -> str:
-        """Return the hash of a case; also of an image that cannot be read."""
+        """Return the hash of a case.
+
+        Raises:
+            DataError: The image cannot be read.
+        """
         content = json.dumps([file_hash(job.image), job.text, self._settings])
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def finished(self, jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
         """Return the entries of the jobs that any share of an earlier run finished, whose files are still there."""
-        entries: dict[str, dict[str, Any]] = {}
         for path in sorted(self.folder.glob("journal*.jsonl")):
-            for line in path.read_text("utf-8").splitlines():
+            for line in path.read_text("utf-8", errors="replace").splitlines():
                 try:
                     entry = json.loads(line)
-                    entries[entry["name"]] = entry
+                    self._entries[entry["name"]] = entry
                 except (ValueError, KeyError, TypeError):
                     continue  # cut off in the middle
-        return {job.name: entries[job.name] for job in jobs if self._is_finished(job, entries.get(job.name))}
+        return {job.name: self._entries[job.name] for job in jobs if self._is_finished(job)}
 
-    def _is_finished(self, job: Job, entry: dict[str, Any] | None) -> bool:
-        if entry is None or not all((self.folder / path).exists() for path in entry["outputs"].values()):
+    def has_begun(self, job: Job) -> bool:
+        """Whether an earlier run began this very case."""
+        entry = self._entries.get(job.name)
+        return entry is not None and split_frame(job.image)[0].is_file() and bool(entry["key"] == self.key(job))
+
+    def _is_finished(self, job: Job) -> bool:
+        outputs = self._entries.get(job.name, {}).get("outputs")
+        if not outputs or not all((self.folder / path).exists() for path in outputs.values()):
             return False
-        return split_frame(job.image)[0].is_file() and bool(entry["key"] == self.key(job))
+        return self.has_begun(job)
+
+    def begin(self, job: Job) -> None:
+        """Note that a case's files will be written."""
+        self.note({"name": job.name, "key": self.key(job)})
 
     def note(self, entry: dict[str, Any]) -> dict[str, Any]:
         """Add a finished case, and return it."""
@@ -350,16 +383,6 @@ class _Journal:
         """Close the file."""
         if self._stream is not None:
             self._stream.close()
-
-
-def _refuse_to_replace(folder: Path, jobs: Sequence[Job], options: OutputOptions) -> None:
-    paths = (path for job in jobs for path in output_paths(job.name, job.image, options).values())
-    existing = [path for path in paths if os.path.lexists(folder / path)]
-    if existing:
-        raise StorageError(
-            f"{folder} holds {existing[0]} already" + (f" and {len(existing) - 1} more" if existing[1:] else ""),
-            hint="it comes from another model, sentence or option: replace with --overwrite, or choose another folder",
-        )
 
 
 def _failure(job: Job, error: Exception) -> dict[str, str]:
