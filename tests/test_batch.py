@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -341,3 +342,11 @@ def test_what_a_killed_run_left_half_done_is_replaced(
     assert predict_batch(predictor, jobs[:2], out).resumed == 1
     assert _content(out) == written
     assert len(computed) == 3
+
+
+def test_the_same_model_in_another_folder_is_the_same(
+    predictor: Predictor, model_folder: Path, jobs: list[Job], tmp_path: Path
+):
+    predict_batch(predictor, jobs[:1], tmp_path / "out")
+    shutil.copytree(model_folder, tmp_path / "copy")
+    assert predict_batch(Predictor.from_pretrained(tmp_path / "copy", "cpu"), jobs[:1], tmp_path / "out").resumed == 1

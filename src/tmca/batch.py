@@ -327,7 +327,9 @@ class _Journal:
     def __init__(self, folder: Path, options: BatchOptions, predictor: Predictor) -> None:
         self.folder = folder
         self.path = folder / f"journal{options.suffix}.jsonl"
-        settings = [asdict(options.prediction), asdict(options.outputs), predictor.provenance()]
+        source = predictor.provenance()
+        source["models"] = [model | {"id": ""} for model in source["models"]]  # the same weights in another folder
+        settings = [asdict(options.prediction), asdict(options.outputs), source]
         self._settings = json.dumps(settings, sort_keys=True)
         self._entries: dict[str, dict[str, Any]] = {}
         self._stream: Any = None
