@@ -118,7 +118,10 @@ def main(arguments: list[str]) -> int:
                 f"{fact:12}{shares[0]:>10}{shares[1]:>10}{values['right']:>8}{values['wrong']:>8}{values['missing']:>9}"
             )
         for report, said in wrong if options.wrong else ():
-            print(f"\n--- {report['id']}\n{report['text'].strip()}\nexpected {expected_facts(report)}\ngot      {said.facts}")
+            print(
+                f"\n--- {report['id']}\n{report['text'].strip()}\n"
+                f"expected {expected_facts(report)}\ngot      {said.facts}"
+            )
             print("\n".join(f"  {note}" for note in said.notes))
     if not options.language_model and tuple(options.sets) == SETS:
         write_json(RESULT, result)

@@ -11,22 +11,23 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from tmca.data.grammar import COLOURS, COUNT_WORDS, SHAPES, SIDES, SIZES, THIRDS, Grammar
-from tmca.reports.negation import Status, read_status, without_lookalikes
+from tmca.reports.negation import Status, read_status
 from tmca.reports.sections import CURRENT, Section, Sentence
 
 Span = tuple[int, int]
+Adjective = Literal["size", "colour", "shape"]
 
 # --- words --------------------------------------------------------------------------------------------------------
 
 _KIND_OF_LUNG = (
     r"(?:broncho)?pneumonias?|pneumonic\s+(?:change|infiltrat\w+)s?|consolidations?|consolidative\s+changes?|infiltrates?"
-    r"|infiltrations?|opacit(?:y|ies)|opacifications?|ground[\s-]?glass(?:\s+(?:opacit(?:y|ies)|opacifications?|changes?"
+    r"|infiltrations?|opacit(?:y|ies)|opacifications?|opacified|consolidated|ground[\s-]?glass(?:\s+(?:opacit(?:y|ies)|opacifications?|changes?"
     r"|attenuation|densit(?:y|ies)|shadowing))?|ggos?|air[\s-]?space\s+(?:disease|opacit(?:y|ies)|shadowing"
     r"|consolidations?|changes?)|(?:pulmonary|lung|chest)\s+infections?|infections?"
 )
 TARGETS: dict[Grammar, str] = {
     "lung": _KIND_OF_LUNG,
-    "polyp": r"polyps?|polypoid\s+(?:lesion|mass|growth)s?|adenomas?|(?:sessile|pedunculated)\s+lesions?",
+    "polyp": r"polyps?|polypoid\s+(?:lesion|mass|growth)s?|adenomas?|(?:sessile|pedunculated|flat)\s+lesions?",
     "phantom": r"lesions?|nodules?|mass(?:es)?",
 }
 """What counts as a target, by grammar, as regular expressions."""
@@ -38,7 +39,7 @@ _OTHERS: dict[Grammar, str] = {
         r"|picc|catheters?|cannulas?|lines?|tubes?|drains?|pacemakers?|leads?|ports?|arms?|extremit\w+|breasts?|axilla\w*"
         r"|quadrants?|humer\w+|scapula\w*|kidneys?|liver|spleen|stomach|adenopathy|lymphadenopathy|nodes?|scars?|scarring"
         r"|fibro\w+|granulomas?|emphysema|calcifi\w+|thickening|costophrenic|angles?|carina|trachea|shift|arter\w+|veins?"
-        r"|bronch(?:us|i|iectasis)|aorta|spine|thyroid|markings|congestion|cavit\w+|bulla\w*|blebs?|tuberculosis"
+        r"|spar(?:ing|ed|es)|bronch(?:us|i|iectasis)|aorta|spine|thyroid|markings|congestion|cavit\w+|bulla\w*|blebs?|tuberculosis"
         r"|embol\w+|clips?|hernia|stents?|volume\s+loss|hilar?|hilum|mediastin\w+|volumes|clear|unremarkable|normal|border"
     ),
     "polyp": (
@@ -61,10 +62,10 @@ _NOT_INFECTED = re.compile(
 )
 _INFECTED = re.compile(r"\b(?:\w*pneumon\w*|infect\w*|covid\S*|aspiration|viral|bacterial)\b", re.IGNORECASE)
 _NORMAL_LUNGS = re.compile(
-    r"\b(?P<subject>(?:(?:the|both|remaining|remainder\s+of\s+the|rest\s+of\s+the|visuali[sz]ed)\s+)*(?:(?:left|right)\s+)?"
-    r"(?:lungs?(?:\s+(?:fields?|parenchyma))?|hemithorax))(?:\s+(?:is|are|remains?|was|were|appears?|appear))?"
-    r"(?:\s+(?:otherwise|well[\s-](?:expanded|aerated|inflated)(?:,|\s+and)?|grossly|essentially|now|fully|both))*"
-    r"\s+(?:clear|unremarkable|normal)\b"
+    r"\b(?:(?:the|both|remaining|remainder\s+of\s+the|rest\s+of\s+the|visuali[sz]ed)\s+)*(?:(?:left|right|[LR])\s+)?"
+    r"(?:lungs?(?:\s+(?:fields?|parenchyma))?|hemithorax)(?:\s+(?:is|are|remains?|was|were|appears?|appear)|\s*:)?"
+    r"(?:\s+(?:otherwise|(?:well[\s-]|hyper-?)?(?:expanded|aerated|inflated)(?:,|\s+and)?|grossly|essentially|now|fully|both))*"
+    r"\s+(?:clear|unremarkable|normal)\b(?:\s+bilaterally\b)?"
     r"|\bclear\s+lungs?\b"
     r"|\bno\s+(?:\w+\s+)?(?:evidence\s+of\s+)?(?:acute|active)\s+(?:\w+\s+)?(?:cardiopulmonary|pulmonary|lung|chest"
     r"|intrathoracic|airspace|thoracic)\s+\w+"
@@ -77,17 +78,19 @@ _NORMAL_BOWEL = re.compile(
     re.IGNORECASE,
 )
 _NOT_OF_ALL = re.compile(
-    r"\b(?:other|otherwise|further|additional|remaining|remainder|rest|residual|elsewhere|recurrent|more)\b", re.IGNORECASE
+    r"\b(?:other|otherwise|further|additional|remaining|remainder|rest|residual|elsewhere|recurrent|more)\b",
+    re.IGNORECASE,
 )
-_EXCEPT = re.compile(r"\b(?:except|apart\s+from|aside\s+from|other\s+than|besides|with\s+the\s+exception)\b", re.IGNORECASE)
-_NEW = re.compile(r"\bnew\b", re.IGNORECASE)
-_GENERAL = re.compile(
-    r"pneumonia|infection|air[\s-]?space\s+disease|opacit|polyp|adenoma|lesion|infiltrat", re.IGNORECASE
+_EXCEPT = re.compile(
+    r"\b(?:except|apart\s+from|aside\s+from|other\s+than|besides|with\s+the\s+exception)\b", re.IGNORECASE
 )
 _TYPED = re.compile(
-    r"\b(?:lobar|dense|confluent|cavit\w+|nodular|large|small|rounded|linear|lung|flat|sessile|pedunculated|new|acute|other"
-    r"|further|additional|more|residual|recurrent|discrete)\b",
+    r"\b(?:lobar|dense|confluent|cavit\w+|nodular|large|small|rounded|linear|flat|sessile|pedunculated|new|discrete"
+    r"|suspicious|advanced)\b",
     re.IGNORECASE,
+)
+_LARGER_THAN = re.compile(
+    r"\s*(?:\w+\s+){0,2}(?:(?:greater|larger|bigger|smaller|more|less)\s+than|over\s+\d|[<>≤≥])", re.IGNORECASE
 )
 _WHOLE_ORGAN = re.compile(
     r"\b(?:in|of|within|throughout)\s+(?:the\s+|this\s+|either\s+)?(?:entire\s+|whole\s+|rest\s+of\s+the\s+|remainder\s+of\s+"
@@ -100,8 +103,13 @@ _LABEL = re.compile(r"\s*[A-Z][\w /-]{0,40}:")
 # --- numbers and adjectives ---------------------------------------------------------------------------------------
 
 _COUNTS = {word: value for value, word in enumerate(COUNT_WORDS)} | {"single": 1, "solitary": 1}
-_NUMBER = re.compile(rf"(?<![\w.,/-])(?P<number>\d{{1,2}}|{'|'.join(COUNT_WORDS[1:])}|single|solitary)(?![\w./]|-\d)", re.IGNORECASE)
-_LENGTH = re.compile(r"\b\d+(?:[.,]\d+)?(?:\s*(?:-|–|to|x|×)\s*\d+(?:[.,]\d+)?)*\s*-?\s*(?:mm|cm|millimet\w+|centimet\w+)\b", re.IGNORECASE)
+_NUMBER = re.compile(
+    rf"(?<![\w.,/-])(?P<number>\d{{1,2}}|{'|'.join(COUNT_WORDS[1:])}|single|solitary)(?![\w./]|-\d)", re.IGNORECASE
+)
+_LENGTH = re.compile(
+    r"\b\d+(?:[.,]\d+)?(?:\s*(?:-|–|to|x|×)\s*\d+(?:[.,]\d+)?)*\s*-?\s*(?:mm|cm|millimet\w+|centimet\w+)\b",
+    re.IGNORECASE,
+)
 _VAGUE = re.compile(
     r"\b(?:about|approximately|at\s+least|at\s+most|more\s+than|less\s+than|up\s+to|over|around|nearly|or)\s+(?:\d+|\w+)\s*$"
     r"|\d\s*(?:-|–|to|or)\s*\d+\s*$",
@@ -110,25 +118,51 @@ _VAGUE = re.compile(
 _ARTICLE = re.compile(r"\b(?:an?)\b", re.IGNORECASE)
 _DEFINITE = re.compile(r"\b(?:the|this|that|these|those|its|both|each|remaining|said|all)\b", re.IGNORECASE)
 _FURTHER = re.compile(r"\b(?:another|second|third|fourth|further|additional|other|more)\b", re.IGNORECASE)
+_ONE_MORE = re.compile(
+    r"(?<!no\s)(?:\banother\b|\ban?\s+(?:further|additional|second|third|fourth)\b|\ban?\s+(?:\w+\s+){0,3}one\b)",
+    re.IGNORECASE,
+)
 _TOTAL = re.compile(r"\b(?:in\s+total|total\s+of|altogether|in\s+all|overall)\b", re.IGNORECASE)
 _TIMES = re.compile(r"\s*\(?\s*[x×]\s?(?P<number>\d{1,2})\b\)?", re.IGNORECASE)
-_VALUES: dict[str, tuple[str, str]] = {
+_VALUES: dict[str, tuple[Adjective, str]] = {
     **{word: ("size", word) for word in SIZES},
     **{word: ("colour", word) for word in COLOURS},
     **{word: ("shape", word) for word in SHAPES},
     **{f"{word}ish": ("colour", word) for word in ("white", "yellow", "brown", "pink", "gray")},
-    **{"reddish": ("colour", "red"), "whitish": ("colour", "white"), "greyish": ("colour", "gray")},
-    **{"grey": ("colour", "gray"), "ovoid": ("shape", "oval"), "circular": ("shape", "round")},
-    **{"rounded": ("shape", "round"), "medium-sized": ("size", "medium"), "small-sized": ("size", "small")},
+    "reddish": ("colour", "red"),
+    "whitish": ("colour", "white"),
+    "greyish": ("colour", "gray"),
+    "grey": ("colour", "gray"),
+    "ovoid": ("shape", "oval"),
+    "circular": ("shape", "round"),
+    "rounded": ("shape", "round"),
+    "medium-sized": ("size", "medium"),
+    "small-sized": ("size", "small"),
 }
 _NO_ADJECTIVE = {"heart", "kidney", "thumb", "ear", "mouth", "bone", "nail", "toe"}
 _WORD = re.compile(r"[^\W\d_]+(?:-sized)?", re.IGNORECASE)
 _NEUTRAL = {
-    *("and", "both", "all", "each", "very", "rather", "slightly", "somewhat", "quite", "in", "colour", "color", "shape"),
+    *(
+        "and",
+        "both",
+        "all",
+        "each",
+        "very",
+        "rather",
+        "slightly",
+        "somewhat",
+        "quite",
+        "in",
+        "colour",
+        "color",
+        "shape",
+    ),
     *("shaped", "sized", "size", "relatively", "about", "of"),
 }
 _COPULA = {"is", "are", "was", "were", "appears", "appeared", "appear", "looks", "looked", "being"}
-_WITH_SURFACE = re.compile(r"\bwith\s+an?\s+(?P<word>[\w-]+)\s+(?:surface|colou?r|hue|shape|appearance)\b", re.IGNORECASE)
+_WITH_SURFACE = re.compile(
+    r"\bwith\s+an?\s+(?P<word>[\w-]+)\s+(?:surface|colou?r|hue|shape|appearance)\b", re.IGNORECASE
+)
 _PHRASE_ENDS = re.compile(
     r"[:;()]|\b(?:in|at|on|of|with|within|is|are|was|were|has|have|had|there|shows?|showed|demonstrates?|reveals?|which|that"
     r"|to|over|from|without|and|or|no|not|for|by|seen|noted|found|near|next|containing|contains?|from|than)\b",
@@ -138,15 +172,18 @@ _PHRASE_ENDS = re.compile(
 # --- places -------------------------------------------------------------------------------------------------------
 
 _HEIGHTS = {
-    **{word: "upper" for word in ("upper", "apex", "apices", "apical", "apically")},
-    **{word: "middle" for word in ("mid", "middle")},
-    **{word: "lower" for word in ("lower", "base", "bases", "basal", "basally", "basilar")},
+    **dict.fromkeys(("upper", "apex", "apices", "apical", "apically"), "upper"),
+    **dict.fromkeys(("mid", "middle"), "middle"),
+    **dict.fromkeys(("lower", "base", "bases", "basal", "basally", "basilar"), "lower"),
 }
+_INITIALS = {"u": "upper", "m": "middle", "l": "lower"}
 _ZONES = r"(?:lungs?|zones?|thirds?|fields?|parts?|portions?|areas?|regions?)"
 _HEIGHT_LIST = r"(?:upper|mid(?:dle)?|lower)"
-_AND_MORE = rf"(?:\s*(?:,|/|&|-|and|or|to|through)\s*(?:and\s+)?{_HEIGHT_LIST})*"
+_AND_MORE = rf"(?:\s*(?:,|/|&|-|and|or|to|through)\s*(?:and\s+)?(?:(?:left|right)\s+)?{_HEIGHT_LIST})*"
 _ATOM = re.compile(
     r"(?P<abbreviation>\b[RL][UML]L\b)"
+    r"|(?P<initials>\b[RL]\s?[UML]Z\b)"
+    r"|(?P<initial>(?-i:\b[RL])\b(?=\s+(?:lungs?|upper|mid(?:dle)?|lower|bases?|basal|apex|apical)\b))"
     r"|(?P<bi>\bbi[\s-]?(?:basal|basilar|basally|apical)(?:ly)?\b)"
     r"|(?P<lingula>\blingular?\b)"
     r"|(?P<segment>\b(?:apical|basal|anterior|posterior|superior|medial|lateral)(?:\s+basal)?\s+segments?\b)"
@@ -167,16 +204,41 @@ _SHOWS = re.compile(
     r"|there\s+(?:is|are|was|were))\b|\s*(?:lung|lobe|zone|side)?\s*:",
     re.IGNORECASE,
 )
+_IS = re.compile(
+    rf"\s*(?:{_ZONES}|lobes?|side)?\s*(?:is|are|was|were|remains?|appears?)\s+(?:\w+ly\s+|otherwise\s+|now\s+)*",
+    re.IGNORECASE,
+)
 _IMAGE = r"(?:image|picture|frame|photograph|photo|view|field(?:\s+of\s+view)?|screen|film|radiograph)"
-_OF_IMAGE = re.compile(rf"\s*(?:side\s+|half\s+|part\s+|corner\s+|quadrant\s+|third\s+)?of\s+(?:the\s+|this\s+)?{_IMAGE}\b", re.IGNORECASE)
-_PLACE_WORDS = r"(?:top|bottom|upper|lower|middle|cent(?:er|re|ral)|left|right)(?:(?:\s+|-)(?:left|right|middle|cent(?:er|re)))?"
+_OF_IMAGE = re.compile(
+    rf"\s*(?:side\s+|half\s+|part\s+|corner\s+|quadrant\s+|third\s+)?of\s+(?:the\s+|this\s+)?{_IMAGE}\b", re.IGNORECASE
+)
+_PLACE_WORDS = (
+    r"(?:left|right)\s+(?:upper|lower|top|bottom)|(?:top|bottom|upper|lower|middle|cent(?:er|re|ral)|left|right)"
+    r"(?:(?:\s+|-)(?:left|right|middle|cent(?:er|re)))?"
+)
 _PLACE = re.compile(rf"(?<![\w-])(?P<place>{_PLACE_WORDS})(?![\w-])", re.IGNORECASE)
-_CLOCK = re.compile(r"\b(?:at|from)\s+(?:the\s+)?(?P<hour>\d{1,2})(?:\s*:\s*00)?\s*o[’'`]?\s?clock\b(?!\s+(?:in\s+the|a\.?m|p\.?m))", re.IGNORECASE)
+_CLOCK = re.compile(
+    r"\b(?:at|from)\s+(?:the\s+)?(?P<hour>\d{1,2})(?:\s*:\s*00)?\s*o[’'`]?\s?clock\b(?!\s+(?:in\s+the\s+(?:morning|afternoon|evening)|a\.?m|p\.?m))",
+    re.IGNORECASE,
+)
 _CLOCK_PLACES = {
-    **{12: "top", 1: "top right", 2: "top right", 3: "right", 4: "bottom right", 5: "bottom right", 6: "bottom"},
-    **{7: "bottom left", 8: "bottom left", 9: "left", 10: "top left", 11: "top left"},
+    12: "top",
+    1: "top right",
+    2: "top right",
+    3: "right",
+    4: "bottom right",
+    5: "bottom right",
+    6: "bottom",
+    7: "bottom left",
+    8: "bottom left",
+    9: "left",
+    10: "top left",
+    11: "top left",
 }
-_ANAPHOR = re.compile(r"\s*(?P<word>it|they|this|these|one)\b(?=\s+(?:is|are|was|were|lies?|lay|measures?|appears?|occup\w+)\b)", re.IGNORECASE)
+_ANAPHOR = re.compile(
+    r"\s*(?P<word>it|they|this|these|one)\b(?=\s+(?:is|are|was|were|lies?|lay|measures?|appears?|occup\w+)\b)",
+    re.IGNORECASE,
+)
 _UNILATERAL = re.compile(r"\bunilateral\b", re.IGNORECASE)
 
 
@@ -227,8 +289,11 @@ class Mention:
         is_known: A target named before: "the polyp".
         is_further: One more: "a second polyp".
         in_part: The sentence says something else of some of them.
-        is_general: A denial of every target, not of a kind or in a place.
+        is_total: The sentence gives a total.
+        is_everywhere: It names no place that is less than the whole.
+        is_typed: A kind of target only: "no lobar consolidation".
         leaves_rest: A denial of all others, or with an exception.
+        is_normal: Not the target is named but normal organs.
         cause: Words by which the finding is no infection.
         lengths: Sizes in millimetres or centimetres.
     """
@@ -246,7 +311,8 @@ class Mention:
     is_further: bool = False
     in_part: bool = False
     is_total: bool = False
-    is_general: bool = False
+    is_everywhere: bool = False
+    is_typed: bool = False
     leaves_rest: bool = False
     is_normal: bool = False
     cause: str = ""
@@ -285,7 +351,7 @@ def _heads(sentence: Sentence, grammar: Grammar, more: Sequence[Span]) -> list[_
     targets = [match.span() for match in re.finditer(rf"\b{_OF}(?:{TARGETS[grammar]})\b", text, re.IGNORECASE)]
     for start, end in more:
         first, last = start - sentence.start, end - sentence.start
-        if 0 <= first and last <= len(text) and not any(first < b and a < last for a, b in targets):
+        if first >= 0 and last <= len(text) and not any(first < b and a < last for a, b in targets):
             targets.append((first, last))
     others = [match.span() for match in re.finditer(rf"\b(?:{_OTHERS[grammar]})\b", text, re.IGNORECASE)]
     heads = [_Head(*span, True) for span in targets]
@@ -295,7 +361,9 @@ def _heads(sentence: Sentence, grammar: Grammar, more: Sequence[Span]) -> list[_
 
 def _mentions_of(sentence: Sentence, grammar: Grammar, heads: list[_Head]) -> Iterator[Mention]:
     text, offset = sentence.text, sentence.start
-    normal = list((_NORMAL_LUNGS if grammar == "lung" else _NORMAL_BOWEL).finditer(text)) if grammar != "phantom" else []
+    normal = (
+        list((_NORMAL_LUNGS if grammar == "lung" else _NORMAL_BOWEL).finditer(text)) if grammar != "phantom" else []
+    )
     taken = [match.span() for match in normal]
     located = _located_lungs(sentence, heads, taken) if grammar == "lung" else _located_places(sentence, heads)
     places = [(head.start, head.end) for head in heads if head.is_target]
@@ -307,7 +375,7 @@ def _mentions_of(sentence: Sentence, grammar: Grammar, heads: list[_Head]) -> It
             match[0],
             "negated",
             located=inside,
-            is_general=not inside,
+            is_everywhere=_covers_all(inside),
             leaves_rest=_NOT_OF_ALL.search(match[0]) is not None or _EXCEPT.search(text, match.end()) is not None,
             is_normal=True,
         )
@@ -321,7 +389,7 @@ def _mentions_of(sentence: Sentence, grammar: Grammar, heads: list[_Head]) -> It
             text[head.start : head.end],
             reading.status,
             cue=reading.cue,
-            located=tuple(item for item, owners in located if head in owners),
+            located=_joined(tuple(item for item, owners in located if head in owners)),
             in_part=reading.in_part,
         )
         yield _described(mention, sentence, grammar, heads, head)
@@ -355,7 +423,6 @@ def _described(mention: Mention, sentence: Sentence, grammar: Grammar, heads: li
     scoped = (_SCOPED.search(after) is not None and _WHOLE_ORGAN.search(after) is None) or (
         label is not None and label.end() <= head.start and grammar != "lung"
     )
-    is_typed = _TYPED.search(text[:head.start][-40:]) is not None if mention.status == "negated" else False
     return replace(
         mention,
         stated=tuple(stated),
@@ -364,10 +431,9 @@ def _described(mention: Mention, sentence: Sentence, grammar: Grammar, heads: li
         is_known=_DEFINITE.search(before) is not None and _FURTHER.search(before) is None,
         is_further=_FURTHER.search(before) is not None,
         is_total=_TOTAL.search(text) is not None,
-        is_general=not mention.located and not scoped and not is_typed,
-        leaves_rest=_NOT_OF_ALL.search(before) is not None
-        or _EXCEPT.search(after) is not None
-        or (_NEW.search(before) is not None),
+        is_everywhere=_covers_all(mention.located) and not scoped,
+        is_typed=_TYPED.search(before) is not None or _LARGER_THAN.match(after) is not None,
+        leaves_rest=_NOT_OF_ALL.search(before) is not None or _EXCEPT.search(after) is not None,
         cause=_other_cause(text[head.end : next_target], text[head.end :]) if grammar == "lung" else "",
         lengths=tuple((match.start() + offset, match.end() + offset) for match in _LENGTH.finditer(text)),
     )
@@ -435,34 +501,37 @@ def _counted(text: str, start: int, head: _Head, plural: bool) -> tuple[int, Spa
 
 def _adjectives(text: str, offset: int, start: int, heads: list[_Head], head: _Head) -> list[Stated]:
     """Return size, colour and shape: words before the target, or after it behind a comma or "is"."""
-    found: list[Stated] = []
+    words = list(_WORD.finditer(text, start, head.end))
+    following = [other.start for other in heads if other.start >= head.end]
+    end = following[0] if following else len(text)
+    words += _predicates(text, head.end, end, before_other=bool(following))
+    found = [(match[0].lower(), match.span()) for match in words]
+    found += [
+        (match["word"].lower(), match.span("word"))
+        for match in _WITH_SURFACE.finditer(text, head.end, min(end + 20, len(text)))
+    ]
+    return [
+        Stated(_VALUES[word][0], _VALUES[word][1], (first + offset, last + offset))
+        for word, (first, last) in found
+        if word in _VALUES and word not in _NO_ADJECTIVE
+    ]
 
-    def take(word: str, first: int, last: int) -> None:
-        fact, value = _VALUES[word]
-        if fact in ("size", "colour", "shape") and word not in _NO_ADJECTIVE:
-            found.append(Stated(fact, value, (first + offset, last + offset)))  # type: ignore[arg-type]
 
-    for match in _WORD.finditer(text, start, head.start):
-        if match[0].lower() in _VALUES:
-            take(match[0].lower(), *match.span())
-    following = [other for other in heads if other.start >= head.end]
-    end = following[0].start if following else len(text)
+def _predicates(text: str, start: int, end: int, *, before_other: bool) -> Iterator[re.Match[str]]:
+    """Yield the known adjectives after a target: right behind a comma, a bracket or "is", and joined to such."""
     allowed = False
-    last = head.end
-    for match in _WORD.finditer(text, head.end, end):
+    last = start
+    for match in _WORD.finditer(text, start, end):
         word = match[0].lower()
         if re.search(r"[,(]", text[last : match.start()]) or word in _COPULA:
             allowed = True
-        if word in _VALUES and allowed:
-            if text[match.end() : end].strip() or not following:
-                take(word, *match.span())
+        last = match.end()
+        if word in _VALUES:
+            # An adjective right before another finding is that one's.
+            if allowed and (text[match.end() : end].strip() or not before_other):
+                yield match
         elif word not in _NEUTRAL and word not in _COPULA:
             allowed = False
-        last = match.end()
-    for match in _WITH_SURFACE.finditer(text, head.end, min(end + 20, len(text))):
-        if match["word"].lower() in _VALUES:
-            take(match["word"].lower(), *match.span("word"))
-    return found
 
 
 # --- where --------------------------------------------------------------------------------------------------------
@@ -470,6 +539,11 @@ def _adjectives(text: str, offset: int, start: int, heads: list[_Head], head: _H
 
 def _within(span: Span, outer: Span, offset: int) -> bool:
     return outer[0] + offset <= span[0] and span[1] <= outer[1] + offset
+
+
+def _covers_all(located: Sequence[Located]) -> bool:
+    """Return whether a denial holds for both lungs or the whole image: it names no place, or both sides alone."""
+    return all(item.sides == SIDES and not item.thirds and not item.lobe for item in located)
 
 
 def _located_lungs(sentence: Sentence, heads: list[_Head], taken: list[Span]) -> list[tuple[Located, list[_Head]]]:
@@ -480,6 +554,13 @@ def _located_lungs(sentence: Sentence, heads: list[_Head], taken: list[Span]) ->
         if not any(first <= start and end <= last for first, last in taken):
             result.append((item, _owners(text, start, end, heads)))
     return result
+
+
+def _joined(located: tuple[Located, ...]) -> tuple[Located, ...]:
+    """Give heights without a side the sides of the same finding that have no height: "bilateral …, lower zones"."""
+    bare = [item for item in located if item.sides and not item.thirds and not item.lobe]
+    sides = tuple(side for side in SIDES if any(side in item.sides for item in bare))
+    return tuple(replace(item, sides=sides) if item.thirds and not item.sides else item for item in located)
 
 
 def _groups(text: str, offset: int) -> Iterator[tuple[Located, Span]]:
@@ -494,7 +575,7 @@ def _groups(text: str, offset: int) -> Iterator[tuple[Located, Span]]:
     for group in groups:
         sides, thirds, lobe = _meaning(group)
         start, end = group[0].start(), group[-1].end()
-        if sides or thirds:
+        if sides or thirds or lobe:
             of_image = _OF_IMAGE.match(text, end)
             yield (
                 Located((start + offset, end + offset), sides, thirds, lobe=lobe, of_image=of_image is not None),
@@ -505,19 +586,25 @@ def _groups(text: str, offset: int) -> Iterator[tuple[Located, Span]]:
 def _belongs(group: list[re.Match[str]], atom: re.Match[str], text: str) -> bool:
     """Return whether a word goes on with the group before it, or begins another place."""
     has_side = any(_is_sided(item) for item in group)
-    has_height = any(not _is_sided(item) or item.lastgroup in ("abbreviation", "bi", "lingula") for item in group)
+    has_height = any(
+        not _is_sided(item) or item.lastgroup in ("abbreviation", "initials", "bi", "lingula") for item in group
+    )
     if _is_sided(atom):
         if not has_side:
             return True  # "base of the right lung"
         between = text[group[-1].end() : atom.start()]
         # "left and right bases" shares the height; "left lung and right base" does not.
-        return not has_height and atom.lastgroup == "side" and re.fullmatch(r"\s*(?:and|or|&|/)\s*", between) is not None
+        return (
+            not has_height and atom.lastgroup == "side" and re.fullmatch(r"\s*(?:and|or|&|/)\s*", between) is not None
+        )
+    if _is_sided(group[-1]) and not text[group[-1].end() : atom.start()].strip():
+        return True  # "segment of the right lower lobe"
     is_postfixed = has_side and has_height and not _is_sided(group[0])
     return not is_postfixed
 
 
 def _is_sided(atom: re.Match[str]) -> bool:
-    return atom.lastgroup in ("abbreviation", "bi", "lingula", "side", "both")
+    return atom.lastgroup in ("abbreviation", "initials", "initial", "bi", "lingula", "side", "both")
 
 
 def _meaning(group: list[re.Match[str]]) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
@@ -527,9 +614,10 @@ def _meaning(group: list[re.Match[str]]) -> tuple[tuple[str, ...], tuple[str, ..
     for atom in group:
         word = atom[0].lower()
         kind = atom.lastgroup
-        if kind == "abbreviation":
+        if kind in ("abbreviation", "initials", "initial"):
             sides.add("right" if word[0] == "r" else "left")
-            lobes.add(word)
+            lobes |= {word} if kind == "abbreviation" else set()
+            thirds |= {_INITIALS[word[-2]]} if kind == "initials" else set()
         elif kind == "bi":
             sides |= set(SIDES)
             thirds.add("upper" if "apical" in word else "lower")
@@ -565,7 +653,7 @@ def _owners(text: str, start: int, end: int, heads: list[_Head]) -> list[_Head]:
         between = text[end : following[0].start]
         if "," not in between and _PHRASE_ENDS.search(between) is None:
             return _only(following[0])
-        if _SHOWS.match(between):
+        if _SHOWS.match(between) or _IS.fullmatch(between):
             return _only(following[0])
     if preceding:
         owners = [preceding[-1]]
@@ -627,4 +715,12 @@ def _place_name(words: str) -> str:
     return f"{height} {side}".strip() or "center"
 
 
-__all__ = ["TARGETS", "Located", "Mention", "Span", "Stated", "find_mentions", "without_lookalikes"]
+def names_other(words: str, grammar: Grammar) -> bool:
+    """Return whether words name the target or anything else that the rules know, or deny something."""
+    known = rf"\b(?:{TARGETS[grammar]}|{_OTHERS[grammar]}|no|not|without|normal|clear)\b"
+    return re.search(known, words, re.IGNORECASE) is not None
+
+
+def names_one_more(sentences: Sequence[Sentence]) -> bool:
+    """Return whether a report speaks of "another one" or "a second", so that what it counts are not all."""
+    return any(sentence.section in CURRENT and _ONE_MORE.search(sentence.text) for sentence in sentences)

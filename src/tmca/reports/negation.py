@@ -13,11 +13,14 @@ from typing import Literal
 
 Status = Literal["affirmed", "negated", "resolved", "uncertain", "historical", "sought"]
 
-_STUDY = r"(?:study|studies|exam(?:ination)?s?|radiographs?|films?|x-?rays?|cts?|scans?|images?|imaging|colonoscop\w+|prior)"
+_STUDY = (
+    r"(?:study|studies|exam(?:ination)?s?|radiographs?|films?|x-?rays?|cts?|scans?|images?|imaging|colonoscop\w+|prior)"
+)
 _EARLIER = r"(?:prior|previous|earlier|last|old|preceding)"
 _ADVERBS = r"(?:\w+ly\s+|now\s+|since\s+|almost\s+|quite\s+)*"
 _SEEN = (
-    r"(?:seen|visible|visuali[sz]ed|identified|present|demonstrated|detected|evident|apparent|appreciated|found|shown|noted)"
+    r"(?:seen|visible|visuali[sz]ed|identified|present|demonstrated|detected|evident|apparent|appreciated|found|shown"
+    r"|noted|suspected)"
 )
 _REMOVED = r"(?:removed|resected|excised|treated|seen|noted|described|diagnosed|reported|present|visible|documented)"
 _WHEN = (
@@ -47,6 +50,7 @@ _ENDS = re.compile(
     r"|with\s+the\s+exception|and\s+(?=there\s+(?:is|are|was|were)\b)|and\s+(?=an?\s)|which|that\s+(?=\w+s\b))",
     re.IGNORECASE,
 )
+_ENDS_AFTER = re.compile(r"\b(?:but|however|although|though|except|while|whereas)\b", re.IGNORECASE)
 _PART = re.compile(r"\b(?:one|two|three|four|some|\d+|others?|another|both)\b[^,;]*$", re.IGNORECASE)
 
 
@@ -90,12 +94,16 @@ _BEFORE = (
     _cue(
         "historical",
         rf"\b(?:history\s+of|h/o|hx\s+of|status\s+post|s/p|treated\s+for|previous(?:ly)?|prior|(?<!-)(?<!years\s)old|former(?:ly)?"
-        rf"|remote|past|post-?\s?polypectomy|{_REMOVED}\s+{_WHEN})\b",
+        rf"|remote|past|post-?\s?polypectomy|{_REMOVED}\s+{_WHEN}"
+        rf"|{_STUDY}\s+(?:of|from|dated|on)\s+[^,;]{{1,25}}?\s+(?:showed|demonstrated|revealed|had))\b",
         to_comma=True,
     ),
 )
 _AFTER = (
-    _cue("resolved", rf"\bno\s+longer\b|\b(?:has|have|had|is|are|was|were)\s+{_ADVERBS}(?:resolved|cleared|disappeared|gone)\b"),
+    _cue(
+        "resolved",
+        rf"\bno\s+longer\b|\b(?:has|have|had|is|are|was|were)\s+{_ADVERBS}(?:resolved|cleared|disappeared|gone)\b",
+    ),
     _cue("resolved", r"^\s*(?:resolved|cleared)\b"),
     _cue(
         "uncertain",
@@ -107,9 +115,11 @@ _AFTER = (
         "negated",
         rf"\b(?:is|are|was|were|has|have|could|can|been|be)\s+(?:\w+\s+)?not\s+(?:be\s+|been\s+)?(?:\w+ly\s+)?{_SEEN}\b"
         rf"|\bnot\s+{_SEEN}\b|\b(?:is|are|was|were)\s+{_ADVERBS}(?:absent|excluded|ruled\s+out|denied)\b"
-        rf"|\b(?:is|are|was|were)\s+(?:\w+\s+)?unlikely\b|:\s*(?:none|no|absent|negative)\b",
+        rf"|\b(?:is|are|was|were)\s+(?:\w+\s+)?unlikely\b|:\s*(?:none|no|absent|negative)\b|\bneither\b|\bnowhere\b",
     ),
-    _cue("historical", rf"\b{_REMOVED}\s+{_WHEN}\b|\bpreviously\s+{_REMOVED}\b|\b(?:was|were)\b[^,;]{{0,40}}?\b{_WHEN}\b"),
+    _cue(
+        "historical", rf"\b{_REMOVED}\s+{_WHEN}\b|\bpreviously\s+{_REMOVED}\b|\b(?:was|were)\b[^,;]{{0,40}}?\b{_WHEN}\b"
+    ),
     _cue("sought", r"\b(?:should\s+be\s+(?:sought|excluded))\b"),
 )
 
@@ -144,33 +154,11 @@ def read_status(sentence: str, start: int, end: int, heads: Sequence[tuple[int, 
         heads: Places of all findings in the sentence; a cue after the word belongs to the nearest one before it.
     """
     text = without_lookalikes(sentence)
-    persists = _PERSISTS.search(sentence) is not None
-    reach = max((match.end() for match in _ENDS.finditer(text, 0, start)), default=0)
-    before = text[reach:start]
-    in_part = False
-    found: list[Reading] = []
-    for cue in _AFTER:
-        match = cue.pattern.search(text, end)
-        # "^" of a pattern means the place right behind the word.
-        match = cue.pattern.match(text[end:]) if cue.pattern.pattern.startswith("^") else match
-        if match is None:
-            continue
-        position = match.start() + (end if match.string != text else 0)
-        between = text[end:position]
-        if _other_head_between(text, end, position, heads) or _ENDS_AFTER.search(between):
-            continue
-        if _PART.search(between):
-            in_part = True
-            continue
-        found.append(Reading(cue.status, match[0].strip()))
-    for cue in _BEFORE:
-        for match in cue.pattern.finditer(before):
-            if cue.to_comma and re.search(r"[,:]", before[match.end() :]):
-                continue
-            found.append(Reading(cue.status, match[0].strip()))
+    found, in_part = _cues_after(text, end, heads)
+    found += _cues_before(text, start)
     order: tuple[Status, ...] = ("sought", "resolved", "uncertain", "negated", "historical")
-    if persists:
-        order = ("sought", "resolved", "uncertain", "negated")
+    if _PERSISTS.search(sentence):
+        order = order[:-1]
     for status in order:
         for reading in found:
             if reading.status == status:
@@ -178,7 +166,33 @@ def read_status(sentence: str, start: int, end: int, heads: Sequence[tuple[int, 
     return Reading("affirmed", in_part=in_part)
 
 
-_ENDS_AFTER = re.compile(r"\b(?:but|however|although|though|except|while|whereas)\b", re.IGNORECASE)
+def _cues_before(text: str, start: int) -> list[Reading]:
+    reach = max((match.end() for match in _ENDS.finditer(text, 0, start)), default=0)
+    before = text[reach:start]
+    return [
+        Reading(cue.status, match[0].strip())
+        for cue in _BEFORE
+        for match in cue.pattern.finditer(before)
+        if not (cue.to_comma and re.search(r"[,:]", before[match.end() :]))
+    ]
+
+
+def _cues_after(text: str, end: int, heads: Sequence[tuple[int, int]]) -> tuple[list[Reading], bool]:
+    """Return the cues that belong to a word before them, and whether one is for some of what is counted only."""
+    found: list[Reading] = []
+    in_part = False
+    for cue in _AFTER:
+        match = cue.pattern.search(text[end:])
+        if match is None or _other_head_between(text, end, end + match.start(), heads):
+            continue
+        between = text[end : end + match.start()]
+        if _ENDS_AFTER.search(between):
+            continue
+        if _PART.search(between):
+            in_part = True
+        else:
+            found.append(Reading(cue.status, match[0].strip()))
+    return found, in_part
 
 
 def _other_head_between(text: str, end: int, position: int, heads: Sequence[tuple[int, int]]) -> bool:

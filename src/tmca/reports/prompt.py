@@ -1,7 +1,7 @@
 """A report of many sentences → the short sentence of the model's grammar, with the words that prove it.
 
-Nothing is stated that the report does not state: what is denied, past, uncertain or contradicted is left out and told of
-in a note, as is what the grammar has no word for (millimetres, lobes, segments of the colon).
+Nothing is stated that the report does not state: what is denied, past, uncertain or contradicted is left out and told
+of in a note, as is what the grammar has no word for (millimetres, lobes).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from tmca.data.grammar import GRAMMARS, PLACES, SIDES, SIZES, THIRDS, Facts, Grammar, write_sentence
 from tmca.errors import DataError, unknown_name
-from tmca.reports.findings import TARGETS, Mention, Span, find_mentions
-from tmca.reports.sections import Section, Sentence, split_report
+from tmca.reports.findings import TARGETS, Mention, Span, find_mentions, names_one_more
+from tmca.reports.sections import CURRENT, Section, Sentence, split_report
 
 Sides = Literal["patient", "image"]
 Method = Literal["rules", "language model"]
@@ -28,14 +28,25 @@ NOTHING = "the report names no finding"
 DEFAULT_SIDES: dict[Grammar, Sides] = {"lung": "patient", "polyp": "image", "phantom": "image"}
 """Whose left and right a report's words mean, unless told."""
 
-_ENGLISH = frozenset(
-    "the of and is are was were with there without from this which has have been not seen right left both lung lungs chest "
-    "polyp polyps lesion lesions colon findings impression normal clear image patient opacity consolidation upper lower "
-    "pneumonia effusion removed small large".split()
-)
+_COMMON_WORDS = {
+    "English": "the of and is are was were with there without from this which has have been not no seen right left "
+    "both lung lungs in normal clear at on a an",
+    "German": "der das und ist sind kein keine nicht mit im links rechts ohne eine einen wurde zeigt",
+    "French": "le les du est pas aucune avec dans gauche droite une sans au aux",
+    "Spanish": "el los las del una izquierda derecha sin se en ningún ninguna hay",
+    "Italian": "il della nel nella sinistra destra polmone senza",
+    "Dutch": "het een geen niet van naar linker rechter met",
+    "Portuguese": "não sem uma esquerda direita do da dos",
+}
+_ENGLISH = frozenset(_COMMON_WORDS["English"].split())
+_FOREIGN = frozenset(word for language in _COMMON_WORDS.values() for word in language.split()) - _ENGLISH
 _WORD = re.compile(r"[^\W\d_]+")
 _CT = re.compile(r"\b(?:CT|HRCT|computed\s+tomograph\w+|tomogram)\b")
-_CT_ELSEWHERE = re.compile(r"\b(?:recommend\w*|suggest\w*|advis\w*|prior|previous|earlier|compar\w*|since|further)\b", re.IGNORECASE)
+_CT_ELSEWHERE = re.compile(
+    r"\b(?:recommend\w*|suggest\w*|advis\w*|prior|previous|earlier|compar\w*|since|further|last|yesterday|ago)\b",
+    re.IGNORECASE,
+)
+_BROAD = re.compile(r"pneumonia|infection|air[\s-]?space|opacit|infiltrat|polyp|adenoma|lesion", re.IGNORECASE)
 _ABOUT_LUNGS = re.compile(
     rf"\b(?:lungs?|chest|thorax|pulmonary|pleural?|pneumothorax|hilar|zones?|{TARGETS['lung']})\b", re.IGNORECASE
 )
@@ -86,6 +97,18 @@ class ReportPrompt:
     sides: Sides
     method: Method = "rules"
 
+    @property
+    def conversion(self) -> str:
+        """How the report's left and right became the prompt's."""
+        if self.facts.grammar != "lung":
+            return "Places: only words on the image, and the clock; no side was exchanged."
+        if self.sides == "image":
+            return "Sides: the report's left and right were taken for the image's."
+        return (
+            "Sides: the report's left and right were taken for the patient's, which a frontal film and an axial slice "
+            "show on the image's right and left; the prompt names the image's."
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """Return the result for JSON: without the report's text, but with the words of the evidence."""
         facts = {name: value for name, value in asdict(self.facts).items() if value is not None and value != ()}
@@ -95,6 +118,7 @@ class ReportPrompt:
             "evidence": [asdict(item) for item in self.evidence],
             "notes": list(self.notes),
             "sides": self.sides,
+            "conversion": self.conversion,
             "method": self.method,
         }
 
@@ -144,9 +168,7 @@ class _Draft:
                 for span in places
             }
         )
-        return [
-            Evidence(shown or fact, value, self.report[start:end], start, end) for (start, end), value in spans
-        ]
+        return [Evidence(shown or fact, value, self.report[start:end], start, end) for (start, end), value in spans]
 
 
 def prompt_from_report(text: str, grammar: Grammar, *, sides: Sides | None = None) -> ReportPrompt:
@@ -188,12 +210,10 @@ def check_report(text: str) -> None:
     if "\0" in text:
         raise DataError("The report is no text: it holds zero bytes", hint="save it as a plain UTF-8 text file")
     words = [word.lower() for word in _WORD.findall(text)]
-    if not any(word in _ENGLISH for word in words) and not any(
-        re.search(rf"\b(?:{pattern})\b|\b[RL][UML]L\b", text, re.IGNORECASE) for pattern in TARGETS.values()
-    ):
-        raise DataError(
-            "The report holds no English word that is known", hint="the rules read English; translate the report"
-        )
+    english, foreign = (sum(word in known for word in words) for known in (_ENGLISH, _FOREIGN))
+    named = any(re.search(rf"\b(?:{pattern})\b|\b[RL][UML]L\b", text, re.IGNORECASE) for pattern in TARGETS.values())
+    if foreign > english or not (english or named):
+        raise DataError("The report does not read as English", hint="the rules read English; translate the report")
 
 
 def grammar_of_report(text: str) -> Grammar:
@@ -231,13 +251,13 @@ def state(
     present = _presence(draft, mentions, affirmed)
     if not present:
         facts = Facts(grammar, present=False, count=0) if present is False else Facts(grammar)
-        denials = _denials(mentions) if present is False else []
-        evidence = tuple(Evidence("present", "false", text[a:b], a, b) for a, b in (item.span for item in denials))
+        denials = [item.span for item in mentions if item.status == "negated"] if present is False else []
+        evidence = tuple(Evidence("present", "false", text[start:end], start, end) for start, end in denials)
         notes = (NOTHING, *dict.fromkeys(draft.notes))
         return ReportPrompt(text, None, facts, evidence, notes, sides, method)
     for mention in affirmed:
         draft.add("present", mention.section, "true", mention.span)
-    facts = Facts(grammar, present=True, count=_count(draft, affirmed))
+    facts = Facts(grammar, present=True, count=_count(draft, affirmed, grammar, one_more=names_one_more(sentences)))
     if grammar == "lung":
         facts = _lung_facts(draft, facts, mentions, affirmed, sides, is_slice=_is_slice(sentences))
     else:
@@ -269,17 +289,13 @@ def _note_left_out(draft: _Draft, mentions: Sequence[Mention]) -> None:
             draft.notes.append(f"{reasons[mention.status]}: {mention.words!r}{cue}")
 
 
-def _denials(mentions: Sequence[Mention]) -> list[Mention]:
-    return [mention for mention in mentions if mention.status in ("negated", "resolved")]
-
-
 def _presence(draft: _Draft, mentions: Sequence[Mention], affirmed: Sequence[Mention]) -> bool | None:
     """Return whether the report states a finding, denies every one, or does neither."""
-    whole = [item for item in _denials(mentions) if item.status == "negated" and item.is_general]
+    denials = [item for item in mentions if item.status == "negated" and item.is_everywhere]
     if affirmed:
-        for denial in whole:
-            same = denial.is_normal or _is_general_word(denial.words) or _stem(denial) in map(_stem, affirmed)
-            if same and not denial.leaves_rest:
+        stems = {_stem(mention) for mention in affirmed}
+        for denial in denials:
+            if (_is_broad(denial) or _stem(denial) in stems) and not denial.is_typed and not denial.leaves_rest:
                 first, second = draft.report[slice(*affirmed[0].span)], draft.report[slice(*denial.span)]
                 draft.contradicted("presence", repr(first), f"{second!r} denied")
                 return None
@@ -287,66 +303,66 @@ def _presence(draft: _Draft, mentions: Sequence[Mention], affirmed: Sequence[Men
     if any(mention.status == "uncertain" for mention in mentions):
         draft.notes.append("what the report calls possible is not stated")
         return None
-    denied = [item for item in _denials(mentions) if not _is_only_new(item, draft.report)]
-    return False if any(_denies_all(item) for item in denied) else None
+    return False if any(not denial.is_typed for denial in denials) else None
 
 
-def _denies_all(mention: Mention) -> bool:
-    return mention.status == "negated" and (mention.is_general or (not mention.located and mention.is_normal)) or (
-        mention.status == "negated" and not mention.located and _is_general_word(mention.words) is False
-        and not mention.is_plural
-    )
-
-
-def _is_only_new(mention: Mention, report: str) -> bool:
-    return re.search(r"\bnew\b[^.]{0,20}$", report[max(0, mention.span[0] - 25) : mention.span[0]], re.IGNORECASE) is not None
-
-
-def _is_general_word(words: str) -> bool:
-    return re.search(r"pneumonia|infection|air[\s-]?space|opacit|infiltrat|polyp|adenoma|lesion", words, re.IGNORECASE) is not None
+def _is_broad(mention: Mention) -> bool:
+    """Return whether a denial means any infection or polyp, not one kind of opacity."""
+    return mention.is_normal or _BROAD.search(mention.words) is not None
 
 
 def _stem(mention: Mention) -> str:
     return re.sub(r"(?:ies|y|s)$", "", mention.words.lower().split()[-1])
 
 
-def _count(draft: _Draft, affirmed: Sequence[Mention]) -> int | None:
+def _count(draft: _Draft, affirmed: Sequence[Mention], grammar: Grammar, *, one_more: bool) -> int | None:
     """Return how many targets the report states, if it states one number."""
-    by_section: dict[Section, list[Mention]] = {}
-    for mention in affirmed:
-        by_section.setdefault(mention.section, []).append(mention)
-    known: dict[Section, int] = {}
+    if any(mention.in_part for mention in affirmed):
+        draft.notes.append("no count: the report says something else of some of them")
+        return None
+    known: set[int] = set()
     least = 1
-    for section, found in by_section.items():
-        totals = [mention for mention in found if mention.is_total and mention.count is not None]
-        new = [mention for mention in found if not mention.is_known or mention.count is not None]
-        counted = totals or [mention for mention in new if mention.count is not None]
-        others = [] if totals else [mention for mention in new if mention.count is None and _is_another(mention, counted)]
-        numbers = {mention.count for mention in counted}
-        if any(mention.in_part for mention in found):
-            draft.notes.append("no count: the report says something else of some of them")
+    for section in CURRENT:
+        counts, several = _counts_of([mention for mention in affirmed if mention.section == section])
+        if several > 1:
+            least = max(least, several)
+            if counts or grammar != "lung":
+                draft.notes.append(f"no count: the {section} name several findings one by one, and no total")
+        elif counts and one_more:
+            draft.notes.append("no count: the report speaks of one more")
             return None
-        if len(counted) + len(others) > 1 and (len(numbers) > 1 or others or not all(item.is_known for item in counted[1:])):
-            draft.notes.append(f"no count: the {section} name several findings one by one, and no total")
-            least = max(least, len(counted) + len(others))
-        elif len(numbers) == 1 and not others:
-            known[section] = numbers.pop() or 0
-    plural = any(mention.is_plural for mention in affirmed)
+        else:
+            known |= counts
     for mention in affirmed:
-        if mention.count is not None:
-            for item in mention.stated:
-                if item.fact == "count":
-                    draft.add("count", mention.section, item.value, item.span)
-    numbers_known = sorted(set(known.values()))
-    if len(numbers_known) > 1:
-        draft.contradicted("count", str(numbers_known[0]), str(numbers_known[1]))
-        return None
-    if not numbers_known or numbers_known[0] < least:
-        return None
-    if numbers_known[0] == 1 and plural:
+        for item in mention.stated:
+            if item.fact == "count":
+                draft.add("count", mention.section, item.value, item.span)
+    if known == {1} and any(mention.is_plural for mention in affirmed):
         draft.contradicted("count", "one", "more than one")
         return None
-    return numbers_known[0]
+    return _agreed_count(draft, known, least)
+
+
+def _agreed_count(draft: _Draft, known: set[int], least: int) -> int | None:
+    """Return the number that all sections give, unless more findings than that are named one by one."""
+    if len(known) > 1:
+        draft.contradicted("count", str(min(known)), str(max(known)))
+        return None
+    return next((count for count in known if count >= least), None)
+
+
+def _counts_of(found: Sequence[Mention]) -> tuple[set[int], int]:
+    """Return the numbers that a section gives, and how many findings it names apart from each other."""
+    totals = [mention for mention in found if mention.is_total and mention.count is not None]
+    if totals:
+        return {mention.count for mention in totals if mention.count is not None}, 1
+    counted = [mention for mention in found if mention.count is not None]
+    others = [
+        mention for mention in found if mention.count is None and not mention.is_known and _is_another(mention, counted)
+    ]
+    numbers = {mention.count for mention in counted if mention.count is not None}
+    repeats = len(numbers) == 1 and not others and all(mention.is_known for mention in counted[1:])
+    return numbers, 1 if repeats else len(counted) + len(others)
 
 
 def _is_another(mention: Mention, counted: Sequence[Mention]) -> bool:
@@ -387,7 +403,7 @@ def _lung_facts(
         draft.contradicted("side", f"the image's {side}", "denied there")
         kept.remove(side)
     chosen = tuple(side for side in SIDES if side in kept)
-    thirds = {side: () for side in SIDES}
+    thirds: dict[str, tuple[str, ...]] = dict.fromkeys(SIDES, ())
     for side in chosen:
         named = draft.reconciled(f"third {side}", f"third of the image's {side} lung")
         thirds[side] = tuple(third for third in THIRDS if third in named)
@@ -436,7 +452,7 @@ def _denied_sides(mentions: Sequence[Mention], sides: Sides) -> set[str]:
     return {
         _in_image(word, sides, of_image=place.of_image)
         for mention in mentions
-        if mention.status == "negated" and not mention.leaves_rest and (mention.is_normal or _is_general_word(mention.words))
+        if mention.status == "negated" and not mention.leaves_rest and _is_broad(mention)
         for place in mention.located
         if not place.thirds and not place.lobe
         for word in place.sides

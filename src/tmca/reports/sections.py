@@ -15,7 +15,13 @@ CURRENT: tuple[Section, ...] = ("findings", "impression")
 HEADERS: dict[Section, tuple[str, ...]] = {
     "history": (
         *("history", "clinical history", "medical history", "past medical history", "family history", "past history"),
-        *("history of present illness", "clinical information", "clinical details", "clinical data", "clinical context"),
+        *(
+            "history of present illness",
+            "clinical information",
+            "clinical details",
+            "clinical data",
+            "clinical context",
+        ),
         *("clinical question", "clinical indication", "indication", "indications", "reason for examination"),
         *("reason for exam", "reason for study", "reason", "background", "referral", "symptoms"),
     ),
@@ -34,7 +40,14 @@ HEADERS: dict[Section, tuple[str, ...]] = {
         *("endoscopic diagnosis", "interpretation", "final impression", "overall impression"),
     ),
     "recommendation": ("recommendation", "recommendations", "plan", "follow-up", "follow up", "advice", "comment"),
-    "other": ("pathology", "histology", "histopathology", "addendum history", "complications", "electronically signed by"),
+    "other": (
+        "pathology",
+        "histology",
+        "histopathology",
+        "addendum history",
+        "complications",
+        "electronically signed by",
+    ),
 }
 """Headers by the section that they open."""
 
@@ -46,7 +59,7 @@ _HEADER = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _BOUNDARY = re.compile(
-    r"[.!?]+(?=\s|$)"  # the end of a sentence
+    r"(?:[.!]+|(?<=\w)\?)(?=\s|$)"  # the end of a sentence; "? pneumonia" asks for one
     r"|;"
     r"|\n[ \t]*(?=\n)"  # a blank line
     r"|\n(?=[ \t]*(?:\d{1,2}[.)]|[-*•])[ \t])"  # an item of a list
@@ -54,7 +67,10 @@ _BOUNDARY = re.compile(
     r"|(?<=[^,\s])\n(?=[ \t]*[A-Z])"  # a line of its own, where the line before it is short
 )
 _SHORT_LINE = 60
-_ABBREVIATION = re.compile(r"(?:\b(?:dr|approx|vs|e\.g|i\.e|ca|cf|fig|mr|mrs|ms|st|resp|incl)|^\s*\d{1,2})$", re.IGNORECASE)
+_ABBREVIATION = re.compile(
+    r"(?:\b(?:dr|approx|vs|e\.g|i\.e|ca|cf|fig|mr|mrs|ms|st|resp|incl)|^\s*\d{1,2})$", re.IGNORECASE
+)
+_BLANKS = {ord(sign): " " for sign in "\r\f\v\xa0"}
 _MARKER = re.compile(r"\s*(?:(?:\d{1,2}[.)]|[-*•])\s+)?\s*")
 
 
@@ -81,6 +97,7 @@ def split_report(text: str) -> tuple[Sentence, ...]:
     Args:
         text: The report.
     """
+    text = text.translate(_BLANKS)
     headers = list(_HEADER.finditer(text))
     starts = [0, *(header.end() for header in headers)]
     ends = [*(header.start() for header in headers), len(text)]
