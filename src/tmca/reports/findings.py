@@ -52,7 +52,7 @@ _OTHERS: dict[Grammar, str] = {
 _OF = r"(?:(?:areas?|foc(?:us|i)|patch(?:es)?|regions?|zones?)\s+of\s+(?:[\w-]+\s+){0,2}?)?"
 _ATTRIBUTED = re.compile(
     r"\b(?:consistent|compatible|in\s+keeping)\s+with\b|\brepresent(?:s|ing)?\b|\bdue\s+to\b|\bsuggest(?:s|ing|ive\s+of)\b"
-    r"|\blikely\b|\breflect(?:s|ing)?\b|\brelated\s+to\b|\battributable\s+to\b|\bfrom\b|\bprobably\b",
+    r"|\blikely\b|\bfavou?r\w*\b|\breflect(?:s|ing)?\b|\brelated\s+to\b|\battributable\s+to\b|\bfrom\b|\bprobably\b",
     re.IGNORECASE,
 )
 _NOT_INFECTED = re.compile(
@@ -61,14 +61,18 @@ _NOT_INFECTED = re.compile(
     re.IGNORECASE,
 )
 _INFECTED = re.compile(r"\b(?:\w*pneumon\w*|infect\w*|covid\S*|aspiration|viral|bacterial)\b", re.IGNORECASE)
+_LESS_LIKELY = re.compile(
+    r"\b(?:over|rather\s+than|less\s+likely|instead\s+of|though|although|but|however|superimposed)\b", re.IGNORECASE
+)
 _NORMAL_LUNGS = re.compile(
     r"\b(?:(?:the|both|remaining|remainder\s+of\s+the|rest\s+of\s+the|visuali[sz]ed)\s+)*(?:(?:left|right|[LR])\s+)?"
-    r"(?:lungs?(?:\s+(?:fields?|parenchyma))?|hemithorax)(?:\s+(?:is|are|remains?|was|were|appears?|appear)|\s*:)?"
+    r"(?:lungs?(?:\s+(?:fields?|parenchyma))?|hemithorax)(?:\s+and\s+(?:[\w-]+\s+){0,2}[\w-]+?)?(?:\s+(?:is|are|remains?|was|were|appears?|appear)|\s*:)?"
     r"(?:\s+(?:otherwise|(?:well[\s-]|hyper-?)?(?:expanded|aerated|inflated)(?:,|\s+and)?|grossly|essentially|now|fully|both))*"
     r"\s+(?:clear|unremarkable|normal)\b(?:\s+bilaterally\b)?"
     r"|\bclear\s+lungs?\b"
     r"|\bno\s+(?:\w+\s+)?(?:evidence\s+of\s+)?(?:acute|active)\s+(?:\w+\s+)?(?:cardiopulmonary|pulmonary|lung|chest"
     r"|intrathoracic|airspace|thoracic)\s+\w+"
+    r"|\b(?:radiograph|x-?ray|film|cxr)\s+(?:is\s+|was\s+)?(?:otherwise\s+)?(?:normal|unremarkable|clear)\b"
     r"|\bnormal\s+(?:chest|lungs?)(?:\s+(?:radiograph|x-?ray|film|ct))?\b",
     re.IGNORECASE,
 )
@@ -122,8 +126,14 @@ _ONE_MORE = re.compile(
     r"(?<!no\s)(?:\banother\b|\ban?\s+(?:further|additional|second|third|fourth)\b|\ban?\s+(?:\w+\s+){0,3}one\b)",
     re.IGNORECASE,
 )
-_TOTAL = re.compile(r"\b(?:in\s+total|total\s+of|altogether|in\s+all|overall)\b", re.IGNORECASE)
-_TIMES = re.compile(r"\s*\(?\s*[x×]\s?(?P<number>\d{1,2})\b\)?", re.IGNORECASE)
+_ONE_OF_THEM = re.compile(
+    r"\b(?:larger|largest|smaller|smallest|first|second|third|latter|former|other)\b", re.IGNORECASE
+)
+_TOTAL = re.compile(r"\b(?:total|altogether|in\s+all|overall)\b", re.IGNORECASE)
+_TIMES = re.compile(
+    r"\s*(?:\(?\s*[x×]\s?|:\s*)(?P<number>[1-9]\d?)\b(?!\s*(?:[-–.,]?\s*\d|-|–|to\b|mm|cm))\)?", re.IGNORECASE
+)
+_NUMBER_AGAIN = re.compile(r"(?<=\w)\s*\(\d{1,2}\)(?=\s)")
 _VALUES: dict[str, tuple[Adjective, str]] = {
     **{word: ("size", word) for word in SIZES},
     **{word: ("colour", word) for word in COLOURS},
@@ -179,7 +189,7 @@ _HEIGHTS = {
 _INITIALS = {"u": "upper", "m": "middle", "l": "lower"}
 _ZONES = r"(?:lungs?|zones?|thirds?|fields?|parts?|portions?|areas?|regions?)"
 _HEIGHT_LIST = r"(?:upper|mid(?:dle)?|lower)"
-_AND_MORE = rf"(?:\s*(?:,|/|&|-|and|or|to|through)\s*(?:and\s+)?(?:(?:left|right)\s+)?{_HEIGHT_LIST})*"
+_AND_MORE = rf"(?:[\s-]*(?:,|/|&|-|and|or|to|through)[\s-]*(?:and\s+)?(?:(?:left|right)\s+)?{_HEIGHT_LIST})*"
 _ATOM = re.compile(
     r"(?P<abbreviation>\b[RL][UML]L\b)"
     r"|(?P<initials>\b[RL]\s?[UML]Z\b)"
@@ -204,10 +214,12 @@ _SHOWS = re.compile(
     r"|there\s+(?:is|are|was|were))\b|\s*(?:lung|lobe|zone|side)?\s*:",
     re.IGNORECASE,
 )
+_PLACE_NOUN = re.compile(rf"[\s-]*(?:{_ZONES}|lobes?|hemithorax|sided?)\b", re.IGNORECASE)
 _IS = re.compile(
     rf"\s*(?:{_ZONES}|lobes?|side)?\s*(?:is|are|was|were|remains?|appears?)\s+(?:\w+ly\s+|otherwise\s+|now\s+)*",
     re.IGNORECASE,
 )
+_FREE = re.compile(r"(?:clear|unremarkable|normal|spared)\b", re.IGNORECASE)
 _IMAGE = r"(?:image|picture|frame|photograph|photo|view|field(?:\s+of\s+view)?|screen|film|radiograph)"
 _OF_IMAGE = re.compile(
     rf"\s*(?:side\s+|half\s+|part\s+|corner\s+|quadrant\s+|third\s+)?of\s+(?:the\s+|this\s+)?{_IMAGE}\b", re.IGNORECASE
@@ -236,7 +248,7 @@ _CLOCK_PLACES = {
     11: "top left",
 }
 _ANAPHOR = re.compile(
-    r"\s*(?P<word>it|they|this|these|one)\b(?=\s+(?:is|are|was|were|lies?|lay|measures?|appears?|occup\w+)\b)",
+    r"\s*(?P<word>it|they|this|these|both|one)\b(?=\s+(?:is|are|was|were|lies?|lay|measures?|appears?|occup\w+)\b)",
     re.IGNORECASE,
 )
 _UNILATERAL = re.compile(r"\bunilateral\b", re.IGNORECASE)
@@ -282,6 +294,7 @@ class Mention:
         words: Them.
         status: What the sentence says of it.
         cue: The words that say so.
+        proof: From there to the target, in the report.
         located: Where it is, as far as the sentence says.
         stated: Count, size, colour, shape.
         count: How many, or ``None``.
@@ -303,6 +316,7 @@ class Mention:
     words: str
     status: Status
     cue: str = ""
+    proof: Span = (0, 0)
     located: tuple[Located, ...] = ()
     stated: tuple[Stated, ...] = ()
     count: int | None = None
@@ -338,6 +352,8 @@ def find_mentions(sentences: Sequence[Sentence], grammar: Grammar, more: Sequenc
     for sentence in sentences:
         if sentence.section not in CURRENT:
             continue
+        again = _NUMBER_AGAIN.sub(lambda match: " " * len(match[0]), sentence.text)  # "two (2) polyps"
+        sentence = replace(sentence, text=again)
         heads = _heads(sentence, grammar, more)
         found = list(_mentions_of(sentence, grammar, heads))
         if not any(head.is_target for head in heads) and mentions:
@@ -365,7 +381,7 @@ def _mentions_of(sentence: Sentence, grammar: Grammar, heads: list[_Head]) -> It
         list((_NORMAL_LUNGS if grammar == "lung" else _NORMAL_BOWEL).finditer(text)) if grammar != "phantom" else []
     )
     taken = [match.span() for match in normal]
-    located = _located_lungs(sentence, heads, taken) if grammar == "lung" else _located_places(sentence, heads)
+    located = _located_lungs(sentence, heads, taken) if grammar == "lung" else _located_places(sentence, heads, grammar)
     places = [(head.start, head.end) for head in heads if head.is_target]
     for match in normal:
         inside = tuple(item for item, _ in _groups(text, offset) if _within(item.span, match.span(), offset))
@@ -374,6 +390,7 @@ def _mentions_of(sentence: Sentence, grammar: Grammar, heads: list[_Head]) -> It
             (match.start() + offset, match.end() + offset),
             match[0],
             "negated",
+            proof=(match.start() + offset, match.end() + offset),
             located=inside,
             is_everywhere=_covers_all(inside),
             leaves_rest=_NOT_OF_ALL.search(match[0]) is not None or _EXCEPT.search(text, match.end()) is not None,
@@ -389,6 +406,7 @@ def _mentions_of(sentence: Sentence, grammar: Grammar, heads: list[_Head]) -> It
             text[head.start : head.end],
             reading.status,
             cue=reading.cue,
+            proof=(reading.span[0] + offset, reading.span[1] + offset),
             located=_joined(tuple(item for item, owners in located if head in owners)),
             in_part=reading.in_part,
         )
@@ -412,7 +430,7 @@ def _described(mention: Mention, sentence: Sentence, grammar: Grammar, heads: li
     if counted is not None:
         count, span = counted
         stated.append(Stated("count", str(count), (span[0] + offset, span[1] + offset)))
-    if grammar != "lung":
+    if grammar != "lung" and not _ONE_OF_THEM.search(before):
         stated += _adjectives(text, offset, start, heads, head)
     elif unilateral := _UNILATERAL.search(before):
         span = (unilateral.start() + start + offset, unilateral.end() + start + offset)
@@ -432,7 +450,9 @@ def _described(mention: Mention, sentence: Sentence, grammar: Grammar, heads: li
         is_further=_FURTHER.search(before) is not None,
         is_total=_TOTAL.search(text) is not None,
         is_everywhere=_covers_all(mention.located) and not scoped,
-        is_typed=_TYPED.search(before) is not None or _LARGER_THAN.match(after) is not None,
+        is_typed=_TYPED.search(before) is not None
+        or any(word.lower() in _VALUES for word in _WORD.findall(before))
+        or _LARGER_THAN.match(after) is not None,
         leaves_rest=_NOT_OF_ALL.search(before) is not None or _EXCEPT.search(after) is not None,
         cause=_other_cause(text[head.end : next_target], text[head.end :]) if grammar == "lung" else "",
         lengths=tuple((match.start() + offset, match.end() + offset) for match in _LENGTH.finditer(text)),
@@ -442,10 +462,11 @@ def _described(mention: Mention, sentence: Sentence, grammar: Grammar, heads: li
 def _other_cause(near: str, rest: str) -> str:
     """Return the words by which an opacity is no infection, where the sentence gives no infection as a cause."""
     attributed = _ATTRIBUTED.search(near)
-    if attributed is None:
+    cause = _NOT_INFECTED.search(near, attributed.end()) if attributed else None
+    if attributed is None or cause is None:
         return ""
-    cause = _NOT_INFECTED.search(near, attributed.end())
-    return "" if cause is None or _INFECTED.search(rest) else near[attributed.start() : cause.end()]
+    infected = _INFECTED.search(_LESS_LIKELY.split(rest)[0])
+    return "" if infected else near[attributed.start() : cause.end()]
 
 
 def _about_the_last(sentence: Sentence, grammar: Grammar, last: Mention) -> list[Mention]:
@@ -577,6 +598,8 @@ def _groups(text: str, offset: int) -> Iterator[tuple[Located, Span]]:
         start, end = group[0].start(), group[-1].end()
         if sides or thirds or lobe:
             of_image = _OF_IMAGE.match(text, end)
+            noun = _PLACE_NOUN.match(text, end)
+            end = noun.end() if noun else end
             yield (
                 Located((start + offset, end + offset), sides, thirds, lobe=lobe, of_image=of_image is not None),
                 (start, end),
@@ -655,6 +678,8 @@ def _owners(text: str, start: int, end: int, heads: list[_Head]) -> list[_Head]:
             return _only(following[0])
         if _SHOWS.match(between) or _IS.fullmatch(between):
             return _only(following[0])
+        if "," not in between and _FREE.match(text, following[0].start):
+            return []
     if preceding:
         owners = [preceding[-1]]
         for head in reversed(preceding[:-1]):
@@ -670,7 +695,7 @@ def _only(head: _Head) -> list[_Head]:
     return [head] if head.is_target else []
 
 
-def _located_places(sentence: Sentence, heads: list[_Head]) -> list[tuple[Located, list[_Head]]]:
+def _located_places(sentence: Sentence, heads: list[_Head], grammar: Grammar) -> list[tuple[Located, list[_Head]]]:
     """Return the places of the image: by words that name the image, by "top" or "bottom", or by the clock."""
     text, offset = sentence.text, sentence.start
     result: list[tuple[Located, list[_Head]]] = []
@@ -680,12 +705,14 @@ def _located_places(sentence: Sentence, heads: list[_Head]) -> list[tuple[Locate
         words = match["place"].lower()
         lead = re.search(r"\b(?:in|on|at|occup\w+)\s+(?:the\s+)?$", text[: match.start()], re.IGNORECASE)
         follows = number > 0 and re.fullmatch(
-            r"(?:\s+of\s+the\s+\w+)?\s*(?:,|and|,\s*and)\s+(?:in\s+|at\s+)?(?:the\s+)?",
+            r"(?:\s+of\s+the\s+\w+)?\s*(?:,|and|,\s*and)\s+(?:one\s+)?(?:in\s+|at\s+)?(?:the\s+)?",
             text[matches[number - 1].end() : match.start()],
             re.IGNORECASE,
         )
         anchored = _OF_IMAGE.match(text, joined) is not None
-        named = re.match(r"(?:top|bottom)[\s-]+(?:left|right)$", words) is not None
+        named = re.match(r"(?:top|bottom)[\s-]+(?:left|right)$", words) is not None or (
+            grammar == "phantom" and words in ("top", "bottom")
+        )
         if (lead or follows) and (anchored or named):
             place = _place_name(words)
             span = (match.start() + offset, match.end() + offset)

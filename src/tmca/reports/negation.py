@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Status = Literal["affirmed", "negated", "resolved", "uncertain", "historical", "sought"]
@@ -32,11 +32,13 @@ _WHEN = (
 _LOOKS_LIKE = re.compile(
     rf"\b(?:no|not|without)\s+(?:\w+\s+){{0,2}}(?:changed?|increased?|decreased?|improve(?:d|ment)|progress(?:ed|ion)"
     rf"|worsen(?:ed|ing))\b"
-    rf"|\b(?:not|in)\s*(?:yet\s+|fully\s+|completely\s+|entirely\s+)*(?:completely\s+)?(?:resolved|cleared)\b"
+    rf"|\bnot\s+(?:yet\s+|fully\s+|completely\s+|entirely\s+)*(?:completely\s+)?(?:resolved|cleared)\b"
     rf"|\b(?:partial(?:ly)?|incomplete(?:ly)?|near(?:ly)?[\s-]*(?:complete(?:ly)?)?|almost(?:\s+complete(?:ly)?)?|some)\s+"
     rf"(?:interval\s+)?(?:resolution|clearing|clearance|regression|resolved|cleared)(?:\s+of)?\b"
     rf"|\b(?:compared|comparison|relative|since|than|versus|vs|from)\b[^,;]{{0,25}}?\b{_EARLIER}\b(?:\s+{_STUDY})?"
-    rf"|\bnot\s+only\b|\bno\s+doubt\b",
+    r"|\b(?:compared|comparison|relative|since|than|from)\b[^,;]{0,25}?\b(?:ago|yesterday|(?:19|20)\d\d)\b"
+    rf"|\bnot\s+{_SEEN}\s+(?:on|in)\s+(?:the\s+|an?\s+)?{_EARLIER}\b(?:\s+{_STUDY})?"
+    r"|\bnot\s+only\b|\bno\s+doubt\b",
     re.IGNORECASE,
 )
 _PERSISTS = re.compile(
@@ -51,7 +53,13 @@ _ENDS = re.compile(
     re.IGNORECASE,
 )
 _ENDS_AFTER = re.compile(r"\b(?:but|however|although|though|except|while|whereas)\b", re.IGNORECASE)
-_PART = re.compile(r"\b(?:one|two|three|four|some|\d+|others?|another|both)\b[^,;]*$", re.IGNORECASE)
+_PART = re.compile(r"\b(?:one|two|three|four|some|others?|another)\b[^,;]*$", re.IGNORECASE)
+_SEVERAL = re.compile(r"(?:s|ies)$", re.IGNORECASE)
+
+
+_OTHER_STUDY = re.compile(
+    rf"\b{_STUDY}\s+(?:of|from|dated|on)\s+[^,;]{{1,25}}?\s+(?:showed|demonstrated|revealed|had)\b", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -77,13 +85,13 @@ _BEFORE = (
     _cue("resolved", r"\b(?:resolved|cleared)\b", to_comma=True),
     _cue(
         "historical",
-        r"\b(?:mother|father|brother|sister|parents?|family|uncle|aunt|cousin|son|daughter)\b",
+        r"\b(?:(?:he|she|patient|who)\s+had|mother|father|brother|sister|parents?|family|uncle|aunt|cousin|son|daughter)\b",
     ),
     _cue(
         "uncertain",
         r"\b(?:can\s?not|can't|could\s+not|unable\s+to|difficult\s+to)\s+(?:\w+\s+)?(?:exclude|rule\s+out)\b"
         r"|\b(?:concern(?:ing)?|suspicious|suspicion|question)\s+(?:for|of)\b|\b(?:may|might|could)\b|\bversus\b|\bvs\b"
-        r"|\bdifferential\b|\bpossibility\s+of\b",
+        r"|\bfavou?r\w*\b[^,;]*\bover\b|\bdifferential\b|\bpossibility\s+of\b",
     ),
     _cue("uncertain", r"\b(?:possibl[ey]|questionable|equivocal|suspected|doubtful|perhaps)\b|\?", to_comma=True),
     _cue(
@@ -94,8 +102,7 @@ _BEFORE = (
     _cue(
         "historical",
         rf"\b(?:history\s+of|h/o|hx\s+of|status\s+post|s/p|treated\s+for|previous(?:ly)?|prior|(?<!-)(?<!years\s)old|former(?:ly)?"
-        rf"|remote|past|post-?\s?polypectomy|{_REMOVED}\s+{_WHEN}"
-        rf"|{_STUDY}\s+(?:of|from|dated|on)\s+[^,;]{{1,25}}?\s+(?:showed|demonstrated|revealed|had))\b",
+        rf"|remote|past|post-?\s?polypectomy|{_REMOVED}\s+{_WHEN})\b",
         to_comma=True,
     ),
 )
@@ -109,7 +116,7 @@ _AFTER = (
         "uncertain",
         r"\bcan\s?not\s+be\s+(?:entirely\s+|completely\s+)?(?:excluded|ruled\s+out)\b|\bnot\s+(?:be\s+)?(?:entirely\s+)?excluded\b"
         r"|\bis\s+(?:also\s+)?(?:possible|questioned|suspected|questionable|equivocal)\b|\bnot\s+be\s+confirmed\b"
-        r"|\b(?:may|might|could)\s+be\s+present\b|\?",
+        r"|\b(?:may|might|could)\s+be\s+present\b|\b(?:difficult|hard|impossible)\s+to\s+(?:exclude|rule\s+out)\b|\?",
     ),
     _cue(
         "negated",
@@ -119,6 +126,10 @@ _AFTER = (
     ),
     _cue(
         "historical", rf"\b{_REMOVED}\s+{_WHEN}\b|\bpreviously\s+{_REMOVED}\b|\b(?:was|were)\b[^,;]{{0,40}}?\b{_WHEN}\b"
+    ),
+    _cue(
+        "historical",
+        r"\b(?:last\s+(?:year|month|week|winter|spring|summer|autumn|fall)|(?:years?|months?|weeks?)\s+ago)\b",
     ),
     _cue("sought", r"\b(?:should\s+be\s+(?:sought|excluded))\b"),
 )
@@ -131,11 +142,13 @@ class Reading:
     Attributes:
         status: Affirmed, negated, resolved since, uncertain, historical, or only sought.
         cue: The words that say so; empty for affirmed.
+        span: From the cue to the word or from the word to the cue, in the sentence.
         in_part: The sentence says something else of some of what is counted: "two polyps, one removed previously".
     """
 
     status: Status
     cue: str = ""
+    span: tuple[int, int] = (0, 0)
     in_part: bool = False
 
 
@@ -154,30 +167,32 @@ def read_status(sentence: str, start: int, end: int, heads: Sequence[tuple[int, 
         heads: Places of all findings in the sentence; a cue after the word belongs to the nearest one before it.
     """
     text = without_lookalikes(sentence)
-    found, in_part = _cues_after(text, end, heads)
-    found += _cues_before(text, start)
+    found, in_part = _cues_after(text, start, end, heads)
+    found += _cues_before(text, start, end)
+    if other := _OTHER_STUDY.search(sentence, 0, start):
+        found.append(Reading("historical", other[0], (other.start(), end)))
     order: tuple[Status, ...] = ("sought", "resolved", "uncertain", "negated", "historical")
     if _PERSISTS.search(sentence):
         order = order[:-1]
     for status in order:
         for reading in found:
             if reading.status == status:
-                return Reading(status, reading.cue, in_part)
-    return Reading("affirmed", in_part=in_part)
+                return replace(reading, in_part=in_part)
+    return Reading("affirmed", span=(start, end), in_part=in_part)
 
 
-def _cues_before(text: str, start: int) -> list[Reading]:
+def _cues_before(text: str, start: int, end: int) -> list[Reading]:
     reach = max((match.end() for match in _ENDS.finditer(text, 0, start)), default=0)
     before = text[reach:start]
     return [
-        Reading(cue.status, match[0].strip())
+        Reading(cue.status, match[0].strip(), (reach + match.start(), end))
         for cue in _BEFORE
         for match in cue.pattern.finditer(before)
         if not (cue.to_comma and re.search(r"[,:]", before[match.end() :]))
     ]
 
 
-def _cues_after(text: str, end: int, heads: Sequence[tuple[int, int]]) -> tuple[list[Reading], bool]:
+def _cues_after(text: str, start: int, end: int, heads: Sequence[tuple[int, int]]) -> tuple[list[Reading], bool]:
     """Return the cues that belong to a word before them, and whether one is for some of what is counted only."""
     found: list[Reading] = []
     in_part = False
@@ -188,10 +203,10 @@ def _cues_after(text: str, end: int, heads: Sequence[tuple[int, int]]) -> tuple[
         between = text[end : end + match.start()]
         if _ENDS_AFTER.search(between):
             continue
-        if _PART.search(between):
+        if _PART.search(between) and _SEVERAL.search(text[start:end]):
             in_part = True
         else:
-            found.append(Reading(cue.status, match[0].strip()))
+            found.append(Reading(cue.status, match[0].strip(), (start, end + match.end())))
     return found, in_part
 
 

@@ -48,7 +48,8 @@ _CT_ELSEWHERE = re.compile(
 )
 _BROAD = re.compile(r"pneumonia|infection|air[\s-]?space|opacit|infiltrat|polyp|adenoma|lesion", re.IGNORECASE)
 _ABOUT_LUNGS = re.compile(
-    rf"\b(?:lungs?|chest|thorax|pulmonary|pleural?|pneumothorax|hilar|zones?|{TARGETS['lung']})\b", re.IGNORECASE
+    rf"\b(?:lungs?|chest|thorax|pulmonary|pleural?|pneumothorax|hilar|zones?|lobes?|[RL][UML]L|{TARGETS['lung']})\b",
+    re.IGNORECASE,
 )
 _ABOUT_BOWEL = re.compile(
     r"\b(?:polyps?|colon\w*|rect\w+|sigmoid|c(?:a?e)cum|endoscop\w+|adenomas?|bowel|ileum)\b", re.IGNORECASE
@@ -248,10 +249,11 @@ def state(
     draft = _Draft(text)
     affirmed = [mention for mention in mentions if mention.status == "affirmed" and not mention.cause]
     _note_left_out(draft, mentions)
+    _note_not_read(draft, sentences, grammar)
     present = _presence(draft, mentions, affirmed)
     if not present:
         facts = Facts(grammar, present=False, count=0) if present is False else Facts(grammar)
-        denials = [item.span for item in mentions if item.status == "negated"] if present is False else []
+        denials = [item.proof for item in mentions if item.status == "negated"] if present is False else []
         evidence = tuple(Evidence("present", "false", text[start:end], start, end) for start, end in denials)
         notes = (NOTHING, *dict.fromkeys(draft.notes))
         return ReportPrompt(text, None, facts, evidence, notes, sides, method)
@@ -287,6 +289,13 @@ def _note_left_out(draft: _Draft, mentions: Sequence[Mention]) -> None:
         elif mention.status != "affirmed" and not mention.is_normal:
             cue = f" ({mention.cue!r})" if mention.cue else ""
             draft.notes.append(f"{reasons[mention.status]}: {mention.words!r}{cue}")
+
+
+def _note_not_read(draft: _Draft, sentences: Sequence[Sentence], grammar: Grammar) -> None:
+    for sentence in sentences:
+        named = re.search(rf"\b(?:{TARGETS[grammar]})\b", sentence.text, re.IGNORECASE)
+        if sentence.section not in CURRENT and named:
+            draft.notes.append(f"not read: {named[0]!r} under {sentence.section}")
 
 
 def _presence(draft: _Draft, mentions: Sequence[Mention], affirmed: Sequence[Mention]) -> bool | None:
@@ -473,7 +482,7 @@ def _rest_denied(mentions: Sequence[Mention], other: str, sides: Sides) -> list[
         }
         everywhere = mention.leaves_rest and not mention.located and mention.is_normal
         if other in here or everywhere:
-            spans.append(mention.span)
+            spans.append(mention.proof)
     return spans
 
 

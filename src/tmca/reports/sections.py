@@ -55,7 +55,8 @@ _SECTION_OF: dict[str, Section] = {name: section for section, names in HEADERS.i
 _NAMES = "|".join(re.escape(name).replace(r"\ ", r"[ \t]+") for name in sorted(_SECTION_OF, key=len, reverse=True))
 # At the start of a line with a colon or a dash or alone on it; or after the end of a sentence with a colon.
 _HEADER = re.compile(
-    rf"^[ \t#*]*(?P<line>{_NAMES})[ \t*]*(?::|[–-](?=\s)|$)|(?<=[.!?;])[ \t]+(?P<inline>{_NAMES})[ \t]*:",
+    rf"^[ \t#*]*(?:(?:{_NAMES})[ \t]*(?:/|&|and)[ \t]*)?(?P<line>{_NAMES})[ \t*]*(?::|[–-](?=\s)|$)"
+    rf"|(?<=[.!?;])[ \t]+(?P<inline>{_NAMES})[ \t]*:",
     re.IGNORECASE | re.MULTILINE,
 )
 _BOUNDARY = re.compile(
@@ -66,6 +67,7 @@ _BOUNDARY = re.compile(
     r"|\n(?=[ \t]*[A-Z][\w /-]{0,40}:)"  # a label: "Rectum: …"
     r"|(?<=[^,\s])\n(?=[ \t]*[A-Z])"  # a line of its own, where the line before it is short
 )
+_NEXT_PARAGRAPH = re.compile(r"\n[ \t]*\n|\n(?=[ \t]*[A-Z][\w /-]{0,40}:)")
 _SHORT_LINE = 60
 _ABBREVIATION = re.compile(
     r"(?:\b(?:dr|approx|vs|e\.g|i\.e|ca|cf|fig|mr|mrs|ms|st|resp|incl)|^\s*\d{1,2})$", re.IGNORECASE
@@ -99,15 +101,24 @@ def split_report(text: str) -> tuple[Sentence, ...]:
     """
     text = text.translate(_BLANKS)
     headers = list(_HEADER.finditer(text))
+    has_findings = any(_section_of(header) in CURRENT for header in headers)
     starts = [0, *(header.end() for header in headers)]
     ends = [*(header.start() for header in headers), len(text)]
-    names = ["findings", *((header["line"] or header["inline"]) for header in headers)]
+    sections: list[Section] = ["findings", *map(_section_of, headers)]
     sentences: list[Sentence] = []
-    for name, start, end in zip(names, starts, ends, strict=True):
-        section = _SECTION_OF[re.sub(r"\s+", " ", name).lower()]
-        for first, last in _pieces(text, start, end):
+    for section, start, end in zip(sections, starts, ends, strict=True):
+        # Without a header of its own, what is found follows the last header's paragraph.
+        free = None if has_findings else _NEXT_PARAGRAPH.search(text, start, end)
+        until = end if free is None else free.start()
+        for first, last in _pieces(text, start, until):
             sentences.append(Sentence(section, text[first:last], first))
+        for first, last in _pieces(text, until, end):
+            sentences.append(Sentence("findings", text[first:last], first))
     return tuple(sentences)
+
+
+def _section_of(header: re.Match[str]) -> Section:
+    return _SECTION_OF[re.sub(r"\s+", " ", header["line"] or header["inline"]).lower()]
 
 
 def _pieces(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
