@@ -64,12 +64,21 @@ _INFECTED = re.compile(r"\b(?:\w*pneumon\w*|infect\w*|covid\S*|aspiration|viral|
 _LESS_LIKELY = re.compile(
     r"\b(?:over|rather\s+than|less\s+likely|instead\s+of|though|although|but|however|superimposed)\b", re.IGNORECASE
 )
+_ORGAN = (
+    r"(?:arms?|legs?|feet|foot|hands?|hips?|knees?|skin|wounds?|breasts?|renal|kidneys?|orbit\w*|eyes?|sinus\w*|ears?"
+    r"|urinary|bladder|bones?|osseous|hepatic|liver|abdom\w+|dental|soft[\s-]tissue|metallic|metal|radiopaque|nipples?"
+    r"|surgical|vascular|cardiac|line|catheter|port|bloodstream)"
+)
+_OTHER_ORGAN = re.compile(
+    rf"\b{_ORGAN}\s+(?:\w+\s+)?$|(?P<after>\s+(?:of|in)\s+(?:the\s+)?(?:(?:left|right|both)\s+)?{_ORGAN}\b)",
+    re.IGNORECASE,
+)
 _NORMAL_LUNGS = re.compile(
     r"\b(?:(?:the|both|remaining|remainder\s+of\s+the|rest\s+of\s+the|visuali[sz]ed)\s+)*(?:(?:left|right|[LR])\s+)?"
     r"(?:lungs?(?:\s+(?:fields?|parenchyma))?|hemithorax)(?:\s+and\s+(?:[\w-]+\s+){0,2}[\w-]+?)?(?:\s+(?:is|are|remains?|was|were|appears?|appear)|\s*:)?"
     r"(?:\s+(?:otherwise|(?:well[\s-]|hyper-?)?(?:expanded|aerated|inflated)(?:,|\s+and)?|grossly|essentially|now|fully|both))*"
     r"\s+(?:clear|unremarkable|normal)\b(?:\s+bilaterally\b)?"
-    r"|\bclear\s+lungs?\b"
+    r"|\bchest\s+(?:is\s+)?clear\b|\bclear\s+lungs?\b"
     r"|\bno\s+(?:\w+\s+)?(?:evidence\s+of\s+)?(?:acute|active)\s+(?:\w+\s+)?(?:cardiopulmonary|pulmonary|lung|chest"
     r"|intrathoracic|airspace|thoracic)\s+\w+"
     r"|\b(?:radiograph|x-?ray|film|cxr)\s+(?:is\s+|was\s+)?(?:otherwise\s+)?(?:normal|unremarkable|clear)\b"
@@ -215,6 +224,10 @@ _SHOWS = re.compile(
     re.IGNORECASE,
 )
 _PLACE_NOUN = re.compile(rf"[\s-]*(?:{_ZONES}|lobes?|hemithorax|sided?)\b", re.IGNORECASE)
+_EXCEPTED = re.compile(
+    r"\b(?:not|except(?:\s+for)?|excluding|never|nor|sparing)\s+(?:\w+ly\s+)?(?:(?:in|on|at|of|involving|within)\s+)?(?:the\s+)?$",
+    re.IGNORECASE,
+)
 _IS = re.compile(
     rf"\s*(?:{_ZONES}|lobes?|side)?\s*(?:is|are|was|were|remains?|appears?)\s+(?:\w+ly\s+|otherwise\s+|now\s+)*",
     re.IGNORECASE,
@@ -263,6 +276,7 @@ class Located:
         sides: Left, right or both, as the report says them.
         thirds: Of the lung: upper, middle, lower.
         lobe: A lobe is named, which is no third of the image.
+        is_excepted: The finding is not there: "not in the left lung".
         of_image: The sides are those of the image, in the report's own words.
         place: One of the nine places of the image.
     """
@@ -271,6 +285,7 @@ class Located:
     sides: tuple[str, ...] = ()
     thirds: tuple[str, ...] = ()
     lobe: bool = False
+    is_excepted: bool = False
     of_image: bool = False
     place: str | None = None
 
@@ -407,7 +422,13 @@ def _mentions_of(sentence: Sentence, grammar: Grammar, heads: list[_Head]) -> It
             reading.status,
             cue=reading.cue,
             proof=(reading.span[0] + offset, reading.span[1] + offset),
-            located=_joined(tuple(item for item, owners in located if head in owners)),
+            located=_joined(
+                tuple(
+                    item
+                    for item, owners in located
+                    if head in owners and not (item.is_excepted and reading.status == "affirmed")
+                )
+            ),
             in_part=reading.in_part,
         )
         yield _described(mention, sentence, grammar, heads, head)
@@ -438,9 +459,8 @@ def _described(mention: Mention, sentence: Sentence, grammar: Grammar, heads: li
     after = text[head.end :]
     next_target = next((other.start for other in heads if other.is_target and other.start > head.end), len(text))
     label = _LABEL.match(text)
-    scoped = (_SCOPED.search(after) is not None and _WHOLE_ORGAN.search(after) is None) or (
-        label is not None and label.end() <= head.start and grammar != "lung"
-    )
+    in_a_place = not mention.located and _SCOPED.search(after) is not None and _WHOLE_ORGAN.search(after) is None
+    labelled = label is not None and label.end() <= head.start and grammar != "lung"
     return replace(
         mention,
         stated=tuple(stated),
@@ -449,18 +469,24 @@ def _described(mention: Mention, sentence: Sentence, grammar: Grammar, heads: li
         is_known=_DEFINITE.search(before) is not None and _FURTHER.search(before) is None,
         is_further=_FURTHER.search(before) is not None,
         is_total=_TOTAL.search(text) is not None,
-        is_everywhere=_covers_all(mention.located) and not scoped,
+        is_everywhere=_covers_all(mention.located) and not in_a_place and not labelled,
         is_typed=_TYPED.search(before) is not None
         or any(word.lower() in _VALUES for word in _WORD.findall(before))
         or _LARGER_THAN.match(after) is not None,
         leaves_rest=_NOT_OF_ALL.search(before) is not None or _EXCEPT.search(after) is not None,
-        cause=_other_cause(text[head.end : next_target], text[head.end :]) if grammar == "lung" else "",
+        cause=_other_cause(before, text[head.end : next_target], text[head.end :]) if grammar == "lung" else "",
         lengths=tuple((match.start() + offset, match.end() + offset) for match in _LENGTH.finditer(text)),
     )
 
 
-def _other_cause(near: str, rest: str) -> str:
-    """Return the words by which an opacity is no infection, where the sentence gives no infection as a cause."""
+def _other_cause(before: str, near: str, rest: str) -> str:
+    """Return the words by which a finding is no infection of the lungs: another organ, or another cause alone."""
+    organ = _OTHER_ORGAN.search(before)
+    if organ and not organ["after"]:
+        return organ[0].strip()
+    organ = _OTHER_ORGAN.match(near)
+    if organ and organ["after"]:
+        return organ[0].strip()
     attributed = _ATTRIBUTED.search(near)
     cause = _NOT_INFECTED.search(near, attributed.end()) if attributed else None
     if attributed is None or cause is None:
@@ -564,7 +590,8 @@ def _within(span: Span, outer: Span, offset: int) -> bool:
 
 def _covers_all(located: Sequence[Located]) -> bool:
     """Return whether a denial holds for both lungs or the whole image: it names no place, or both sides alone."""
-    return all(item.sides == SIDES and not item.thirds and not item.lobe for item in located)
+    sides = {side for item in located for side in item.sides if not item.thirds and not item.lobe}
+    return not located or sides == set(SIDES)
 
 
 def _located_lungs(sentence: Sentence, heads: list[_Head], taken: list[Span]) -> list[tuple[Located, list[_Head]]]:
@@ -598,12 +625,18 @@ def _groups(text: str, offset: int) -> Iterator[tuple[Located, Span]]:
         start, end = group[0].start(), group[-1].end()
         if sides or thirds or lobe:
             of_image = _OF_IMAGE.match(text, end)
+            excepted = _EXCEPTED.search(text, 0, start)
             noun = _PLACE_NOUN.match(text, end)
             end = noun.end() if noun else end
-            yield (
-                Located((start + offset, end + offset), sides, thirds, lobe=lobe, of_image=of_image is not None),
-                (start, end),
+            located = Located(
+                (start + offset, end + offset),
+                sides,
+                thirds,
+                lobe=lobe,
+                is_excepted=excepted is not None,
+                of_image=of_image is not None,
             )
+            yield located, (start, end)
 
 
 def _belongs(group: list[re.Match[str]], atom: re.Match[str], text: str) -> bool:

@@ -116,7 +116,7 @@ _AFTER = (
         "uncertain",
         r"\bcan\s?not\s+be\s+(?:entirely\s+|completely\s+)?(?:excluded|ruled\s+out)\b|\bnot\s+(?:be\s+)?(?:entirely\s+)?excluded\b"
         r"|\bis\s+(?:also\s+)?(?:possible|questioned|suspected|questionable|equivocal)\b|\bnot\s+be\s+confirmed\b"
-        r"|\b(?:may|might|could)\s+be\s+present\b|\b(?:difficult|hard|impossible)\s+to\s+(?:exclude|rule\s+out)\b|\?",
+        r"|\b(?:may|might|could)\s+be\s+present\b|\bless\s+likely\b|\b(?:difficult|hard|impossible)\s+to\s+(?:exclude|rule\s+out)\b|\?",
     ),
     _cue(
         "negated",
