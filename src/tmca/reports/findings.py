@@ -224,6 +224,7 @@ _SHOWS = re.compile(
     re.IGNORECASE,
 )
 _PLACE_NOUN = re.compile(rf"[\s-]*(?:{_ZONES}|lobes?|hemithorax|sided?)\b", re.IGNORECASE)
+_LABEL_END = re.compile(r"[\s\w-]{0,20}:")
 _EXCEPTED = re.compile(
     r"\b(?:not|except(?:\s+for)?|excluding|never|nor|sparing)\s+(?:\w+ly\s+)?(?:(?:in|on|at|of|involving|within)\s+)?(?:the\s+)?$",
     re.IGNORECASE,
@@ -474,7 +475,9 @@ def _described(mention: Mention, sentence: Sentence, grammar: Grammar, heads: li
         or any(word.lower() in _VALUES for word in _WORD.findall(before))
         or _LARGER_THAN.match(after) is not None,
         leaves_rest=_NOT_OF_ALL.search(before) is not None or _EXCEPT.search(after) is not None,
-        cause=_other_cause(before, text[head.end : next_target], text[head.end :]) if grammar == "lung" else "",
+        cause=_other_cause(text[: head.start], text[head.end : next_target], text[head.end :])
+        if grammar == "lung"
+        else "",
         lengths=tuple((match.start() + offset, match.end() + offset) for match in _LENGTH.finditer(text)),
     )
 
@@ -508,6 +511,7 @@ def _about_the_last(sentence: Sentence, grammar: Grammar, last: Mention) -> list
 
 def _phrase_start(text: str, heads: list[_Head], head: _Head) -> int:
     """Return where the words before a head that belong to it begin."""
+    text = _LENGTH.sub(lambda match: "#" * len(match[0]), text)  # the "to" of "4 to 5 mm" ends no phrase
     start = max((other.end for other in heads if other.end <= head.start), default=0)
     for match in _PHRASE_ENDS.finditer(text, start, head.start):
         joins = match[0].lower() in ("and", "or") and _joins_adjectives(text, match, head.start)
@@ -623,6 +627,8 @@ def _groups(text: str, offset: int) -> Iterator[tuple[Located, Span]]:
     for group in groups:
         sides, thirds, lobe = _meaning(group)
         start, end = group[0].start(), group[-1].end()
+        if not any(_is_sided(atom) for atom in group) and _LABEL_END.match(text, end):
+            continue  # "Lung bases:" says where is looked, not where something is
         if sides or thirds or lobe:
             of_image = _OF_IMAGE.match(text, end)
             excepted = _EXCEPTED.search(text, 0, start)
@@ -697,11 +703,11 @@ def _meaning(group: list[re.Match[str]]) -> tuple[tuple[str, ...], tuple[str, ..
     return ordered, tuple(third for third in THIRDS if third in thirds), bool(lobes)
 
 
-def _owners(text: str, start: int, end: int, heads: list[_Head]) -> list[_Head]:
+def _owners(text: str, start: int, end: int, heads: list[_Head], *, shared: bool = True) -> list[_Head]:
     """Return the findings that a place belongs to.
 
     The one that it stands before as an adjective ("right effusion"); else, behind a verb, the next ("the right lung
-    shows …"); else the ones before it, joined by "and"; else the next.
+    shows …"); else the ones before it, which are joined by "and" where ``shared``; else the next.
     """
     following = [head for head in heads if head.start >= end]
     preceding = [head for head in heads if head.end <= start]
@@ -717,7 +723,7 @@ def _owners(text: str, start: int, end: int, heads: list[_Head]) -> list[_Head]:
         owners = [preceding[-1]]
         for head in reversed(preceding[:-1]):
             joint = text[head.end : owners[-1].start]
-            if not re.fullmatch(r"\s*(?:,|/|and|or|,\s*and)\s+(?:[\w-]+\s+){0,2}", joint):
+            if not shared or not re.fullmatch(r"\s*(?:/|\b(?:and|or)\b)\s*(?:[\w-]+\s+){0,2}", joint):
                 break
             owners.append(head)
         return [head for head in owners if head.is_target]
@@ -749,12 +755,14 @@ def _located_places(sentence: Sentence, heads: list[_Head], grammar: Grammar) ->
         if (lead or follows) and (anchored or named):
             place = _place_name(words)
             span = (match.start() + offset, match.end() + offset)
-            result.append((Located(span, of_image=True, place=place), _owners(text, match.start(), joined, heads)))
+            result.append(
+                (Located(span, of_image=True, place=place), _owners(text, match.start(), joined, heads, shared=False))
+            )
     for match in _CLOCK.finditer(text):
         hour = int(match["hour"])
         if hour in _CLOCK_PLACES:
             span = (match.start() + offset, match.end() + offset)
-            owners = _owners(text, match.start(), match.end(), heads)
+            owners = _owners(text, match.start(), match.end(), heads, shared=False)
             result.append((Located(span, of_image=True, place=_CLOCK_PLACES[hour]), owners))
     return result
 

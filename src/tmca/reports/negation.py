@@ -90,7 +90,7 @@ _BEFORE = (
     _cue(
         "uncertain",
         r"\b(?:can\s?not|can't|could\s+not|unable\s+to|difficult\s+to)\s+(?:\w+\s+)?(?:exclude|rule\s+out)\b"
-        r"|\b(?:concern(?:ing)?|suspicious|suspicion|question)\s+(?:for|of)\b|\b(?:may|might|could)\b|\bversus\b|\bvs\b"
+        r"|\b(?:concern(?:ing)?|suspicious|suspicion|question)\s+(?:for|of)\b|\b(?:(?<!\d\s)may(?!\s+\d)|might|could)\b|\bversus\b|\bvs\b"
         r"|\bfavou?r\w*\b[^,;]*\bover\b|\bdifferential\b|\bpossibility\s+of\b",
     ),
     _cue("uncertain", r"\b(?:possibl[ey]|questionable|equivocal|suspected|doubtful|perhaps)\b|\?", to_comma=True),
