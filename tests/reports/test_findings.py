@@ -63,6 +63,8 @@ BOTH = ("left", "right")
         ("Opacity above the left hemidiaphragm", []),
         ("Opacity in the left lung, not the right", [(("left",), (), False)]),
         ("Opacity of the left lung with sparing of the right apex", [(("left",), (), False)]),
+        ("Opacity in the left base rather than the right", [(("left",), ("lower",), False)]),
+        ("The right lung, except its apex, is consolidated", [(("right",), (), False)]),
         ("Opacity at the left base, the right base is spared", [(("left",), ("lower",), False)]),
     ],
 )
@@ -91,12 +93,22 @@ def test_places_of_a_lung_finding(text: str, places: list[tuple[tuple[str, ...],
         ("A second polyp", None),
         ("Several polyps", None),
         ("Polyps", None),
+        ("Three polyps, two in the cecum and one in the rectum", 3),
     ],
 )
 def test_counts(text: str, count: int | None):
     (mention,) = _mentions(text, "polyp")
     assert mention.count == count
     assert [item.value for item in mention.stated if item.fact == "count"] == ([str(count)] if count else [])
+
+
+def test_a_count_of_a_part_is_noticed():
+    assert _mentions("Three polyps in the cecum and one in the rectum", "polyp")[0].in_part
+    assert not _mentions("Three polyps, two in the cecum and one in the rectum", "polyp")[0].in_part
+
+
+def test_an_amount_is_not_counted():
+    assert _mentions("A small amount of consolidation")[0].count is None
 
 
 def test_areas_are_counted_rather_than_their_opacity():
@@ -137,6 +149,7 @@ def test_adjectives(text: str, stated: dict[str, str]):
         ("A polyp at 3 o'clock", ["right"]),
         ("A polyp at the 6 o’clock position", ["bottom"]),
         ("A polyp at 1 o'clock", ["top right"]),
+        ("A polyp at 6 o'clock to 9 o'clock", []),
         ("A polyp was removed at 9 o'clock in the morning", []),
         ("A polyp in the left colon", []),
         ("A polyp on the left wall", []),

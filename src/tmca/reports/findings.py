@@ -85,6 +85,7 @@ _NORMAL_LUNGS = re.compile(
     r"|\bnormal\s+(?:chest|lungs?)(?:\s+(?:radiograph|x-?ray|film|ct))?\b",
     re.IGNORECASE,
 )
+_ONE_LUNG = re.compile(r"^lung\b(?!\s+(?:fields|parenchyma|disease))", re.IGNORECASE)
 _NORMAL_BOWEL = re.compile(
     r"\bnormal\s+colonoscopy\b(?!\s+(?:apart|except|other))|\bcolonoscopy\s+(?:was|is)\s+(?:entirely\s+|completely\s+)?normal\b"
     r"(?!\s+(?:apart|except|other))",
@@ -118,6 +119,9 @@ _LABEL = re.compile(r"\s*[A-Z][\w /-]{0,40}:")
 _COUNTS = {word: value for value, word in enumerate(COUNT_WORDS)} | {"single": 1, "solitary": 1}
 _NUMBER = re.compile(
     rf"(?<![\w.,/-])(?P<number>\d{{1,2}}|{'|'.join(COUNT_WORDS[1:])}|single|solitary)(?![\w./]|-\d)", re.IGNORECASE
+)
+_NUMBER_IN = re.compile(
+    rf"\b(?P<number>\d{{1,2}}|{'|'.join(COUNT_WORDS[1:])})\s+(?:in|at|on|of|within)\b", re.IGNORECASE
 )
 _LENGTH = re.compile(
     r"\b\d+(?:[.,]\d+)?(?:\s*(?:-|–|to|x|×)\s*\d+(?:[.,]\d+)?)*\s*-?\s*(?:mm|cm|millimet\w+|centimet\w+)\b",
@@ -226,7 +230,7 @@ _SHOWS = re.compile(
 _PLACE_NOUN = re.compile(rf"[\s-]*(?:{_ZONES}|lobes?|hemithorax|sided?)\b", re.IGNORECASE)
 _LABEL_END = re.compile(r"[\s\w-]{0,20}:")
 _EXCEPTED = re.compile(
-    r"\b(?:not|except(?:\s+for)?|excluding|never|nor|sparing)\s+(?:\w+ly\s+)?(?:(?:in|on|at|of|involving|within)\s+)?(?:the\s+)?$",
+    r"\b(?:not|except(?:\s+for)?|excluding|never|nor|sparing|rather\s+than|instead\s+of)\s+(?:\w+ly\s+)?(?:(?:in|on|at|of|involving|within)\s+)?(?:(?:the|its)\s+)?$",
     re.IGNORECASE,
 )
 _IS = re.compile(
@@ -244,7 +248,7 @@ _PLACE_WORDS = (
 )
 _PLACE = re.compile(rf"(?<![\w-])(?P<place>{_PLACE_WORDS})(?![\w-])", re.IGNORECASE)
 _CLOCK = re.compile(
-    r"\b(?:at|from)\s+(?:the\s+)?(?P<hour>\d{1,2})(?:\s*:\s*00)?\s*o[’'`]?\s?clock\b(?!\s+(?:in\s+the\s+(?:morning|afternoon|evening)|a\.?m|p\.?m))",
+    r"\bat\s+(?:the\s+)?(?P<hour>\d{1,2})(?:\s*:\s*00)?\s*o[’'`]?\s?clock\b(?!\s*(?:to|until|[-–])\s)(?!\s+(?:in\s+the\s+(?:morning|afternoon|evening)|a\.?m|p\.?m))",
     re.IGNORECASE,
 )
 _CLOCK_PLACES = {
@@ -408,7 +412,7 @@ def _mentions_of(sentence: Sentence, grammar: Grammar, heads: list[_Head]) -> It
             "negated",
             proof=(match.start() + offset, match.end() + offset),
             located=inside,
-            is_everywhere=_covers_all(inside),
+            is_everywhere=_covers_all(inside) and _ONE_LUNG.search(match[0]) is None,
             leaves_rest=_NOT_OF_ALL.search(match[0]) is not None or _EXCEPT.search(text, match.end()) is not None,
             is_normal=True,
         )
@@ -469,6 +473,7 @@ def _described(mention: Mention, sentence: Sentence, grammar: Grammar, heads: li
         is_plural=plural,
         is_known=_DEFINITE.search(before) is not None and _FURTHER.search(before) is None,
         is_further=_FURTHER.search(before) is not None,
+        in_part=mention.in_part or (count is not None and not _adds_up(text[head.end : next_target], count)),
         is_total=_TOTAL.search(text) is not None,
         is_everywhere=_covers_all(mention.located) and not in_a_place and not labelled,
         is_typed=_TYPED.search(before) is not None
@@ -480,6 +485,12 @@ def _described(mention: Mention, sentence: Sentence, grammar: Grammar, heads: li
         else "",
         lengths=tuple((match.start() + offset, match.end() + offset) for match in _LENGTH.finditer(text)),
     )
+
+
+def _adds_up(rest: str, count: int) -> bool:
+    """Return whether what is counted place by place is the count: "three, two in … and one in …"."""
+    numbers = [match["number"].lower() for match in _NUMBER_IN.finditer(rest)]
+    return not numbers or sum(int(word) if word.isdecimal() else _COUNTS[word] for word in numbers) == count
 
 
 def _other_cause(before: str, near: str, rest: str) -> str:
@@ -515,8 +526,7 @@ def _phrase_start(text: str, heads: list[_Head], head: _Head) -> int:
     start = max((other.end for other in heads if other.end <= head.start), default=0)
     for match in _PHRASE_ENDS.finditer(text, start, head.start):
         joins = match[0].lower() in ("and", "or") and _joins_adjectives(text, match, head.start)
-        ends_here = text[match.end() : head.start].strip() != "" or match[0] not in ("of",)
-        if not joins and ends_here and match[0].lower() not in ("no", "not"):
+        if not joins and match[0].lower() not in ("no", "not"):
             start = match.end()
     return start
 

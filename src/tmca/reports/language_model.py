@@ -20,7 +20,7 @@ import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 from urllib.parse import urlsplit, urlunsplit
 
 from tmca.data.grammar import Grammar
@@ -54,6 +54,7 @@ _TARGET_NAMES: dict[Grammar, str] = {
 }
 
 
+@runtime_checkable
 class LanguageModel(Protocol):
     """Whatever answers an instruction on a report."""
 
