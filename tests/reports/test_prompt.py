@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import json
 import random
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from report_to_prompt import FACTS, differing, expected_facts, items, read_reports, score
 
+from tmca import cli
 from tmca.data.grammar import Facts, parse, unknown_words, write_sentence
 from tmca.errors import ConfigError, DataError
 from tmca.reports.prompt import (
@@ -339,3 +342,40 @@ def test_unknown_settings_are_refused():
         unchecked("A polyp.", "polyps")
     with pytest.raises(ConfigError, match="side"):
         unchecked("A polyp.", "polyp", sides="left")
+
+
+# --- documentation ------------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_recorded_scores_are_those_of_the_rules():
+    recorded = json.loads((ROOT / "benchmarks" / "results" / "report_to_prompt.json").read_text("utf-8"))
+    for name, reports in (("development", DEVELOPMENT), ("held_out", HELD_OUT)):
+        assert recorded[name]["facts"] == score(reports)
+        assert recorded[name]["all facts right"] == len(reports) - len(differing(reports))
+
+
+def test_the_scores_of_the_page_are_those_recorded():
+    recorded = json.loads((ROOT / "benchmarks" / "results" / "report_to_prompt.json").read_text("utf-8"))
+    text = (ROOT / "docs" / "concepts" / "reports.md").read_text("utf-8")
+    assert f"{len(DEVELOPMENT)} on\nwhich" in text
+    assert f"{len(HELD_OUT)} that were finished" in text
+    for fact in (*FACTS, "all"):
+        cells = []
+        for name in ("development", "held_out"):
+            values = recorded[name]["facts"][fact]
+            cells += [f"{values['precision']:.3f}", f"{values['recall']:.3f}", f"{values['right'] + values['missing']}"]
+        assert f"| {fact} | {' | '.join(cells)} |" in text
+
+
+def test_the_example_of_the_guide_is_what_is_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    guide = (ROOT / "docs" / "how-to" / "reports.md").read_text("utf-8")
+    report, shown = re.findall(r"^```text\n(.*?)^```", guide, re.DOTALL | re.MULTILINE)
+    (tmp_path / "report.txt").write_text(report, "utf-8")
+    monkeypatch.setenv("COLUMNS", "98")
+    assert cli.run(["report-to-prompt", str(tmp_path / "report.txt")]) == 0
+    printed = "\n".join(line.rstrip() for line in capsys.readouterr().out.splitlines())
+    assert printed.strip() == shown.strip()

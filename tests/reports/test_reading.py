@@ -27,7 +27,7 @@ def test_standard_input_is_read(monkeypatch: pytest.MonkeyPatch):
         (b"", "is empty"),
         (b" \r\n", "is empty"),
         (b"A polyp\0", "zero bytes"),
-        (b"caf\xe9", "no UTF-8"),
+        (b"\xe9t\xe9", "no UTF-8"),
         (b"a" * (MOST_BYTES + 1), "larger than 1 MB"),
     ],
 )

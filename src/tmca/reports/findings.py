@@ -37,7 +37,7 @@ _OTHERS: dict[Grammar, str] = {
         r"effusions?|pleural\s+fluid|fluid|pneumothora\w+|ptx|haemothorax|hemothorax|nodules?|mass(?:es)?|lesions?|atelecta\w+"
         r"|(?:o?edema)|fractures?|ribs?|clavicles?|shoulders?|(?:hemi)?diaphragms?|heart|cardiac|atri(?:um|al)|ventric\w+"
         r"|picc|catheters?|cannulas?|lines?|tubes?|drains?|pacemakers?|leads?|ports?|arms?|extremit\w+|breasts?|axilla\w*"
-        r"|quadrants?|humer\w+|scapula\w*|kidneys?|liver|spleen|stomach|adenopathy|lymphadenopathy|nodes?|scars?|scarring"
+        r"|quadrants?|humerus|humeri|humeral|scapula\w*|kidneys?|liver|spleen|stomach|adenopathy|lymphadenopathy|nodes?|scars?|scarring"
         r"|fibro\w+|granulomas?|emphysema|calcifi\w+|thickening|costophrenic|angles?|carina|trachea|shift|arter\w+|veins?"
         r"|spar(?:ing|ed|es)|bronch(?:us|i|iectasis)|aorta|spine|thyroid|markings|congestion|cavit\w+|bulla\w*|blebs?|tuberculosis"
         r"|embol\w+|clips?|hernia|stents?|volume\s+loss|hilar?|hilum|mediastin\w+|volumes|clear|unremarkable|normal|border"

@@ -30,7 +30,7 @@ _WHEN = (
 
 # What only looks like a negation or a history: blanked before any cue is looked for.
 _LOOKS_LIKE = re.compile(
-    rf"\b(?:no|not|without)\s+(?:\w+\s+){{0,2}}(?:changed?|increased?|decreased?|improve(?:d|ment)|progress(?:ed|ion)"
+    rf"\b(?:no|not|without)\s+(?:\w+\s+){{0,2}}(?:changed?|increased?|decreased?|improved?|improvement|progress(?:ed|ion)?"
     rf"|worsen(?:ed|ing))\b"
     rf"|\bnot\s+(?:yet\s+|fully\s+|completely\s+|entirely\s+)*(?:completely\s+)?(?:resolved|cleared)\b"
     rf"|\b(?:partial(?:ly)?|incomplete(?:ly)?|near(?:ly)?[\s-]*(?:complete(?:ly)?)?|almost(?:\s+complete(?:ly)?)?|some)\s+"
@@ -42,7 +42,7 @@ _LOOKS_LIKE = re.compile(
     re.IGNORECASE,
 )
 _PERSISTS = re.compile(
-    r"\b(?:unchanged|stable|persist\w*|remain(?:s|ed)?|again|still|worse\w*|worsen\w*|improv\w*|increas\w*|decreas\w*"
+    r"\b(?:unchanged|stable|persist\w*|remain(?:s|ed)?|again|still|worse\w*|worsen\w*|improv\w*|increas(?:ed?|es|ing)|decreas(?:ed?|es|ing)"
     r"|progress\w*|enlarg\w*|smaller|larger|resolving|ongoing|current\w*|residual)\b"
     r"|\b(?:partial|incomplete|near)\w*",
     re.IGNORECASE,

@@ -31,7 +31,7 @@ DEFAULT_SIDES: dict[Grammar, Sides] = {"lung": "patient", "polyp": "image", "pha
 _COMMON_WORDS = {
     "English": "the of and is are was were with there without from this which has have been not no seen right left "
     "both lung lungs in normal clear at on a an",
-    "German": "der das und ist sind kein keine nicht mit im links rechts ohne eine einen wurde zeigt",
+    "German": "der das und sind kein keine nicht mit im links rechts ohne eine einen wurde zeigt",
     "French": "le les du est pas aucune avec dans gauche droite une sans au aux",
     "Spanish": "el los las del una izquierda derecha sin se en ningún ninguna hay",
     "Italian": "il della nel nella sinistra destra polmone senza",
