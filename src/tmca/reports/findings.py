@@ -223,10 +223,13 @@ _LINK = re.compile(
     re.IGNORECASE,
 )
 _SHOWS = re.compile(
-    r"\s*(?:lungs?|lobes?|zones?|fields?|side)?\s*(?:shows?|showed|demonstrates?|demonstrated|reveals?|contains?|has|have|had|exhibits?"
+    r"\s*(?:lungs?|lobes?|zones?|fields?|side)?\s*(?:shows?|showed|demonstrates?|demonstrated|reveals?|contains?"
+    r"|(?:has|have|had)(?!\s+(?:\w+ly\s+)?(?:been|not|\w+ed)\b)|exhibits?"
+    r"|(?:is|are)\s+(?:free|clear)\s+(?:of|from)"
     r"|there\s+(?:is|are|was|were))\b|\s*(?:lung|lobe|zone|side)?\s*:",
     re.IGNORECASE,
 )
+_TURNS = re.compile(r"[,;]|\b(?:but|while|whereas|although)\b", re.IGNORECASE)
 _PLACE_NOUN = re.compile(rf"[\s-]*(?:{_ZONES}|lobes?|hemithorax|sided?)\b", re.IGNORECASE)
 _LABEL_END = re.compile(r"[\s\w-]{0,20}:")
 _EXCEPTED = re.compile(
@@ -725,7 +728,7 @@ def _owners(text: str, start: int, end: int, heads: list[_Head], *, shared: bool
         between = text[end : following[0].start]
         if "," not in between and _PHRASE_ENDS.search(between) is None:
             return _only(following[0])
-        if _SHOWS.match(between) or _IS.fullmatch(between):
+        if (_SHOWS.match(between) and not _TURNS.search(between)) or _IS.fullmatch(between):
             return _only(following[0])
         if "," not in between and _FREE.match(text, following[0].start):
             return []

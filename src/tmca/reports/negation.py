@@ -42,8 +42,8 @@ _LOOKS_LIKE = re.compile(
     re.IGNORECASE,
 )
 _PERSISTS = re.compile(
-    r"\b(?:unchanged|stable|persist\w*|remain(?:s|ed)?|again|still|worse\w*|worsen\w*|improv\w*|increas(?:ed?|es|ing)|decreas(?:ed?|es|ing)"
-    r"|progress\w*|enlarg\w*|smaller|larger|resolving|ongoing|current\w*|residual)\b"
+    r"\b(?:unchanged|stable|persist\w*|remain(?:s|ed)?|again|still|worse\w*|worsen\w*|improv\w*|increase\w*|increasing"
+    r"|decrease\w*|decreasing|progress\w*|smaller|larger|resolving|ongoing|current\w*|residual)\b"
     r"|\b(?:partial|incomplete|near)\w*",
     re.IGNORECASE,
 )
@@ -53,6 +53,7 @@ _ENDS = re.compile(
     re.IGNORECASE,
 )
 _ENDS_AFTER = re.compile(r"\b(?:but|however|although|though|except|while|whereas)\b", re.IGNORECASE)
+_OTHER_CLAUSE = re.compile(rf"{_ENDS_AFTER.pattern}|,\s*and\b|\bwith\b", re.IGNORECASE)
 _PART = re.compile(r"\b(?:one|two|three|four|some|others?|another)\b[^,;]*$", re.IGNORECASE)
 _SEVERAL = re.compile(r"(?:s|ies)$", re.IGNORECASE)
 
@@ -96,7 +97,8 @@ _BEFORE = (
     _cue("uncertain", r"\b(?:possibl[ey]|questionable|equivocal|suspected|doubtful|perhaps)\b|\?", to_comma=True),
     _cue(
         "negated",
-        r"\b(?:no|without|not|nor|neither|never|none|absence\s+of|absent|negative\s+for|free\s+(?:of|from)|denies|lack\s+of"
+        rf"\b(?:no(?!\s+longer)|without|not(?!\s+(?:be\s+|been\s+)?(?:\w+ly\s+)?{_SEEN})|nor|neither|never|none"
+        r"|absence\s+of|absent|negative\s+for|free\s+(?:of|from)|denies|lack\s+of"
         r"|rather\s+than|unlikely|clear\s+of|excludes?)\b",
     ),
     _cue(
@@ -172,13 +174,22 @@ def read_status(sentence: str, start: int, end: int, heads: Sequence[tuple[int, 
     if other := _OTHER_STUDY.search(sentence, 0, start):
         found.append(Reading("historical", other[0], (other.start(), end)))
     order: tuple[Status, ...] = ("sought", "resolved", "uncertain", "negated", "historical")
-    if _PERSISTS.search(sentence):
+    if _persists(sentence, start, end, heads):
         order = order[:-1]
     for status in order:
         for reading in found:
             if reading.status == status:
                 return replace(reading, in_part=in_part)
     return Reading("affirmed", span=(start, end), in_part=in_part)
+
+
+def _persists(sentence: str, start: int, end: int, heads: Sequence[tuple[int, int]]) -> bool:
+    """Return whether the part of the sentence that is about a word says that it is there still."""
+    first = max((stop for _, stop in heads if stop <= start), default=0)
+    first = max([first, *(match.end() for match in _OTHER_CLAUSE.finditer(sentence, 0, start))])
+    last = min((begin for begin, _ in heads if begin >= end), default=len(sentence))
+    ending = _OTHER_CLAUSE.search(sentence, end)
+    return _PERSISTS.search(sentence, first, min(last, ending.start() if ending else last)) is not None
 
 
 def _cues_before(text: str, start: int, end: int) -> list[Reading]:
