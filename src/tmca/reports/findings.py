@@ -112,6 +112,11 @@ _WHOLE_ORGAN = re.compile(
     re.IGNORECASE,
 )
 _SCOPED = re.compile(r"\b(?:in|of|within|at)\s+(?:the\s+)?\w+", re.IGNORECASE)
+_SEGMENT = re.compile(
+    r"\b(?:c(?:a?e)cum|cecal|caecal|ascending|transverse|descending|sigmoid|rect\w+|flexure|ileum|anus|anal|appendi\w+"
+    r"|(?:left|right)\s+colon)\b",
+    re.IGNORECASE,
+)
 _LABEL = re.compile(r"\s*[A-Z][\w /-]{0,40}:")
 
 # --- numbers and adjectives ---------------------------------------------------------------------------------------
@@ -183,12 +188,16 @@ _NEUTRAL = {
     *("shaped", "sized", "size", "relatively", "about", "of"),
 }
 _COPULA = {"is", "are", "was", "were", "appears", "appeared", "appear", "looks", "looked", "being"}
+_AFTER_ADJECTIVES = sorted(
+    _NEUTRAL | _COPULA | set(_VALUES) | {"or", "but", "on", "at", "with", "which", "seen", "removed"}
+)
+_ENDS_ADJECTIVES = re.compile(rf"\s*(?:$|[,;.()]|(?:{'|'.join(_AFTER_ADJECTIVES)})\b)", re.IGNORECASE)
 _WITH_SURFACE = re.compile(
     r"\bwith\s+an?\s+(?P<word>[\w-]+)\s+(?:surface|colou?r|hue|shape|appearance)\b", re.IGNORECASE
 )
 _PHRASE_ENDS = re.compile(
     r"[:;()]|\b(?:in|at|on|of|with|within|is|are|was|were|has|have|had|there|shows?|showed|demonstrates?|reveals?|which|that"
-    r"|to|over|from|without|and|or|no|not|for|by|seen|noted|found|near|next|containing|contains?|from|than)\b",
+    r"|to|over|from|without|and|or|no|not|for|by|seen|noted|found|near|next|containing|contains?|from|than|but|while|whereas|although|then)\b|clock\b",
     re.IGNORECASE,
 )
 
@@ -254,6 +263,7 @@ _CLOCK = re.compile(
     r"\bat\s+(?:the\s+)?(?P<hour>\d{1,2})(?:\s*:\s*00)?\s*o[’'`]?\s?clock\b(?!\s*(?:to|until|[-–])\s)(?!\s+(?:in\s+the\s+(?:morning|afternoon|evening)|a\.?m|p\.?m))",
     re.IGNORECASE,
 )
+_BOWEL = re.compile(r"bowel|intestine", re.IGNORECASE)
 _CLOCK_PLACES = {
     12: "top",
     1: "top right",
@@ -467,7 +477,9 @@ def _described(mention: Mention, sentence: Sentence, grammar: Grammar, heads: li
     after = text[head.end :]
     next_target = next((other.start for other in heads if other.is_target and other.start > head.end), len(text))
     label = _LABEL.match(text)
-    in_a_place = not mention.located and _SCOPED.search(after) is not None and _WHOLE_ORGAN.search(after) is None
+    near = re.split(r"[,;]|\b(?:but|while|whereas)\b", after)[0]
+    in_a_place = not mention.located and _SCOPED.search(near) is not None and _WHOLE_ORGAN.search(near) is None
+    in_a_place |= grammar != "lung" and _SEGMENT.search(text[: head.start].rpartition(",")[2]) is not None
     labelled = label is not None and label.end() <= head.start and grammar != "lung"
     return replace(
         mention,
@@ -591,8 +603,12 @@ def _predicates(text: str, start: int, end: int, *, before_other: bool) -> Itera
             allowed = True
         last = match.end()
         if word in _VALUES:
-            # An adjective right before another finding is that one's.
-            if allowed and (text[match.end() : end].strip() or not before_other):
+            # An adjective right before another noun is that one's: "white-light images", "red blood".
+            if (
+                allowed
+                and _ENDS_ADJECTIVES.match(text, match.end())
+                and (text[match.end() : end].strip() or not before_other)
+            ):
                 yield match
         elif word not in _NEUTRAL and word not in _COPULA:
             allowed = False
@@ -750,6 +766,7 @@ def _only(head: _Head) -> list[_Head]:
 def _located_places(sentence: Sentence, heads: list[_Head], grammar: Grammar) -> list[tuple[Located, list[_Head]]]:
     """Return the places of the image: by words that name the image, by "top" or "bottom", or by the clock."""
     text, offset = sentence.text, sentence.start
+    heads = [head for head in heads if not _BOWEL.match(text, head.start)]  # that is where a polyp lies
     result: list[tuple[Located, list[_Head]]] = []
     matches = list(_PLACE.finditer(text))
     for number, match in enumerate(matches):

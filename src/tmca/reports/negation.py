@@ -35,8 +35,9 @@ _LOOKS_LIKE = re.compile(
     rf"|\bnot\s+(?:yet\s+|fully\s+|completely\s+|entirely\s+)*(?:completely\s+)?(?:resolved|cleared)\b"
     rf"|\b(?:partial(?:ly)?|incomplete(?:ly)?|near(?:ly)?[\s-]*(?:complete(?:ly)?)?|almost(?:\s+complete(?:ly)?)?|some)\s+"
     rf"(?:interval\s+)?(?:resolution|clearing|clearance|regression|resolved|cleared)(?:\s+of)?\b"
-    rf"|\b(?:compared|comparison|relative|since|than|versus|vs|from)\b[^,;]{{0,25}}?\b{_EARLIER}\b(?:\s+{_STUDY})?"
-    r"|\b(?:compared|comparison|relative|since|than|from)\b[^,;]{0,25}?\b(?:ago|yesterday|(?:19|20)\d\d)\b"
+    rf"|\b(?:compared|comparison|relative|since|than|versus|vs)\b[^,;]{{0,25}}?\b{_EARLIER}\b(?:\s+{_STUDY})?"
+    rf"|\bfrom\s+(?:the\s+|an?\s+)?{_EARLIER}\b(?:\s+{_STUDY})?"
+    r"|\b(?:compared|comparison|relative|since|than)\b[^,;]{0,25}?\b(?:ago|yesterday|(?:19|20)\d\d)\b"
     rf"|\bnot\s+{_SEEN}\s+(?:on|in)\s+(?:the\s+|an?\s+)?{_EARLIER}\b(?:\s+{_STUDY})?"
     r"|\bnot\s+only\b|\bno\s+doubt\b",
     re.IGNORECASE,
