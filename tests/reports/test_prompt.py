@@ -141,10 +141,17 @@ def test_reading_twice_gives_the_same(report: dict[str, Any]):
     assert _read(report) == _read(report)
 
 
-@pytest.mark.parametrize("report", REPORTS, ids=IDS)
+WITHOUT_SECTIONS = [report for report in REPORTS if not re.search(r"^[A-Z][\w /]+:", report["text"], re.MULTILINE)]
+OF_EITHER_LUNG = [
+    report
+    for report in REPORTS
+    if report["grammar"] == "lung"
+    and not re.search(r"middle lobe|lingul|\b[RL][UML]L\b", report["text"], re.IGNORECASE)
+]
+
+
+@pytest.mark.parametrize("report", WITHOUT_SECTIONS, ids=lambda report: report["id"])
 def test_unrelated_sentences_change_nothing_wherever_they_stand(report: dict[str, Any]):
-    if re.search(r"^[A-Z][\w ]+:", report["text"], re.MULTILINE):
-        pytest.skip("sections")
     facts = _read(report).facts
     extra = UNRELATED[report["grammar"]]
     for text in (" ".join([*extra, report["text"]]), report["text"].rstrip().rstrip(".") + ". " + " ".join(extra)):
@@ -163,10 +170,8 @@ def test_the_order_of_unrelated_sentences_does_not_matter():
         assert prompt_from_report(". ".join(order) + ".", "lung").facts == expected
 
 
-@pytest.mark.parametrize("report", [report for report in REPORTS if report["grammar"] == "lung"], ids=lambda r: r["id"])
+@pytest.mark.parametrize("report", OF_EITHER_LUNG, ids=lambda report: report["id"])
 def test_exchanging_left_and_right_mirrors_the_facts(report: dict[str, Any]):
-    if re.search(r"middle lobe|lingul|\b[RL][UML]L\b", report["text"], re.IGNORECASE):
-        pytest.skip("lobes that only one lung has")
     exchanged = re.sub(
         r"\b(left|right)\b",
         lambda match: {"left": "right", "right": "left", "Left": "Right", "Right": "Left"}[match[0]],

@@ -59,6 +59,11 @@ def test_a_wrapped_line_goes_on():
     assert len(split_report(f"{first}\nCOVID-19 pneumonia.")) == 1
 
 
+def test_what_is_too_long_for_a_sentence_is_not_read():
+    long = "No effusion, " + "opacity " * 200
+    assert [section for section, _ in _split(f"FINDINGS: {long}. Clear.")] == ["other", "findings"]
+
+
 def test_carriage_returns_and_hard_spaces_are_blanks():
     text = "FINDINGS:\r\nA\xa0polyp.\r\nIMPRESSION:\r\nOne polyp.\r\n"
     assert [(item.section, item.text) for item in split_report(text)] == [

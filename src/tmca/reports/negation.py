@@ -6,6 +6,7 @@ means the nearest finding before it. In doubt a finding counts as not stated.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -155,6 +156,7 @@ class Reading:
     in_part: bool = False
 
 
+@functools.lru_cache(maxsize=16)
 def without_lookalikes(sentence: str) -> str:
     """Return a sentence of the same length whose "no change", "since the previous film" and the like are blank."""
     return _LOOKS_LIKE.sub(lambda match: " " * len(match[0]), sentence)

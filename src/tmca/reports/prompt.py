@@ -19,7 +19,7 @@ from tmca.reports.sections import CURRENT, Section, Sentence, split_report
 Sides = Literal["patient", "image"]
 Method = Literal["rules", "language model"]
 
-MOST_CHARACTERS = 1_000_000
+MOST_CHARACTERS = 100_000
 """Length up to which a report is read."""
 
 NOTHING = "the report names no finding"

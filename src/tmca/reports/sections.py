@@ -76,6 +76,10 @@ _BLANKS = {ord(sign): " " for sign in "\r\f\v\xa0"}
 _MARKER = re.compile(r"\s*(?:(?:\d{1,2}[.)]|[-*•])\s+)?\s*")
 
 
+MOST_IN_SENTENCE = 1000
+"""Characters up to which a sentence is read; a longer one is no sentence, and cut anywhere it could lose a "no"."""
+
+
 @dataclass(frozen=True)
 class Sentence:
     """A sentence of a report.
@@ -94,7 +98,8 @@ class Sentence:
 def split_report(text: str) -> tuple[Sentence, ...]:
     """Return the sentences of a report in their order; what stands before the first header counts as findings.
 
-    Headers, the numbers of lists and blank space belong to no sentence. A semicolon ends one.
+    Headers, the numbers of lists and blank space belong to no sentence. A semicolon ends one. One that is longer than
+    :data:`MOST_IN_SENTENCE` stands under "other".
 
     Args:
         text: The report.
@@ -110,10 +115,12 @@ def split_report(text: str) -> tuple[Sentence, ...]:
         # Without a header of its own, what is found follows the last header's paragraph.
         free = None if has_findings else _NEXT_PARAGRAPH.search(text, start, end)
         until = end if free is None else free.start()
-        for first, last in _pieces(text, start, until):
-            sentences.append(Sentence(section, text[first:last], first))
-        for first, last in _pieces(text, until, end):
-            sentences.append(Sentence("findings", text[first:last], first))
+        for place, (first, last) in (
+            *((section, piece) for piece in _pieces(text, start, until)),
+            *(("findings", piece) for piece in _pieces(text, until, end)),
+        ):
+            is_sentence = last - first <= MOST_IN_SENTENCE
+            sentences.append(Sentence(place if is_sentence else "other", text[first:last], first))
     return tuple(sentences)
 
 
