@@ -150,7 +150,7 @@ def test_verbs_exist(page: str):
     text = _text(page)
     code = [*_inline_code(text), *(line for block in _blocks(text, r"\w*") for line in block.splitlines())]
     for piece in code:
-        command = re.match(r"\s*(?:\.venv/bin/)?tmca ([a-z]+)(?: ([a-z]+))?", piece)
+        command = re.match(r"\s*(?:\.venv/bin/)?tmca ([a-z][a-z-]*)(?: ([a-z]+))?", piece)
         assert not command or command[1] in cli.VERBS or f"{command[1]} {command[2]}" in cli.VERBS, piece
 
 
