@@ -22,6 +22,7 @@ from tmca.jobs import Job, make_jobs, part_of
 from tmca.models import TMCA
 from tmca.outputs import OutputOptions
 from tmca.prediction import PredictionOptions
+from tmca.reports.prompt import prompt_from_report
 
 PROMPT = "one small bright round lesion, located in top left of the image"
 OPTIONS = BatchOptions(PredictionOptions(threshold=0.4), OutputOptions(probabilities=True))
@@ -350,3 +351,16 @@ def test_the_same_model_in_another_folder_is_the_same(
     predict_batch(predictor, jobs[:1], tmp_path / "out")
     shutil.copytree(model_folder, tmp_path / "copy")
     assert predict_batch(Predictor.from_pretrained(tmp_path / "copy", "cpu"), jobs[:1], tmp_path / "out").resumed == 1
+
+
+def test_a_report_is_asked_and_shown(predictor: Predictor, jobs: list[Job], tmp_path: Path):
+    report = prompt_from_report("Opacity in the right lower zone. The left lung is clear.", "lung")
+    silent = prompt_from_report("The lungs are clear. No opacity.", "lung")
+    asked = [Job(jobs[0].image, report.prompt, "a", report), Job(jobs[1].image, None, "b", silent)]
+    batch = predict_batch(predictor, asked, tmp_path / "out")
+    (case,) = batch.cases
+    assert case["prompt"] == report.prompt
+    assert case["report"]["evidence"][0]["text"] in report.report
+    (failure,) = batch.failures
+    assert "names no finding" in failure["message"]
+    assert not (tmp_path / "out" / "b.png").exists()

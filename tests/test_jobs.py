@@ -219,6 +219,18 @@ def test_jobs_are_found_in_linear_time(tmp_path: Path):
     assert [job.image for job in jobs] == images
 
 
+def test_sentences_are_taken_from_reports(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("Opacity in the right lower zone. The left lung is clear.")
+    (tmp_path / "jobs.csv").write_text("image,text,report\na.png,,a.txt\nb.png,one lesion,a.txt\n")
+    first, second = read_jobs(tmp_path / "jobs.csv")
+    assert first.report is not None
+    assert first.text == first.report.prompt == "Unilateral pulmonary infection, lower left lung."
+    assert (second.text, second.report) == ("one lesion", None)
+    (tmp_path / "jobs.csv").write_text("image,report\na.png,gone.txt\n")
+    with pytest.raises(DataError, match=r"gone\.txt"):
+        read_jobs(tmp_path / "jobs.csv")
+
+
 # Shares of the work ----------------------------------------------------------------------------------------------
 
 

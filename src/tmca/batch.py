@@ -175,6 +175,9 @@ class _Run:
                 self.journal.close()
 
     def _segment(self, group: Sequence[Job], read: Future[tuple[Frames | list[Frame], float]]) -> list[_Case]:
+        silent = [job for job in group if job.report is not None and job.report.prompt is None]
+        self.failures += [_failure(job, _names_nothing(job)) for job in silent]
+        group = [job for job in group if job not in silent]
         try:
             images = read.result()
             for job in group:
@@ -250,11 +253,12 @@ class _Case:
             self.writer.add(frame, prediction)
         outputs = self.writer.close()
         self.spend("write", time.perf_counter() - started)
-        known = {"image": str(self.job.image), "name": self.job.name, "key": key(self.job)}
+        known: dict[str, Any] = {"image": str(self.job.image), "name": self.job.name, "key": key(self.job)}
         known["sha256"] = file_hash(self.job.image)
+        report = {"report": None if self.job.report is None else self.job.report.as_dict()}
         summary = self.entries[0] if len(self.entries) == 1 else _summary(self.entries, self.voxel_volume)
         seconds = {name: round(value, 4) for name, value in self.seconds.items()}
-        return known | summary | {"outputs": outputs, "seconds": seconds}
+        return known | summary | report | {"outputs": outputs, "seconds": seconds}
 
 
 def _read(jobs: Sequence[Job]) -> tuple[Frames | list[Frame], float]:
@@ -385,6 +389,13 @@ class _Journal:
         """Close the file."""
         if self._stream is not None:
             self._stream.close()
+
+
+def _names_nothing(job: Job) -> DataError:
+    return DataError(
+        f"{job.image}: its report names no finding, so that there is nothing to segment",
+        hint="`tmca report-to-prompt` shows how it was read; give a sentence in `text` to segment all the same",
+    )
 
 
 def _failure(job: Job, error: Exception) -> dict[str, str]:

@@ -15,6 +15,8 @@ from pathlib import Path
 from tmca.data.tables import read_rows
 from tmca.errors import ConfigError, DataError
 from tmca.imaging.reading import IMAGE_SUFFIXES, case_name, is_image, split_frame
+from tmca.reports.prompt import ReportPrompt, check_report, grammar_of_report, prompt_from_report
+from tmca.reports.reading import read_report
 
 
 @dataclass(frozen=True)
@@ -25,11 +27,13 @@ class Job:
         image: The file.
         text: The sentence, or ``None`` for none.
         name: Name of the output files, without ending.
+        report: The clinical report that the sentence was taken from.
     """
 
     image: Path
     text: str | None
     name: str
+    report: ReportPrompt | None = None
 
 
 def find_images(inputs: Sequence[str | Path]) -> list[Path]:
@@ -57,14 +61,28 @@ def find_images(inputs: Sequence[str | Path]) -> list[Path]:
     return list(found.values())
 
 
-def make_jobs(images: Iterable[Path], text: str | None) -> list[Job]:
+def make_jobs(images: Iterable[Path], text: str | None, report: ReportPrompt | None = None) -> list[Job]:
     """Return one job an image, all with one sentence; equal stems are told apart by their folders."""
     paths = list(images)
-    return [Job(path, text, name) for path, name in zip(paths, _names(paths), strict=True)]
+    return [Job(path, text, name, report) for path, name in zip(paths, _names(paths), strict=True)]
+
+
+def read_prompt(report: Path | str) -> ReportPrompt:
+    """Return the sentence that a clinical report states, by rules, in the grammar that it speaks of most.
+
+    Raises:
+        DataError: The report cannot be read or is no English report.
+    """
+    text = read_report(report)
+    check_report(text)
+    return prompt_from_report(text, grammar_of_report(text))
 
 
 def read_jobs(path: Path, images: Sequence[Path] | None = None) -> list[Job]:
     """Read sentences from a CSV or JSONL with the columns ``image`` and ``text`` (or ``prompt``), such as a manifest.
+
+    A column ``report`` names text files, relative to the file, of clinical reports that the sentences are taken from
+    where ``text`` is blank.
 
     Args:
         path: The file; ``image`` is a path, or how the path of one of ``images`` ends (``patient7/scan.png``), with
@@ -73,20 +91,26 @@ def read_jobs(path: Path, images: Sequence[Path] | None = None) -> list[Job]:
             line get no job. ``None`` takes the file's own paths, relative to the file.
 
     Raises:
-        DataError: A column is missing, or a line names an image that is not there, or not clearly.
+        DataError: A column is missing, a line names an image that is not there, or not clearly, or a report cannot be
+            read.
     """
     known = None if images is None else _Images(images)
-    asked: dict[tuple[Path, str | None], None] = {}
+    asked: dict[tuple[Path, str | None], ReportPrompt | None] = {}
     for line, row in read_rows(path, required=("image",)):
         text = (row.get("text") or row.get("prompt") or "").strip()
         name = row["image"]
         image = path.parent / name if known is None else known.meant(name, path, line)
-        asked[image, text or None] = None
+        report = None
+        if not text and row.get("report"):
+            report = read_prompt(path.parent / row["report"])
+            text = report.prompt or ""
+        asked[image, text or None] = report
     unique = list(dict.fromkeys(image for image, _ in asked))
     base = dict(zip(unique, _names(unique), strict=True))
     lines = Counter(image for image, _ in asked)
     return [
-        Job(image, text, base[image] if lines[image] == 1 else f"{base[image]}_{slug(text)}") for image, text in asked
+        Job(image, text, base[image] if lines[image] == 1 else f"{base[image]}_{slug(text)}", report)
+        for (image, text), report in asked.items()
     ]
 
 

@@ -189,7 +189,9 @@ class Predict:
     prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"], metavar="SENTENCE")] = None
     """The sentence for all images; left out, images are segmented without one."""
     prompts: Annotated[Path | None, tyro.conf.arg(aliases=["--jobs"], metavar="FILE.csv|.jsonl")] = None
-    """Sentences by image: columns image and text, such as a manifest; an image may stand on several lines."""
+    """Sentences by image: columns image and text or report, such as a manifest; an image may stand on several lines."""
+    report: Annotated[Path | None, tyro.conf.arg(metavar="FILE.txt")] = None
+    """A clinical report that the sentence for all images is taken from."""
     threshold: float = 0.5
     """Probability above which a pixel belongs to the mask."""
     min_region: int = 0
@@ -249,10 +251,12 @@ class Predict:
             )
 
     def _jobs(self) -> list[Job]:
-        from tmca.jobs import find_images, make_jobs, read_jobs
+        from tmca.jobs import find_images, make_jobs, read_jobs, read_prompt
+        from tmca.reports.prompt import NOTHING
 
-        if self.prompt is not None and self.prompts is not None:
-            raise ConfigError("Both --prompt and --prompts were given", hint="use one of them")
+        given = {"--prompt": self.prompt, "--prompts": self.prompts, "--report": self.report}
+        if len(names := [name for name, value in given.items() if value is not None]) > 1:
+            raise ConfigError(f"Both {names[0]} and {names[1]} were given", hint="use one of them")
         if self.prompt is not None and not self.prompt.strip():
             raise ConfigError("The sentence is blank", hint="write a sentence, or leave -p out to segment without one")
         if not self.input:
@@ -260,6 +264,10 @@ class Predict:
                 raise ConfigError("There is no image to segment", hint="name files or folders with --input")
             return read_jobs(self.prompts)
         images = find_images(self.input)
+        if self.report is not None:
+            found = read_prompt(self.report)
+            say(f"the report says: {found.prompt or NOTHING}")
+            return make_jobs(images, found.prompt, found)
         if self.prompts is None:
             return make_jobs(images, self.prompt)
         jobs = read_jobs(self.prompts, images)
