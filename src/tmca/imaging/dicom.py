@@ -11,7 +11,7 @@ import functools
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -170,14 +170,14 @@ class Source:
 
     Attributes:
         path: The file.
-        header: Its tags, without the pixels.
+        header: Its tags, without the pixels; kept out of ``repr`` and so out of logs.
         count: Number of its frames.
         size: Rows and columns.
         interpretation: Photometric Interpretation.
     """
 
     path: Path
-    header: Dataset
+    header: Dataset = field(repr=False)
     count: int
     size: tuple[int, int]
     interpretation: str

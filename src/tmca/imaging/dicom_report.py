@@ -40,6 +40,8 @@ AREA_ON_FILM = Code(OWN_SCHEME, "area-film", "Area on the scanned film")
 VOLUME = Code("SCT", "118565006", "Volume")
 PROBABILITY = Code("DCM", "110854", "Fractional Probabilistic Segmentation")
 _AREAS = {"patient": AREA, "detector": AREA_AT_DETECTOR, "film": AREA_ON_FILM}
+Number = tuple[Code, int | float, Code, Code | None]
+"""A measurement: name, value, unit, and how it was derived."""
 _MEAN = Code("SCT", "373098007", "Mean")
 _SQUARE_MILLIMETRE = Code("UCUM", "mm2", "square millimeter")
 _CUBIC_MILLIMETRE = Code("UCUM", "mm3", "cubic millimeter")
@@ -101,7 +103,7 @@ def _read_segmentation(path: Path, sources: SourceImages) -> Dataset:
 
 def _build(
     sources: SourceImages, measured: Sequence[Measurements], context: ResultContext, segmentation: Dataset | None
-) -> tuple[Dataset, list[tuple[str, float]]]:
+) -> tuple[Dataset, list[tuple[str, int | float]]]:
     """Return the report and, for the check, the codes and values of its measurements in order."""
     from highdicom.sr import Comprehensive3DSR, MeasurementReport, TextContentItem
     from pydicom import Dataset
@@ -147,9 +149,9 @@ def _build(
     return result, [(name.value, value) for values in numbers for name, value, *_ in values]
 
 
-def _numbers(measured: Measurements) -> list[tuple[Code, float, Code, Code | None]]:
-    """Return name, value, unit and derivation of what is to be reported."""
-    found: list[tuple[Code, float, Code, Code | None]] = [(REGIONS, measured.regions, _NO_UNIT, None)]
+def _numbers(measured: Measurements) -> list[Number]:
+    """Return what is to be reported."""
+    found: list[Number] = [(REGIONS, measured.regions, _NO_UNIT, None)]
     if measured.area is not None and measured.area_in:
         found.append((_AREAS[measured.area_in], _rounded(measured.area), _SQUARE_MILLIMETRE, None))
     if measured.volume is not None:
@@ -197,7 +199,7 @@ def _group(
     context: ResultContext,
     segmentation: Dataset | None,
     place: int,
-    numbers: Sequence[tuple[Code, float, Code, Code | None]],
+    numbers: Sequence[Number],
 ) -> Any:  # noqa: ANN401
     """Return the measurements of an image, a stack, or one frame of a sequence."""
     import highdicom.sr as sr
@@ -261,7 +263,7 @@ def _evidence(sources: SourceImages, header: Dataset) -> Dataset:
 
 
 def _compare(
-    written: Dataset, numbers: Sequence[tuple[str, float]], sources: SourceImages, segmentation: Dataset | None
+    written: Dataset, numbers: Sequence[tuple[str, int | float]], sources: SourceImages, segmentation: Dataset | None
 ) -> None:
     items = list(_content(written))
     found = [

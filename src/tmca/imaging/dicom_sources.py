@@ -65,7 +65,6 @@ _CARRIED = (
     "StudyInstanceUID",
     "SeriesInstanceUID",
     "Modality",
-    "PixelSpacing",
     "Manufacturer",
     "ManufacturerModelName",
     "DeviceSerialNumber",
@@ -81,7 +80,7 @@ _POSITIONS = (
     "PositionReferenceIndicator",
     "ImagePositionPatient",
     "ImageOrientationPatient",
-    "SliceThickness",
+    "PixelSpacing",  # without thickness and place, readers refuse what it would be written as
     "SpacingBetweenSlices",
 )
 
@@ -154,8 +153,10 @@ class SourceImages:
 
     @property
     def located(self) -> bool:
-        """All images have a place in a frame of reference."""
-        return bool(self.header.get("FrameOfReferenceUID")) and all(image.geometry.affine for image in self.images)
+        """All images have a place and a thickness in a frame of reference."""
+        return bool(self.header.get("FrameOfReferenceUID")) and all(
+            image.geometry.affine is not None and self.thickness(image) is not None for image in self.images
+        )
 
     @property
     def files(self) -> list[Dataset]:
@@ -170,6 +171,13 @@ class SourceImages:
         if self.step is None or area is None or directions is None:
             return None
         return area * abs(float(np.array(self.step) @ directions[:, 2]))
+
+    def thickness(self, image: SourceImage) -> float | None:
+        """Return the thickness of a slice in mm as the file says it, or else the distance to the next one."""
+        said = image.source.tag("SliceThickness", image.number or 0)
+        if said not in (None, "") and float(said) > 0:
+            return float(said)
+        return image.geometry.slice_spacing if self.step is None else float(np.linalg.norm(self.step))
 
     def stored(self, upright: Sequence[NDArray[Any]], kind: str) -> NDArray[Any]:
         """Return upright arrays ``(height, width)``, one an image, in the order of the files' pixels, stacked.
@@ -245,12 +253,13 @@ def stand_ins(sources: SourceImages, count: int | None = None) -> list[Dataset]:
         stand_in.Rows, stand_in.Columns = image.source.size
         for keyword in _MAY_BE_EMPTY:
             setattr(stand_in, keyword, None)
-        stand_in.SliceThickness = None
         copied = (*_CARRIED, *_POSITIONS) if sources.located else _CARRIED
         for keyword in copied:
             value = image.source.tag(keyword, image.number or 0)
             if value not in (None, ""):
                 setattr(stand_in, keyword, value)
+        if sources.located:
+            stand_in.SliceThickness = sources.thickness(image)
         stand_in.Modality = stand_in.get("Modality") or "OT"
         made.append(stand_in)
     return made
