@@ -153,9 +153,13 @@ def test_a_replaced_file_is_the_new_one_or_the_old_one(tmp_path: Path):
         temporary.write_bytes(b"first")
         assert not target.exists()
     assert target.read_bytes() == b"first"
-    with pytest.raises(ValueError, match="wrong"), replace_file(target) as temporary:
-        temporary.write_bytes(b"second")
-        raise ValueError("wrong")
+
+    def write_half(path: Path) -> None:
+        path.write_bytes(b"second")
+        raise ValueError("in the middle")
+
+    with pytest.raises(ValueError, match="in the middle"), replace_file(target) as temporary:
+        write_half(temporary)
     assert [path.name for path in target.parent.iterdir()] == ["a.bin"]
     assert target.read_bytes() == b"first"
     with pytest.raises(StorageError), replace_file(target / "b.bin"):

@@ -33,6 +33,7 @@ LINE_SHARE = 1 / 250
 """Thickness of an outline, as a share of the image's shorter side."""
 LETTER_SHARE = 0.032
 """Height of the letters, as a share of the image's width."""
+_THINNEST = 2
 _SMALLEST_LETTERS = 13
 _INK = (235, 235, 235)
 _SINGLE = "1.2.840.10008.5.1.4.1.1.7"
@@ -100,7 +101,7 @@ def draw_capture(image: NDArray[np.uint8], mask: NDArray[np.bool_], lines: Seque
         uint8 ``(height + band, width, 3)``.
     """
     drawn = image.copy()
-    thickness = max(1, round(min(mask.shape) * LINE_SHARE))
+    thickness = max(_THINNEST, round(min(mask.shape) * LINE_SHARE))
     line = ndimage.binary_dilation(mask, iterations=thickness) & ~mask if mask.any() else mask
     edge = ndimage.binary_dilation(line, iterations=max(1, thickness // 2)) & ~mask if mask.any() else mask
     drawn[edge] = 0
