@@ -166,7 +166,13 @@ def finish(result: Dataset, sources: SourceImages, context: ResultContext, kind:
     result.pop("TimezoneOffsetFromUTC", None)
     for item in result.get("ContributingEquipmentSequence") or ():
         item.pop("ContributionDateTime", None)
-    own = (context.description, context.coded_target.label, context.model_name, context.model_version)
+    own = (
+        context.description,
+        context.coded_target.label,
+        context.model_name,
+        context.model_version,
+        context.model_hash,
+    )
     # The source's strings are decoded by its character set and written in the result's.
     character_set = sources.header.get("SpecificCharacterSet")
     if "".join(own).isascii() and character_set:
