@@ -110,7 +110,7 @@ def draw_slices() -> Callable[..., list[Path]]:
                 **{
                     "FrameOfReferenceUID": "1.2.826.0.1.4",
                     "ImageOrientationPatient": [float(value) for value in orientation],
-                    "ImagePositionPatient": [float(place * value - 100) for value in step],
+                    "ImagePositionPatient": [round(place * float(value) - 100, 8) for value in step],
                     "PixelSpacing": [float(value) for value in spacing],
                     "SliceThickness": 2.5,
                     "InstanceNumber": place + 1,

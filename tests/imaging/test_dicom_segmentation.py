@@ -15,7 +15,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydicom.pixels import get_encoder
-from pydicom.uid import JPEG2000Lossless, RLELossless
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    RLELossless,
+)
 
 from tmca.errors import DataError, StorageError
 from tmca.imaging import dicom_segmentation
@@ -166,6 +172,7 @@ def test_other_programs_find_nothing_wrong(
 @settings(max_examples=60)
 @given(
     orientation=st.sampled_from(ORIENTATIONS),
+    angle=st.floats(-0.6, 0.6),
     spacing=st.tuples(st.floats(0.1, 5), st.floats(0.1, 5)).map(lambda pair: [round(value, 3) for value in pair]),
     step=st.sampled_from([-2.5, 0.7, 3.0]),
     count=st.integers(1, 4),
@@ -180,6 +187,7 @@ def test_a_marked_pixel_is_found_where_it_lies_in_the_patient(
     draw_enhanced: Callable,
     context: ResultContext,
     orientation: tuple,
+    angle: float,
     spacing: list,
     step: float,
     count: int,
@@ -193,7 +201,9 @@ def test_a_marked_pixel_is_found_where_it_lies_in_the_patient(
     random = np.random.default_rng(seed)
     bright = random.random((count, *size)) > 0.7
     volume = np.where(bright != inverted, 120, 0).astype(dtype)
-    normal = np.cross(orientation[:3], orientation[3:])
+    turn = np.array([[1, 0, 0], [0, np.cos(angle), -np.sin(angle)], [0, np.sin(angle), np.cos(angle)]])
+    along_row, along_column = (turn @ np.reshape(orientation, (2, 3)).T).T.round(8)
+    normal = np.cross(along_row, along_column).round(8)
     tags: dict[str, Any] = {
         "PhotometricInterpretation": "MONOCHROME1" if inverted else "MONOCHROME2",
         "WindowCenter": 60,
@@ -205,7 +215,8 @@ def test_a_marked_pixel_is_found_where_it_lies_in_the_patient(
             paths = [draw_enhanced(folder / "a.dcm", volume, heights=[step * place for place in range(count)], **tags)]
             masks = [frame.pixels[:, :, 0] > 127 for frame in read_frames(paths[0])]
         else:
-            paths = draw_slices(folder, volume, orientation, spacing, step * normal, **tags)
+            oblique = [*along_row, *along_column]
+            paths = draw_slices(folder, volume, oblique, spacing, (step * normal).round(8), **tags)
             order = random.permutation(count)
             paths = [paths[place] for place in order]
             masks = [read_frames(path)[0].pixels[:, :, 0] > 127 for path in paths]
@@ -404,6 +415,51 @@ def test_odd_values_of_the_source_are_copied_as_they_are(tmp_path: Path, draw_di
         assert (written.PatientBirthDate, written.PatientSex) == ("12.3.1950", "female")
     assert (written.StudyID, written.PatientID) == ("", "")
     assert written.SourceImageSequence[0].ReferencedSOPClassUID == "1.2.3.4.5"
+
+
+@pytest.mark.parametrize(
+    ("character_set", "name"),
+    [
+        ("ISO_IR 192", "Wang^XiaoDong=王^小东"),
+        (["", "ISO 2022 IR 87"], "Yamada^Tarou=山田^太郎=やまだ^たろう"),
+        ("ISO_IR 138", "שרון^דבורה"),
+        (None, "Plain^Name"),
+    ],
+)
+@pytest.mark.parametrize("own", ["plain", "é"])
+def test_names_in_every_script(
+    tmp_path: Path, draw_dicom: Callable, context: ResultContext, character_set: Any, name: str, own: str
+):
+    path = draw_dicom(
+        tmp_path / "a.dcm", np.zeros(SIZE, np.uint8), SpecificCharacterSet=character_set, PatientName=name
+    )
+    write_segmentation(tmp_path / "out.dcm", [path], _masks(1), dataclasses.replace(context, model_name=own))
+    written = pydicom.dcmread(tmp_path / "out.dcm")
+    assert str(written.PatientName) == name
+    assert written.ManufacturerModelName == own
+    assert written.get("SpecificCharacterSet") == ("ISO_IR 192" if own == "é" else character_set)
+
+
+@pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian])
+def test_sources_of_every_encoding(
+    tmp_path: Path, draw_slices: Callable, context: ResultContext, syntax: pydicom.uid.UID
+):
+    volume = np.arange(2 * 9 * 13, dtype=np.uint16).reshape(2, *SIZE)
+    paths = draw_slices(tmp_path / "ct", volume)
+    little, implicit = syntax != ExplicitVRBigEndian, syntax == ImplicitVRLittleEndian
+    for path, plane in zip(paths, volume, strict=True):
+        read = pydicom.dcmread(path)
+        read.decode()
+        dataset = pydicom.Dataset(read)
+        dataset.file_meta = read.file_meta
+        dataset.file_meta.TransferSyntaxUID = syntax
+        dataset.PixelData = plane.astype("<u2" if little else ">u2").tobytes()
+        dataset.save_as(path, implicit_vr=implicit, little_endian=little, enforce_file_format=True)
+        np.testing.assert_array_equal(pydicom.dcmread(path).pixel_array, plane)
+    masks = _masks(2)
+    write_segmentation(tmp_path / "out.dcm", paths, masks, context)
+    np.testing.assert_array_equal(_by_source(tmp_path / "out.dcm", _sources(list(paths))), masks)
+    assert str(pydicom.dcmread(tmp_path / "out.dcm").PatientName) == "Müller^Änne"
 
 
 def test_a_missing_package_is_named(
