@@ -305,7 +305,7 @@ def test_a_volume_is_segmented_slice_by_slice(predictor: Predictor, tmp_path: Pa
 def test_a_picture_is_no_volume(predictor: Predictor, jobs: list[Job], tmp_path: Path):
     report = predict_batch(predictor, jobs[:1], tmp_path / "out", BatchOptions(outputs=OutputOptions(("nifti",))))
     (failure,) = report.failures
-    assert "is no NIfTI volume" in failure["message"]
+    assert "is no NIfTI or DICOM volume" in failure["message"]
     assert not list((tmp_path / "out").glob("a*"))
 
 

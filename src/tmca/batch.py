@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,6 +36,23 @@ WRITE_BEHIND = 8
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+class _Slices:
+    """The slices of a series, each decoded when it is its turn."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __iter__(self) -> Iterator[Frame]:
+        for number, path in enumerate(self.paths):
+            yield replace(next(iter(read_frames(path).only(None))), number=number)
+
+
+Images = Frames | list[Frame] | _Slices
 
 
 @dataclass(frozen=True)
@@ -150,7 +167,7 @@ class _Run:
         """
         outputs = self.options.outputs
         left = [job for job in jobs if job.name not in self.done]
-        paths = [(job, path) for job in left for path in output_paths(job.name, job.image, outputs).values()]
+        paths = [(job, path) for job in left for path in output_paths(job, outputs).values()]
         existing = [(job, path) for job, path in paths if os.path.lexists(self.folder / path)]
         foreign = [path for job, path in existing if not self.journal.has_begun(job)]
         if foreign:
@@ -161,7 +178,7 @@ class _Run:
 
     def work(self, jobs: Sequence[Job]) -> None:
         """Segment the jobs."""
-        groups = [list(group) for _, group in itertools.groupby(jobs, key=lambda job: job.image)]
+        groups = [list(group) for _, group in itertools.groupby(jobs, key=lambda job: (job.image, job.slices))]
         with ThreadPoolExecutor(2, "read") as readers, ThreadPoolExecutor(2, "write") as writers:
             try:
                 for group, read in track(_ahead(_read, groups, readers), "Segmenting", len(groups)):
@@ -174,7 +191,7 @@ class _Run:
                     written.cancel()
                 self.journal.close()
 
-    def _segment(self, group: Sequence[Job], read: Future[tuple[Frames | list[Frame], float]]) -> list[_Case]:
+    def _segment(self, group: Sequence[Job], read: Future[tuple[Images, float]]) -> list[_Case]:
         silent = [job for job in group if job.report is not None and job.report.prompt is None]
         self.failures += [_failure(job, _names_nothing(job)) for job in silent]
         group = [job for job in group if job not in silent]
@@ -254,23 +271,23 @@ class _Case:
         outputs = self.writer.close()
         self.spend("write", time.perf_counter() - started)
         known: dict[str, Any] = {"image": str(self.job.image), "name": self.job.name, "key": key(self.job)}
-        known["sha256"] = file_hash(self.job.image)
+        known["sha256"] = _content_hash(self.job)
         report = {"report": None if self.job.report is None else self.job.report.as_dict()}
         summary = self.entries[0] if len(self.entries) == 1 else _summary(self.entries, self.voxel_volume)
         seconds = {name: round(value, 4) for name, value in self.seconds.items()}
         return known | summary | report | {"outputs": outputs, "seconds": seconds}
 
 
-def _read(jobs: Sequence[Job]) -> tuple[Frames | list[Frame], float]:
+def _read(jobs: Sequence[Job]) -> tuple[Images, float]:
     """Return the images of a file, and how long it took; one is decoded here, those of a volume in their turn."""
     started = time.perf_counter()
-    frames = read_frames(jobs[0].image)
+    frames = _Slices(jobs[0].slices) if jobs[0].slices else read_frames(jobs[0].image)
     return (list(frames) if len(frames) == 1 else frames), time.perf_counter() - started
 
 
 def _segment(
     predictor: Predictor,
-    read: tuple[Frames | list[Frame], float],
+    read: tuple[Images, float],
     jobs: Sequence[Job],
     folder: Path,
     options: BatchOptions,
@@ -278,7 +295,8 @@ def _segment(
     """Segment what several jobs ask of one image; it is encoded once."""
     frames, seconds = read
     several = len(frames) > 1
-    cases = [_Case(job, CaseWriter(folder, job.name, job.image, options.outputs, several=several)) for job in jobs]
+    source = predictor.provenance()
+    cases = [_Case(job, CaseWriter(folder, job, options.outputs, source, several=several)) for job in jobs]
     for frame in frames:
         predictor.set_image(frame)
         for case, prediction in zip(
@@ -334,7 +352,7 @@ class _Journal:
         source = predictor.provenance()
         source["models"] = [model | {"id": ""} for model in source["models"]]  # the same weights in another folder
         settings = [asdict(options.prediction), asdict(options.outputs), source]
-        self._settings = json.dumps(settings, sort_keys=True)
+        self._settings = json.dumps(settings, sort_keys=True, default=str)
         self._entries: dict[str, dict[str, Any]] = {}
         self._stream: Any = None
 
@@ -344,7 +362,7 @@ class _Journal:
         Raises:
             DataError: The image cannot be read.
         """
-        content = json.dumps([file_hash(job.image), job.text, self._settings])
+        content = json.dumps([_content_hash(job), job.text, self._settings])
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def finished(self, jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
@@ -361,7 +379,8 @@ class _Journal:
     def has_begun(self, job: Job) -> bool:
         """Whether an earlier run began this very case."""
         entry = self._entries.get(job.name)
-        return entry is not None and split_frame(job.image)[0].is_file() and bool(entry["key"] == self.key(job))
+        there = all(split_frame(file)[0].is_file() for file in job.slices or (job.image,))
+        return entry is not None and there and bool(entry["key"] == self.key(job))
 
     def _is_finished(self, job: Job) -> bool:
         outputs = self._entries.get(job.name, {}).get("outputs")
@@ -389,6 +408,13 @@ class _Journal:
         """Close the file."""
         if self._stream is not None:
             self._stream.close()
+
+
+def _content_hash(job: Job) -> str:
+    """Return the SHA-256 of an image's bytes; of a series, of the hashes of its slices."""
+    if not job.slices:
+        return file_hash(job.image)
+    return hashlib.sha256("".join(file_hash(file) for file in job.slices).encode()).hexdigest()
 
 
 def _names_nothing(job: Job) -> DataError:

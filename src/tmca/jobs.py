@@ -9,12 +9,13 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tmca.data.tables import read_rows
 from tmca.errors import ConfigError, DataError
 from tmca.imaging.reading import IMAGE_SUFFIXES, case_name, is_image, split_frame
+from tmca.imaging.series import find_series, refuse
 from tmca.reports.prompt import ReportPrompt, check_report, grammar_of_report, prompt_from_report
 from tmca.reports.reading import read_report
 
@@ -24,16 +25,18 @@ class Job:
     """One image with one sentence.
 
     Attributes:
-        image: The file.
+        image: The file, or the folder of a series.
         text: The sentence, or ``None`` for none.
         name: Name of the output files, without ending.
         report: The clinical report that the sentence was taken from.
+        slices: The files of a DICOM series in their order through the body; empty where the image is a file.
     """
 
     image: Path
     text: str | None
     name: str
     report: ReportPrompt | None = None
+    slices: tuple[Path, ...] = ()
 
 
 def find_images(inputs: Sequence[str | Path]) -> list[Path]:
@@ -65,6 +68,30 @@ def make_jobs(images: Iterable[Path], text: str | None, report: ReportPrompt | N
     """Return one job an image, all with one sentence; equal stems are told apart by their folders."""
     paths = list(images)
     return [Job(path, text, name, report) for path, name in zip(paths, _names(paths), strict=True)]
+
+
+def make_series_jobs(folders: Sequence[str | Path], text: str | None, report: ReportPrompt | None = None) -> list[Job]:
+    """Return one job a DICOM series in some folders: the slices of a stack are one volume, other images one each.
+
+    A series whose slices are not all there, or do not fit each other, is refused before anything is computed.
+
+    Raises:
+        DataError: A folder does not exist or holds no DICOM image, a file is damaged, or slices are missing.
+    """
+    jobs: dict[str, Job] = {}
+    for folder in map(Path, folders):
+        for number, series in enumerate(find_series(folder), start=1):
+            refuse(f"{folder}, series {series.uid}", series.problems)
+            if series.is_stack:
+                name = f"{folder.name or 'series'}_{number}"
+                found = [Job(folder, text, name, report, series.paths)]
+            else:
+                found = make_jobs(series.paths, text, report)
+            for job in found:
+                names = itertools.chain([job.name], (f"{job.name}_{count}" for count in itertools.count(2)))
+                free = next(name for name in names if name not in jobs)
+                jobs[free] = replace(job, name=free)
+    return list(jobs.values())
 
 
 def read_prompt(report: Path | str) -> ReportPrompt:
@@ -175,8 +202,8 @@ def part_of(jobs: Sequence[Job], num_parts: int, part_id: int) -> list[Job]:
         raise ConfigError(
             f"Part {part_id} of {num_parts} does not exist", hint="--part-id counts from 0 to --num-parts minus 1"
         )
-    images = {image: number for number, image in enumerate(dict.fromkeys(job.image for job in jobs))}
-    return [job for job in jobs if images[job.image] % num_parts == part_id]
+    images = {key: number for number, key in enumerate(dict.fromkeys((job.image, job.slices) for job in jobs))}
+    return [job for job in jobs if images[job.image, job.slices] % num_parts == part_id]
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

@@ -200,10 +200,19 @@ class Predict:
     """Average over each image and its mirror image: a little better, twice the time."""
     prompt_effect: bool = False
     """Also compare each mask with those of the reordered and of a contradictory sentence."""
+    series: bool = False
+    """The input folders hold DICOM series: the slices of one become a volume."""
     output_type: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TYPE …")] = ()
-    """Types of the masks: png, nifti; by default nifti for NIfTI volumes, else png."""
+    """Types of the results: png, nifti, rle, dicom-seg, dicom-fractional, dicom-sr, dicom-sc; by default nifti for
+    NIfTI volumes, else png."""
     save_probabilities: bool = False
-    """Also write 16-bit probability maps."""
+    """Also write probability maps: 16-bit PNG, or NIfTI where masks are."""
+    target: str = ""
+    """What is segmented, by a name of the table of codes, for DICOM; by default what the sentence names."""
+    codes: Annotated[Path | None, tyro.conf.arg(metavar="FILE.toml")] = None
+    """Your own table of codes for DICOM."""
+    prompt_in_dicom: bool = False
+    """Write the sentence into DICOM files; it may hold patient data."""
     num_parts: int = 1
     """Split the work into so many equal shares, for as many machines; all may write to one folder."""
     part_id: int = 0
@@ -227,7 +236,13 @@ class Predict:
             prediction=PredictionOptions(
                 self.threshold, self.min_region, ALL_EFFECTS if self.prompt_effect else ALL_EFFECTS[:1]
             ),
-            outputs=OutputOptions(self.output_type, self.save_probabilities),
+            outputs=OutputOptions(
+                types=self.output_type,
+                probabilities=self.save_probabilities,
+                target=self.target,
+                codes=self.codes,
+                prompt_in_dicom=self.prompt_in_dicom,
+            ),
             overwrite=self.overwrite,
             part=(self.part_id, self.num_parts),
         )
@@ -251,7 +266,7 @@ class Predict:
             )
 
     def _jobs(self) -> list[Job]:
-        from tmca.jobs import find_images, make_jobs, read_jobs, read_prompt
+        from tmca.jobs import find_images, make_jobs, make_series_jobs, read_jobs, read_prompt
         from tmca.reports.prompt import NOTHING
 
         given = {"--prompt": self.prompt, "--prompts": self.prompts, "--report": self.report}
@@ -263,13 +278,19 @@ class Predict:
             if self.prompts is None:
                 raise ConfigError("There is no image to segment", hint="name files or folders with --input")
             return read_jobs(self.prompts)
+        report = None if self.report is None else read_prompt(self.report)
+        if report is not None:
+            say(f"the report says: {report.prompt or NOTHING}")
+        text = self.prompt if report is None else report.prompt
+        if self.series:
+            if self.prompts is not None:
+                raise ConfigError(
+                    "--series and --prompts were given", hint="name the slices' folders one by one with -p"
+                )
+            return make_series_jobs(self.input, text, report)
         images = find_images(self.input)
-        if self.report is not None:
-            found = read_prompt(self.report)
-            say(f"the report says: {found.prompt or NOTHING}")
-            return make_jobs(images, found.prompt, found)
         if self.prompts is None:
-            return make_jobs(images, self.prompt)
+            return make_jobs(images, text, report)
         jobs = read_jobs(self.prompts, images)
         left_out = len(images) - len({job.image for job in jobs})
         if left_out:
