@@ -65,7 +65,8 @@ def test_a_film_gives_every_type(predictor: Predictor, film: Path, tmp_path: Pat
     report = highdicom.sr.srread(out / case["outputs"]["dicom-sr"])
     assert report.ContentTemplateSequence[0].TemplateIdentifier == "1500"
     assert case["square_millimetres"] == pytest.approx(mask.sum() * 0.25)
-    assert pydicom.dcmread(out / case["outputs"]["dicom-sc"]).Modality == "CR"
+    capture = pydicom.dcmread(out / case["outputs"]["dicom-sc"])
+    assert capture.SOPClassUID.name == "Secondary Capture Image Storage"
     assert predict_batch(predictor, make_jobs([film], PROMPT), out, options).resumed == 1
 
 
