@@ -27,7 +27,7 @@ from tmca.errors import DataError, StorageError
 from tmca.imaging import dicom_segmentation
 from tmca.imaging.dicom import read_frames
 from tmca.imaging.dicom_results import ResultContext
-from tmca.imaging.dicom_segmentation import write_fractional, write_segmentation
+from tmca.imaging.dicom_segmentation import check_mask, write_fractional, write_segmentation
 
 hd = pytest.importorskip("highdicom", reason="DICOM results need highdicom")
 
@@ -399,6 +399,15 @@ def test_an_old_file_stays_when_a_new_one_fails(tmp_path: Path, draw_dicom: Call
     assert out.read_bytes() == before
     with pytest.raises(StorageError):
         write_segmentation(tmp_path / "a.dcm" / "out.dcm", [path], _masks(1), context)
+
+
+def test_probabilities_are_not_taken_for_a_mask():
+    for values in ([0, 1, 1], [0.0, 1.0, 1.0], [False, True, True]):
+        np.testing.assert_array_equal(check_mask(np.array(values)), [False, True, True])
+    for wrong in ([0.1, 0.9], [0, 255], [np.nan, 0]):
+        with pytest.raises(DataError, match="values other than 0 and 1") as caught:
+            check_mask(np.array(wrong))
+        assert "probability > 0.5" in caught.value.hint
 
 
 def test_odd_values_of_the_source_are_copied_as_they_are(tmp_path: Path, draw_dicom: Callable, context: ResultContext):

@@ -21,6 +21,7 @@ from tmca.imaging.dicom_results import (
     plain_file,
     write_checked,
 )
+from tmca.imaging.dicom_segmentation import check_mask
 from tmca.imaging.dicom_sources import SourceImages, add_series_reference, file_reference, read_sources
 from tmca.imaging.frames import Window
 from tmca.imaging.measurements import in_words, measure
@@ -69,7 +70,7 @@ def write_capture(
         StorageError: The file could not be written.
     """
     found = read_sources(sources)
-    upright = [np.asarray(mask, dtype=bool) for mask in masks]
+    upright = [check_mask(mask) for mask in masks]
     lines = _lines(in_words(measure(found, found.stored(upright, "masks"))), context)
     files = {image.source.path: dicom.read_frames(image.source.path, window=window) for image in found.images}
     pictures = np.stack(

@@ -23,7 +23,13 @@ from tmca.imaging.dicom_results import (
     uid_of,
     write_checked,
 )
-from tmca.imaging.dicom_segmentation import SEGMENTATION_CLASS, check_probability, source_of_frames, tracking_uid
+from tmca.imaging.dicom_segmentation import (
+    SEGMENTATION_CLASS,
+    check_mask,
+    check_probability,
+    source_of_frames,
+    tracking_uid,
+)
 from tmca.imaging.dicom_sources import SourceImages, read_sources, stand_ins
 from tmca.imaging.measurements import Measurements, measure
 
@@ -79,7 +85,7 @@ def write_report(
         StorageError: The file could not be written.
     """
     found = read_sources(sources)
-    stored = found.stored([np.asarray(mask, dtype=bool) for mask in masks], "masks")
+    stored = found.stored([check_mask(mask) for mask in masks], "masks")
     maps = None
     if probabilities is not None:
         maps = found.stored([check_probability(each) for each in probabilities], "probability maps")

@@ -55,7 +55,7 @@ class ResultContext:
             patient data. Its hash is part of every UID.
         prompt_source: Who wrote the sentence: a ``human`` for this image, which makes the algorithm SEMIAUTOMATIC; or
             it was taken from a ``report``, or there is ``none``: AUTOMATIC.
-        prompt_in_description: Write the sentence into the Segment Description and the secondary capture's comments.
+        prompt_in_description: Write the sentence into Segment Description and Image Comments.
         codes: A table of codes instead of the package's, see :func:`tmca.imaging.codes.read_codes`.
         created: Date and time of the result; ``None`` is now. With a fixed one, equal results are equal bytes.
     """

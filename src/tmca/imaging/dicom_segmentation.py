@@ -58,7 +58,7 @@ def write_segmentation(
         StorageError: The file could not be written.
     """
     found = read_sources(sources)
-    stored = found.stored([np.asarray(mask, dtype=bool) for mask in masks], "masks")
+    stored = found.stored([check_mask(mask) for mask in masks], "masks")
     return _write(path, found, stored, context, "segmentation")
 
 
@@ -86,6 +86,22 @@ def write_fractional(
     found = read_sources(sources)
     stored = found.stored([check_probability(each) for each in probabilities], "probability maps")
     return _write(path, found, stored, context, "probability")
+
+
+def check_mask(mask: NDArray[Any]) -> NDArray[np.bool_]:
+    """Return a mask as true and false.
+
+    Raises:
+        DataError: It holds other numbers than 0 and 1, such as probabilities.
+    """
+    values = np.asarray(mask)
+    marked = values.astype(bool)
+    if values.dtype != np.bool_ and not np.array_equal(values, marked):
+        raise DataError(
+            f"The mask holds {values.dtype} values other than 0 and 1",
+            hint="compare probabilities with a threshold first: probability > 0.5",
+        )
+    return marked
 
 
 def check_probability(probability: NDArray[np.floating[Any]]) -> NDArray[np.float32]:

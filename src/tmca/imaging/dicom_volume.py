@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from tmca.errors import DataError
 from tmca.imaging import nifti
-from tmca.imaging.dicom_segmentation import check_probability
+from tmca.imaging.dicom_segmentation import check_mask, check_probability
 from tmca.imaging.dicom_sources import SourceImages, read_sources
 
 
@@ -31,7 +31,7 @@ def write_masks(path: Path | str, sources: Sequence[Path | str], masks: Sequence
         StorageError: The name has another ending, or the file could not be written.
     """
     found = read_sources(sources)
-    _write(path, found, found.stored([np.asarray(mask, dtype=bool) for mask in masks], "masks"))
+    _write(path, found, found.stored([check_mask(mask) for mask in masks], "masks"))
 
 
 def write_probabilities(
