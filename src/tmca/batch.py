@@ -19,6 +19,7 @@ from tmca.data.manifest import file_hash
 from tmca.environment import describe_environment
 from tmca.errors import DataError, StorageError, TMCAError
 from tmca.files import storage_error, write_json
+from tmca.imaging.dicom_results import INTENDED_USE
 from tmca.imaging.frames import Frame, Frames
 from tmca.imaging.reading import read_frames, split_frame
 from tmca.inference import Predictor
@@ -26,8 +27,6 @@ from tmca.jobs import Job
 from tmca.outputs import CaseWriter, OutputOptions, output_paths
 from tmca.prediction import Prediction, PredictionOptions
 from tmca.progress import say, track
-
-INTENDED_USE = "research only; not a medical device"
 
 READ_AHEAD = 4
 """Images that are decoded before it is their turn."""
@@ -97,7 +96,7 @@ class BatchReport:
     def as_dict(self, predictor: Predictor) -> dict[str, Any]:
         """Return the report with versions, hashes and intended use."""
         return {
-            "intended_use": INTENDED_USE,
+            "intended_use": INTENDED_USE.lower(),
             "model": predictor.provenance(),
             "environment": describe_environment(),
             "cases": self.cases,
