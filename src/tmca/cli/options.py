@@ -11,6 +11,7 @@ from rich.measure import Measurement
 from rich.text import Text
 
 Model = Annotated[str, tyro.conf.arg(aliases=["-m"], metavar="RUN")]
+Models = Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-m"], metavar="RUN …")]
 Data = Annotated[Path, tyro.conf.arg(metavar="MANIFEST|FOLDER")]
 Output = Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FOLDER")]
 Device = Annotated[str, tyro.conf.arg(aliases=["-d"], metavar="{auto,cpu,cuda,cuda:N,mps}")]
