@@ -9,24 +9,24 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+import pickle
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tmca.batch import Job
+from tmca.batch import BatchOptions, CaseRunner
 from tmca.checkpoints import resolve_checkpoint
 from tmca.devices import Precision, resolve_device
 from tmca.errors import ConfigError, OutOfMemoryError, TMCAError
 from tmca.inference import Predictor
+from tmca.jobs import Job
 from tmca.progress import say, track
-
-SegmentJob = Callable[[Predictor, Job, Path, dict[str, Any]], dict[str, Any]]
-"""Segments one job, writes its files into a folder and returns its entry of the report, or of its failures: a function
-of a module, for it is sent to the workers by name."""
 
 BLOCK_SIZE = 16
 """Jobs a block at most: what is done again when a worker is lost."""
@@ -34,92 +34,89 @@ PASSED_ON = ("TMCA_", "HF_", "OMP_NUM_THREADS", "DO_NOT_TRACK", "TOKENIZERS_PARA
 """Beginnings of the environment variables that workers get from here."""
 
 
-def predict_on_cluster(
-    jobs: Sequence[Job],
-    folder: Path,
-    *,
-    model: str,
-    segment_job: SegmentJob,
-    options: dict[str, Any] | None = None,
-    device: str = "auto",
-    precision: Precision = "auto",
-    workers: int | None = None,
-) -> list[dict[str, Any]]:
-    """Segment jobs on the Ray cluster that ``RAY_ADDRESS`` names or this machine belongs to, else on this machine.
+@dataclass(frozen=True)
+class Cluster:
+    """How jobs are worked off on the Ray cluster that ``RAY_ADDRESS`` names or this machine belongs to, else here.
 
-    Model, images and output folder must lie under the same paths on every machine, as on a shared file system.
+    Models, images and output folder must lie under the same paths on every machine, as on a shared file system.
 
-    Args:
-        jobs: Images and sentences.
-        folder: Where the masks go.
-        model: Run folder, checkpoint folder or hub id.
-        segment_job: What is done with one job. A :class:`TMCAError` that it raises ends everything, so it returns what
-            concerns one case only.
-        options: Its last argument; plain values.
+    Attributes:
+        models: Run folders, checkpoint folders or hub ids; of several the probabilities are averaged.
         device: Of a worker; ``auto`` takes a card each where the cluster has cards.
-        precision: See :class:`Predictor`.
+        precision: See :class:`~tmca.inference.Predictor`.
+        mirrored: See there.
         workers: At most so many at a time; by default as many as the cluster has cards, or else processors.
-
-    Returns:
-        What ``segment_job`` returned, in the order of the jobs.
-
-    Raises:
-        ConfigError: Ray is not installed, or there is no place for a worker.
-        CheckpointError: The model cannot be used.
-        WeightsError: The model is neither on disk nor reachable.
-        TMCAError: The cluster cannot be reached, was lost, or a worker could not start.
     """
-    if workers is not None and workers < 1:
-        raise ConfigError(f"There are to be {workers} workers, expected at least 1", hint="leave it out for all")
-    if not jobs:
-        return []
-    place = resolve_checkpoint(model).absolute()  # a model that is not there is refused before anything starts
-    setting = {
-        "segment_job": segment_job,
-        "model": str(place),
-        "folder": str(folder.absolute()),
-        "options": options or {},
-        "precision": precision,
-    }
-    with _connected() as ray:
-        kind, available = _resources(ray, device)
-        count = min(workers or available, available, len(jobs))
-        setting["device"] = "cuda" if kind == "GPU" else device if device != "auto" else "cpu"
-        say(f"Segmenting on {count} worker{'' if count == 1 else 's'}, one {kind} each")
-        rows = [
-            {"number": number, "image": str(job.image.absolute()), "text": job.text or "", "name": job.name}
-            for number, job in enumerate(jobs)
-        ]
-        size = max(1, min(BLOCK_SIZE, len(jobs) // (2 * count)))
-        found = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // size)).map_batches(
-            Worker,
-            fn_constructor_args=(setting,),
-            batch_size=None,  # a block at a time
-            concurrency=(1, count),
-            num_cpus=1,
-            num_gpus=1 if kind == "GPU" else 0,
-        )
-        results: dict[int, dict[str, Any]] = {}
-        for row in track(_explained(found.iter_rows(), ray), "Segmenting", len(rows)):
-            results[row["number"]] = json.loads(row["result"])
-    return [results[number] for number in range(len(jobs))]
+
+    models: tuple[str, ...]
+    device: str = "auto"
+    precision: Precision = "auto"
+    mirrored: bool = False
+    workers: int | None = None
+
+    def __call__(
+        self, jobs: Sequence[Job], folder: Path, options: BatchOptions
+    ) -> Iterator[tuple[Job, dict[str, Any]]]:
+        """Yield each job with what became of it, as they are finished: what :class:`~tmca.batch.CaseRunner` returns.
+
+        Raises:
+            ConfigError: Ray is not installed, or there is no place for a worker.
+            CheckpointError: A model cannot be used.
+            WeightsError: A model is neither on disk nor reachable.
+            StorageError: The folder cannot be written.
+            TMCAError: The cluster cannot be reached, was lost, or a worker could not start.
+        """
+        if self.workers is not None and self.workers < 1:
+            raise ConfigError(
+                f"There are to be {self.workers} workers, expected at least 1", hint="leave it out for all"
+            )
+        if not jobs:
+            return
+        # A model that is not there is refused before anything starts.
+        models = [str(resolve_checkpoint(name).absolute()) for name in self.models]
+        with _connected() as ray:
+            kind, available = _resources(ray, self.device)
+            count = min(self.workers or available, available, len(jobs))
+            device = "cuda" if kind == "GPU" else self.device if self.device != "auto" else "cpu"
+            say(f"Segmenting on {count} worker{'' if count == 1 else 's'}, one {kind} each")
+            rows = [{"number": number, "job": pickle.dumps(_absolute(job))} for number, job in enumerate(jobs)]
+            size = max(1, min(BLOCK_SIZE, len(jobs) // (2 * count)))
+            setting = (models, device, self.precision, self.mirrored, str(folder.absolute()), options)
+            found = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // size)).map_batches(
+                Worker,
+                fn_constructor_args=setting,
+                batch_size=None,  # a block at a time
+                concurrency=(1, count),
+                num_cpus=1,
+                num_gpus=1 if kind == "GPU" else 0,
+            )
+            for row in track(_explained(found.iter_rows(), ray), "Segmenting", len(rows)):
+                yield jobs[row["number"]], json.loads(row["result"])
+
+
+def _absolute(job: Job) -> Job:
+    return replace(job, image=job.image.absolute(), slices=tuple(file.absolute() for file in job.slices))
 
 
 class Worker:
-    """One process of the cluster, with one model; Ray calls it with a block of jobs at a time."""
+    """One process of the cluster, with one predictor; Ray calls it with a block of jobs at a time."""
 
-    def __init__(self, setting: dict[str, Any]) -> None:
-        self.segment_job: SegmentJob = setting["segment_job"]
-        self.folder = Path(setting["folder"])
-        self.options = setting["options"]
-        self.predictor = Predictor.from_pretrained(setting["model"], setting["device"], setting["precision"])
+    def __init__(
+        self,
+        models: list[str],
+        device: str,
+        precision: Precision,
+        mirrored: bool,
+        folder: str,
+        options: BatchOptions,
+    ) -> None:
+        predictor = Predictor.from_pretrained(models, device, precision, mirrored=mirrored)
+        # A journal of its own, for the folder is shared.
+        self.run = CaseRunner(predictor, Path(folder), options, journal=f"-worker-{uuid.uuid4().hex[:8]}")
 
     def __call__(self, block: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Return a block of results; each is JSON, since the fields of cases and failures differ."""
-        results = []
-        for image, text, name in zip(block["image"], block["text"], block["name"], strict=True):
-            job = Job(Path(image), str(text) or None, str(name))
-            results.append(json.dumps(self.segment_job(self.predictor, job, self.folder, self.options)))
+        results = [json.dumps(self.run(pickle.loads(job))) for job in block["job"]]
         return {"number": block["number"], "result": np.array(results, dtype=object)}
 
 
@@ -166,7 +163,7 @@ def _resources(ray: Any, device: str) -> tuple[str, int]:  # noqa: ANN401
     return kind, count
 
 
-def _explained(rows: Iterator[Any], ray: Any) -> Iterator[Any]:  # noqa: ANN401
+def _explained(rows: Iterable[Any], ray: Any) -> Iterator[Any]:  # noqa: ANN401
     """Yield rows; what Ray raises becomes what the user can act on."""
     try:
         yield from rows

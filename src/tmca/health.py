@@ -46,6 +46,7 @@ VARIABLES = {
     "TMCA_CACHE_GB": "room for decoded images",
     "TMCA_DEVICE": "what the device auto means",
     "TMCA_HOME": "folder of models and caches",
+    "TMCA_LANGUAGE_MODEL_KEY": "of the language model that reads reports",
     "TMCA_LOG_LEVEL": "from which level the libraries' log is shown",
     "TMCA_NNUNET": "settings of a training of nnU-Net, set by tmca",
     "TMCA_NUM_WORKERS": "processes that read images",

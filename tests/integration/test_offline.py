@@ -111,7 +111,7 @@ def test_no_verb_asks_anybody(guarded: Callable[..., Guarded], phantoms: Manifes
         ["data", "audit", data],
         [*train, "-o", "run", "--model.image-encoder.weights", "someone/encoder"],
         [*evaluate, "-o", "first", "--surface"],
-        [*evaluate, "-o", "second", "--threshold", "0.4"],
+        [*evaluate, "-o", "second", "--seed", "1"],
         ["compare", "first", "second", "-o", "comparison"],
         ["predict", "-i", images, "-o", "masks", "-m", "run", "-p", PROMPT],
         ["bench", "-m", "run", "--batch-sizes", "1", "--training-batch", "2"],
@@ -120,7 +120,9 @@ def test_no_verb_asks_anybody(guarded: Callable[..., Guarded], phantoms: Manifes
         ["doctor"],
     ]
     found = guarded(commands=commands, HF_HOME=str(tmp_path / "huggingface"))
-    assert found.codes == [0] * len(commands), found.err
+    faulty = {"data audit": 3}  # the drawn data have cases of one lesion that look alike
+    expected = [faulty.get(" ".join(command[:2]), 0) for command in commands]
+    assert found.codes == expected, found.err
     assert found.attempts == []
     for written in ("first/report.html", "comparison/comparison.html", "masks/run_report.json"):
         assert (tmp_path / written).is_file()
