@@ -152,7 +152,7 @@ def _requirements() -> tuple[list[Requirement], dict[str, list[Requirement]]]:
 
 def _required_python() -> str:
     try:
-        return str(importlib.metadata.metadata("tmca").get("Requires-Python") or "")
+        return str(importlib.metadata.metadata("tmca").get("Requires-Python") or "")  # type: ignore[attr-defined]
     except importlib.metadata.PackageNotFoundError:
         return ""
 
@@ -243,12 +243,12 @@ def _cuda_problem() -> str | None:
     """Return why a PyTorch that was built for graphics cards finds none, in its own words; ``None`` if it does."""
     import torch
 
-    if not torch.backends.cuda.is_built():
+    if not torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]
         return None
     with warnings.catch_warnings(record=True) as raised:
         warnings.simplefilter("always")
         try:
-            torch.cuda.init()
+            torch.cuda.init()  # type: ignore[no-untyped-call]
         except Exception as error:  # whatever the driver makes of it
             return _first_line(error)
         if torch.cuda.device_count():
