@@ -23,13 +23,14 @@ from numpy.typing import NDArray
 from tmca.batch import BatchOptions, CaseRunner
 from tmca.checkpoints import resolve_checkpoint
 from tmca.devices import Precision, resolve_device
-from tmca.errors import ConfigError, OutOfMemoryError, TMCAError
+from tmca.errors import ConfigError, OutOfMemoryError, StorageError, TMCAError
 from tmca.inference import Predictor
 from tmca.jobs import Job
 from tmca.progress import say, track
 
 BLOCK_SIZE = 16
 """Jobs a block at most: what is done again when a worker is lost."""
+_CANNOT_WRITE = "cannot write"
 PASSED_ON = ("TMCA_", "HF_", "OMP_NUM_THREADS", "DO_NOT_TRACK", "TOKENIZERS_PARALLELISM")
 """Beginnings of the environment variables that workers get from here."""
 
@@ -91,7 +92,11 @@ class Cluster:
                 num_gpus=1 if kind == "GPU" else 0,
             )
             for row in track(_explained(found.iter_rows(), ray), "Segmenting", len(rows)):
-                yield jobs[row["number"]], json.loads(row["result"])
+                result = json.loads(row["result"])
+                if _CANNOT_WRITE in result:
+                    message, hint = result[_CANNOT_WRITE]
+                    raise StorageError(message, hint=hint)
+                yield jobs[row["number"]], result
 
 
 def _absolute(job: Job) -> Job:
@@ -116,8 +121,14 @@ class Worker:
 
     def __call__(self, block: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Return a block of results; each is JSON, since the fields of cases and failures differ."""
-        results = [json.dumps(self.run(pickle.loads(job))) for job in block["job"]]
+        results = [json.dumps(self._result(pickle.loads(job))) for job in block["job"]]
         return {"number": block["number"], "result": np.array(results, dtype=object)}
+
+    def _result(self, job: Job) -> dict[str, Any]:
+        try:
+            return self.run(job)
+        except StorageError as error:  # Ray would not say which error it was
+            return {_CANNOT_WRITE: [error.message, error.hint]}
 
 
 @contextmanager
