@@ -33,6 +33,12 @@ BLOCK_SIZE = 16
 _CANNOT_WRITE = "cannot write"
 PASSED_ON = ("TMCA_", "HF_", "OMP_NUM_THREADS", "DO_NOT_TRACK", "TOKENIZERS_PARALLELISM")
 """Beginnings of the environment variables that workers get from here."""
+ONLY_HERE = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on systems where Ray forms no clusters, its ports are local ones
+    "http_proxy": "http://127.0.0.1:9",  # Ray asks, by HTTP and whatever is set, which cloud it is in
+    "no_proxy": "127.0.0.1,localhost,::1",
+}
+"""Variables of a Ray that is started for one batch; workers get the user's own proxies back."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ class Cluster:
                 Worker,
                 fn_constructor_args=setting,
                 batch_size=None,  # a block at a time
-                concurrency=(1, count),
+                compute=ray.data.ActorPoolStrategy(min_size=1, max_size=count),
                 num_cpus=1,
                 num_gpus=1 if kind == "GPU" else 0,
             )
@@ -133,8 +139,10 @@ class Worker:
 
 @contextmanager
 def _connected() -> Iterator[Any]:
-    """Connect to a cluster, or start one of this machine only; it reports nothing to anybody and has no dashboard."""
+    """Connect to a cluster, or start one that nobody else reaches; it has no dashboard and reports nothing."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what this process and a cluster of its own would print
     try:
         import ray
         import ray.data
@@ -143,13 +151,20 @@ def _connected() -> Iterator[Any]:
     was_connected = ray.is_initialized()
     if not was_connected:
         passed = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
+        passed |= {name: os.environ.get(name, "") for name in ("http_proxy", "no_proxy")}
+        options: dict[str, Any] = {
+            "log_to_driver": False,
+            "logging_level": logging.ERROR,
+            "runtime_env": {"env_vars": passed},
+        }
         try:
-            ray.init(
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                runtime_env={"env_vars": passed},
-            )
+            try:
+                ray.init("auto", **options)
+            except ConnectionError:
+                if os.environ.get("RAY_ADDRESS"):
+                    raise
+                with _out_of_reach():
+                    ray.init("local", include_dashboard=False, **options)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             hint = "check RAY_ADDRESS and `ray status`"
             raise TMCAError(f"The Ray cluster cannot be reached: {_first_line(error)}", hint=hint) from error
@@ -160,6 +175,25 @@ def _connected() -> Iterator[Any]:
     finally:
         if not was_connected:
             ray.shutdown()
+
+
+@contextmanager
+def _out_of_reach() -> Iterator[None]:
+    """Let what Ray starts in the block listen to this machine only and ask nobody: who reaches it can run programs."""
+    from ray._private import ray_constants
+
+    before = {name: os.environ.get(name) for name in ONLY_HERE}
+    forms_clusters = ray_constants.ENABLE_RAY_CLUSTER
+    os.environ.update(ONLY_HERE)
+    ray_constants.ENABLE_RAY_CLUSTER = False  # the same for this process
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = forms_clusters
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 def _resources(ray: Any, device: str) -> tuple[str, int]:  # noqa: ANN401

@@ -18,12 +18,13 @@ from safetensors.torch import save_file
 from transformers import ConvNextConfig, ConvNextModel
 
 from tmca.data.manifest import Manifest
+from tmca.models import TMCA
 
 GUARD = Path(__file__).with_name("guard")
 SOURCE = Path(__file__).parents[2] / "src"
 SET_BY_TMCA = (
     "TMCA_OFFLINE", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK", "GRADIO_ANALYTICS_ENABLED",
-    "RAY_USAGE_STATS_ENABLED",
+    "RAY_USAGE_STATS_ENABLED", "RAY_ADDRESS",
 )  # fmt: skip
 PROMPT = "one small bright round lesion, located in top left of the image"
 
@@ -138,6 +139,22 @@ experiment = change(get_preset("tiny"), "tiny", trainer={"max_epochs": 1})
 run_demo(Path("demo"), counts={"train": 8, "val": 2, "test": 2}, experiment=experiment)
 """)
     assert found.attempts == []
+
+
+@pytest.mark.slow
+def test_ray_asks_nobody(
+    guarded: Callable[..., Guarded], tiny_model: Callable[..., TMCA], phantoms: Manifest, tmp_path: Path
+):
+    """A Ray of this machine only does not even look for its own address, or which cloud it is in."""
+    pytest.importorskip("ray.data", reason="needs tmca[ray]")
+    tiny_model().save_pretrained(tmp_path / "model")
+    images = [str(phantoms.image_path(record)) for record in phantoms.records[:4]]
+    command = ["predict", "--engine", "ray", "-i", *images, "-o", "masks", "-m", "model", "-p", PROMPT]
+    found = guarded(commands=[command])
+    assert found.codes == [0], found.err
+    assert found.attempts == []
+    assert "WARNING" not in found.err
+    assert len(list((tmp_path / "masks").glob("*.png"))) == 4
 
 
 @pytest.mark.parametrize("variable", ["TMCA_OFFLINE", "HF_HUB_OFFLINE"])
