@@ -5,9 +5,9 @@ of decoded images, and later ones, with all that belongs to them here (averaged 
 validation on one image). The baseline (``benchmarks/reference``) has the same image encoder and widths of the decoder,
 its own text encoder of CXR-BERT's size, MONAI's transforms on two workers, and neither validation nor checkpoints.
 
-    python benchmarks/epoch.py --data FOLDER [--cases 320]
+    python benchmarks/epoch.py --data FOLDER [--cases 320] [--device cpu] [--workers 0]
 
-Prints a table and writes ``benchmarks/results/epoch.json``.
+Prints a table and writes ``benchmarks/results/epoch.json`` (``-cuda`` on a GPU, with the share of time it was busy).
 """
 
 from __future__ import annotations
@@ -15,11 +15,16 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
+import statistics
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from threading import Event, Thread
 
+import torch
 from measuring import report
 from reference.loops import Trainer, make_loader
 from reference.network import Ariadne
@@ -35,19 +40,20 @@ from tmca.training import fit
 EPOCHS = 3
 
 
-def experiment() -> Experiment:
+def experiment(workers: int) -> Experiment:
     """Return kvasir-mobile from random weights, a few epochs of it."""
     preset = kvasir_mobile()
     encoder = replace(preset.model.image_encoder, weights="none")
     fixed = replace(preset.preprocessing, normalisation="fixed")
     trainer = replace(preset.trainer, max_epochs=EPOCHS, min_epochs=EPOCHS, max_train_seconds=None)
+    trainer = replace(trainer, num_workers=workers)
     return replace(preset, preprocessing=fixed, model=replace(preset.model, image_encoder=encoder), trainer=trainer)
 
 
-def our_epochs(manifest: Manifest, folder: Path) -> list[float]:
+def our_epochs(manifest: Manifest, folder: Path, device: str, workers: int) -> list[float]:
     """Return the seconds of each epoch; the first holds all that comes before it, too."""
     started = time.perf_counter()
-    fit(experiment(), manifest, folder / "run", cache=folder / "decoded", device="cpu")
+    fit(experiment(workers), manifest, folder / "run", cache=folder / "decoded", device=device)
     whole = time.perf_counter() - started
     with (folder / "run" / "metrics.csv").open() as stream:
         ends = [float(row["seconds"]) for row in csv.DictReader(stream)]
@@ -55,22 +61,39 @@ def our_epochs(manifest: Manifest, folder: Path) -> list[float]:
     return [whole - sum(later), *later]
 
 
-def reference_epochs(manifest: Manifest) -> list[float]:
+def reference_epochs(manifest: Manifest, device: str) -> list[float]:
     """Return the seconds of each epoch of the baseline."""
     preset = kvasir_mobile()
     texts = [record.text or "" for record in manifest.records]
     words = SentenceTokenizer.learn(texts, vocabulary_size=1000, max_tokens=24)
-    trainer = Trainer(
-        Ariadne(MobileNetV2Config(), BertConfig(hidden_dropout_prob=0.25), widths=preset.model.decoder.channels)
-    )
+    widths = preset.model.decoder.channels
+    network = Ariadne(MobileNetV2Config(), BertConfig(hidden_dropout_prob=0.25), widths=widths)
+    trainer = Trainer(network.to(device))
     loader = make_loader(manifest, words, preset.preprocessing.image_size, preset.trainer.batch_size, workers=2)
     seconds = []
     for _ in range(EPOCHS - 1):
         started = time.perf_counter()
         for batch in loader:
-            trainer(batch)
+            trainer({name: value.to(device) for name, value in batch.items()})
         seconds.append(time.perf_counter() - started)
     return seconds
+
+
+@contextmanager
+def watched(device: str) -> Iterator[list[tuple[float, int]]]:
+    """Give a list that fills with (time, percent of the time that a GPU computed) as long as the block runs."""
+    seen: list[tuple[float, int]] = []
+    done = Event()
+
+    def watch() -> None:
+        while device != "cpu" and not done.wait(0.1):
+            seen.append((time.perf_counter(), torch.cuda.utilization(device)))
+
+    thread = Thread(target=watch)
+    thread.start()
+    yield seen
+    done.set()
+    thread.join()
 
 
 def main() -> None:
@@ -78,14 +101,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--cases", type=int, default=320)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--workers", type=int, default=0, help="processes that load for ours; the baseline has two")
     arguments = parser.parse_args()
     manifest = open_dataset(arguments.data)
     training = manifest.split("train").records[: arguments.cases]
     manifest = manifest.with_records((*training, *manifest.split("val").records[:1]))
-    theirs = reference_epochs(manifest.with_records(training))
-    with tempfile.TemporaryDirectory() as temporary:
-        ours = our_epochs(manifest, Path(temporary))
-    again = reference_epochs(manifest.with_records(training))
+    device = arguments.device
+    theirs = reference_epochs(manifest.with_records(training), device)
+    with tempfile.TemporaryDirectory() as temporary, watched(device) as busy:
+        ours = our_epochs(manifest, Path(temporary), device, arguments.workers)
+        ended = time.perf_counter()
+    again = reference_epochs(manifest.with_records(training), device)
     reference = min(*theirs, *again)
     first, later = reference / ours[0], reference / min(ours[1:])
     rows = [
@@ -98,7 +125,19 @@ def main() -> None:
         {"epoch": "ours, later", "seconds": f"{min(ours[1:]):.1f}", "× reference": f"{later:.2f}"},
     ]
     seconds = {"reference": [*theirs, *again], "ours": ours}
-    report("epoch", __doc__, rows, data=manifest.name, cases=len(training), seconds=seconds)
+    shares = [share for when, share in busy if when > ended - sum(ours[1:])]
+    report(
+        "epoch" if device == "cpu" else f"epoch-{device}",
+        __doc__,
+        rows,
+        data=manifest.name,
+        cases=len(training),
+        seconds=seconds,
+        workers=arguments.workers,
+        busy_in_later_epochs=statistics.median(shares) / 100 if shares else None,
+    )
+    if shares:
+        print(f"The GPU was busy {statistics.median(shares)} % of the time in the later epochs.")
 
 
 if __name__ == "__main__":

@@ -38,10 +38,17 @@ Build = Callable[[], Callable[[], object]]
 """Makes ready what is timed; a function of a module or a partial of one, so that another process can be sent it."""
 
 
-def isolated(builds: Mapping[str, Build], rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
+def isolated(
+    builds: Mapping[str, Build], rounds: int, *, together: bool = False
+) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Return the seconds of each work in each round, and the peak memory of each in GB; every work has a process.
 
     The processes take turns, so that only one computes; what one does to its memory or threads is its own.
+
+    Args:
+        builds: What is timed.
+        rounds: How often.
+        together: Make all ready at once, for a machine with many cores and a GPU that is lent for minutes.
     """
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
@@ -51,7 +58,10 @@ def isolated(builds: Mapping[str, Build], rounds: int) -> tuple[dict[str, list[f
         processes.append(context.Process(target=_serve, args=(other, build), daemon=True))
         processes[-1].start()
         other.close()  # so that a process that fails ends the wait for it
-        pipes[name].recv()
+        if not together:
+            pipes[name].recv()
+    for pipe in pipes.values() if together else ():
+        pipe.recv()
     seconds: dict[str, list[float]] = {name: [] for name in builds}
     for _ in range(rounds):
         for name, pipe in pipes.items():

@@ -7,7 +7,7 @@ the two are shown to compute the same function where they can: equal weights, eq
 enhancement cost is the difference to the same step without them. Each has a process of its own;
 they take turns.
 
-    python benchmarks/training_step.py [--batch 8] [--rounds 7] [--device cpu]
+    python benchmarks/training_step.py [--batch 8] [--rounds 9] [--device cpu] [--compiled]
 
 Prints a table and writes ``benchmarks/results/training_step.json`` (``-cuda`` on a GPU).
 """
@@ -41,6 +41,7 @@ PLACES = ("top left", "top right", "bottom left", "centre, bottom right")
 TEXTS = [f"one white {shape} polyp, located in {place} of the image" for shape in SHAPES for place in PLACES] * 2
 REFERENCE = "reference, float32"
 OURS = "TMCA"
+COMPILED = "TMCA, compiled"
 WITHOUT = {
     "TMCA without alignment": {"alignment": NO_ALIGNMENT},
     "TMCA without enhancement": {"enhancement": NO_ENHANCEMENT},
@@ -88,9 +89,14 @@ def reference_step(batch: int, device: torch.device) -> Callable[[], object]:
     return lambda: trainer(data)
 
 
-def our_step(experiment: Experiment, batch: int, device: torch.device, *, half: bool) -> Callable[[], object]:
+def our_step(
+    experiment: Experiment, batch: int, device: torch.device, *, half: bool, compiled: bool
+) -> Callable[[], object]:
     """Return a training step as ``tmca train`` takes it."""
     model = channels_last(model_of(experiment)).to(device).train()
+    encode, segment = model.encode_image, model.segment
+    if compiled:
+        encode, segment = torch.compile(encode), torch.compile(segment)
     images = torch.randn(batch, 3, SIZE, SIZE, device=device).contiguous(memory_format=torch.channels_last)
     masks = torch.rand(batch, 1, SIZE, SIZE, device=device) > 0.8
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -98,7 +104,7 @@ def our_step(experiment: Experiment, batch: int, device: torch.device, *, half: 
 
     def step() -> float:
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            output = model.segment(model.encode_image(images), model.encode_text(TEXTS[:batch]))
+            output = segment(encode(images), model.encode_text(TEXTS[:batch]))
             loss = objective(output, masks, experiment.objective)["loss"]
         loss.backward()
         optimiser.step()
@@ -115,7 +121,7 @@ def build(name: str, batch: int, device: torch.device) -> Callable[[], object]:
     keep_freed_memory()
     half = not name.endswith("float32") and uses_bfloat16("auto", device)
     experiment = change(tmca(), "x", model=WITHOUT.get(name, {}))
-    return _synchronised(our_step(experiment, batch, device, half=half))
+    return _synchronised(our_step(experiment, batch, device, half=half, compiled=name == COMPILED))
 
 
 def main() -> None:
@@ -124,12 +130,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--compiled", action="store_true", help="also by torch.compile")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     difference = check_equality()
-    names = (REFERENCE, OURS, f"{OURS}, float32", *WITHOUT)
+    names = (REFERENCE, OURS, f"{OURS}, float32", *WITHOUT, *[COMPILED] * arguments.compiled)
     builds = {name: partial(build, name, arguments.batch, device) for name in names}
-    seconds, memory = isolated(builds, arguments.rounds)
+    seconds, memory = isolated(builds, arguments.rounds, together=device.type == "cuda")
     middle, gains = medians(seconds), ratios(seconds, REFERENCE)
     costs = {name: 1 - 1 / ratios(seconds, OURS)[name] for name in WITHOUT}
     rows = [

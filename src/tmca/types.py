@@ -67,6 +67,10 @@ class Batch:
             self.texts,
         )
 
+    def pin_memory(self) -> Self:
+        """Return the batch in memory that a GPU can read while it computes; PyTorch's loader asks for this."""
+        return type(self)(self.ids, self.images.pin_memory(), self.masks.pin_memory(), self.texts)
+
     def __repr__(self) -> str:
         return f"Batch({self.batch_size} images of {tuple(self.images.shape[2:])}, {self.ids[0]} …)"
 

@@ -197,6 +197,15 @@ def test_a_run_is_the_same_twice(finished: Path, phantoms: Manifest, tiny_experi
     _assert_equal_runs(finished, tmp_path / "run")
 
 
+def test_a_loss_that_is_no_number_ends_the_run_before_anything_is_kept(
+    few: Manifest, tiny_experiment: Experiment, tmp_path: Path
+):
+    wild = change(tiny_experiment, "tiny", optimiser={"learning_rate": 1e30, "warmup_steps": 0})
+    with pytest.raises(TMCAError, match="loss became nan in epoch 1"):
+        fit(wild, few, tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run" / "checkpoints" / "last").exists()
+
+
 def test_progress_is_one_line_an_epoch_and_small_batches_are_warned_of(
     few: Manifest, tiny_experiment: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -36,6 +36,11 @@ class SegmentationTask(pl.LightningModule):
         self.strict_loading = False
         self.average = averaged_copy(model) if experiment.optimiser.average_decay is not None else None
         self._counts: list[Counts] = []
+        self._last_loss: Tensor | None = None
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:  # noqa: ARG002
+        """Copy a batch to a GPU while it computes; Lightning by itself waits for what is no bare tensor."""
+        return batch.to(device, non_blocking=device.type == "cuda")
 
     @property
     def kept(self) -> SegmentationModel:
@@ -51,12 +56,17 @@ class SegmentationTask(pl.LightningModule):
         text = None if model.text_encoder is None else model.text_encoder.encode(batch.texts)
         output = model.segment(model.encode_image(images), text)
         losses = objective(output, batch.masks, self.experiment.objective, group)
-        if not torch.isfinite(losses["loss"]):
+        self._check_last_loss(losses["loss"].detach())
+        return losses, output.mask_logits
+
+    def _check_last_loss(self, loss: Tensor | None = None) -> None:
+        """Stop if the loss of the step before was no number: a step late, so that nobody waits for a GPU's last one."""
+        last, self._last_loss = self._last_loss, loss
+        if last is not None and not torch.isfinite(last):
             raise TMCAError(
-                f"The loss became {float(losses['loss'].detach())} in epoch {self.current_epoch + 1}",
+                f"The loss became {float(last)} in epoch {self.current_epoch + 1}",
                 hint="lower optimiser.learning_rate, set optimiser.gradient_clip, or use trainer.precision=32",
             )
-        return losses, output.mask_logits
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
         """Seed dropout by (seed, epoch, batch), so that a resumed run draws what an uninterrupted one would."""
@@ -79,7 +89,8 @@ class SegmentationTask(pl.LightningModule):
             follow(self.average, self.model, min(decay, (1 + step) / (10 + step)))
 
     def on_validation_epoch_start(self) -> None:
-        """Forget the counts of the epoch before."""
+        """Check the loss of the epoch's last step and forget the counts of the epoch before."""
+        self._check_last_loss()
         self._counts = []
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
@@ -90,6 +101,7 @@ class SegmentationTask(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log pooled and per-case Dice of the validation split."""
+        self._check_last_loss()
         counts = Counts.concatenate(join_objects(self._counts))
         scores = {"pooled": pooled_scores(counts)["dice"], "per_case": per_case_mean(counts)["dice"]}
         self.log_dict({f"val_{name}_dice": value for name, value in scores.items()}, sync_dist=self._is_joined)
@@ -165,10 +177,11 @@ def trained_state(model: SegmentationModel) -> dict[str, Tensor]:
 def follow(average: SegmentationModel, model: SegmentationModel, decay: float) -> None:
     """Move averaged weights and BatchNorm statistics towards a model's; counters are copied."""
     now = trained_state(model)
-    for name, value in trained_state(average).items():
-        if value.is_floating_point():
-            value.lerp_(now[name], 1 - decay)
-        else:
+    before = trained_state(average)
+    means = {name: value for name, value in before.items() if value.is_floating_point()}
+    torch._foreach_lerp_(list(means.values()), [now[name] for name in means], 1 - decay)
+    for name, value in before.items():
+        if name not in means:
             value.copy_(now[name])
 
 
