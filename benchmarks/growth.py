@@ -5,8 +5,10 @@
 2. Images of 224 to 1,024 pixels a side, the preset ``kvasir-mobile``: milliseconds of one prediction and peak memory,
    with attention scores written out where they are few (as always here) and with PyTorch's fused attention throughout.
 3. Peak memory of training on data sets of different size.
+4. A folder of images segmented by ``predict_batch``: images a second and the slope of resident memory over the second
+   half.
 
-    python benchmarks/growth.py [--predictions 20000]
+    python benchmarks/growth.py [--predictions 20000] [--files 10000]
 
 Prints tables and writes ``benchmarks/results/growth.json``.
 """
@@ -16,6 +18,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
+import threading
 import time
 from dataclasses import replace
 from functools import partial
@@ -26,11 +29,15 @@ import numpy as np
 import torch
 from measuring import peak_gigabytes, report
 
+from tmca.batch import predict_batch
 from tmca.data.phantom import write_phantoms
 from tmca.devices import keep_freed_memory
+from tmca.imaging.raster import write_image
 from tmca.inference import Predictor
+from tmca.jobs import find_images, make_jobs
 from tmca.models import operations
 from tmca.presets import demo, get_preset
+from tmca.progress import set_quiet
 from tmca.speed import random_model
 from tmca.training import fit
 
@@ -99,15 +106,51 @@ def training_memory(images: int) -> dict[str, float]:
     return {"peak_gigabytes": peak_gigabytes()}
 
 
+def many_files(count: int) -> dict[str, float]:
+    """Return images a second of a batch and how its memory grows."""
+    keep_freed_memory()
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        generator = np.random.default_rng(0)
+        for number in range(count):
+            write_image(root / "in" / f"{number}.png", generator.integers(0, 256, (96, 96, 3), dtype=np.uint8))
+        random_model(demo()).save_pretrained(root / "model")
+        predictor = Predictor.from_pretrained(root / "model")
+        jobs = make_jobs(find_images([root / "in"]), "one small bright lesion, located in top left of the image")
+        memory: list[float] = []
+        finished = threading.Event()
+
+        def sample() -> None:
+            while not finished.wait(0.5):
+                memory.append(resident_megabytes())
+
+        sampler = threading.Thread(target=sample)
+        sampler.start()
+        set_quiet(quiet=True)
+        report = predict_batch(predictor, jobs, root / "out")
+        finished.set()
+        sampler.join()
+    later = memory[len(memory) // 2 :]
+    slope = np.polyfit(np.linspace(count / 2, count, len(later)), later, 1)[0] * 1e3
+    return {
+        "files": count,
+        "images_per_second": len(report.cases) / report.seconds,
+        "resident_megabytes": memory[-1],
+        "kilobytes_a_file": float(slope),
+    }
+
+
 def main() -> None:
     """Measure each in a process of its own, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--predictions", type=int, default=20_000)
+    parser.add_argument("--files", type=int, default=10_000)
     arguments = parser.parse_args()
     context = get_context("spawn")
     with context.Pool(1, maxtasksperchild=1) as pool:
         apart = partial(pool.apply)
         many = apart(many_predictions, (arguments.predictions,))
+        files = apart(many_files, (arguments.files,))
         explicit = {size: apart(one_size, (size,), {"fused": False}) for size in SIZES}
         fused = {size: apart(one_size, (size,), {"fused": True}) for size in SIZES}
         training = {images: apart(training_memory, (images,)) for images in DATA_SETS}
@@ -121,11 +164,15 @@ def main() -> None:
         }
         for size in SIZES
     ]
-    report("growth", __doc__, rows, many=many, size_explicit=explicit, size_fused=fused, training=training)
+    report("growth", __doc__, rows, many=many, size_explicit=explicit, size_fused=fused, training=training, files=files)
     seconds, memory = many["seconds_a_thousand"], many["resident_megabytes"]
     print(f"{many['predictions']} predictions: {seconds[1]:.2f} s a thousand at first, {seconds[-1]:.2f} at last;")
     slope = many["kilobytes_a_prediction"]
     print(f"  resident {memory[0]:.0f} MB at first, {memory[-1]:.0f} at last, {slope:.3f} kB each")
+    print(
+        f"{files['files']} files: {files['images_per_second']:.0f} a second, {files['resident_megabytes']:.0f} MB at "
+        f"last, {files['kilobytes_a_file']:.3f} kB each"
+    )
     for images, row in training.items():
         print(f"training on {images} images: {row['peak_gigabytes']:.2f} GB")
 

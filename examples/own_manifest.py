@@ -11,8 +11,8 @@ import argparse
 from pathlib import Path
 
 from tmca import Manifest
-from tmca.batch import find_images
 from tmca.data.manifest import Record, read_rows, seeded_number
+from tmca.jobs import find_images
 
 
 def choose_split(patient: str, seed: int, val: float, test: float) -> str:

@@ -23,6 +23,8 @@ from tmca.models.text import build_tokenizer
 from tmca.presets import NO_ALIGNMENT, NO_ENHANCEMENT, PRESETS, get_preset
 from tmca.reproduction.tables import TABLES
 
+pytest_plugins = ["dicom_images"]
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 

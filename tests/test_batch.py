@@ -3,31 +3,29 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 from tmca import files
-from tmca.batch import Job, find_images, make_jobs, predict_batch, read_jobs, slug
+from tmca.batch import BatchOptions, predict_batch, segment_job
 from tmca.data.manifest import Manifest
-from tmca.errors import DataError, StorageError
+from tmca.errors import StorageError
 from tmca.files import sha256_of
 from tmca.imaging.raster import read_mask
 from tmca.inference import Predictor
+from tmca.jobs import Job, make_jobs, part_of
 from tmca.models import TMCA
+from tmca.outputs import OutputOptions
+from tmca.prediction import PredictionOptions
+from tmca.reports.prompt import prompt_from_report
 
 PROMPT = "one small bright round lesion, located in top left of the image"
-
-
-def _touch(*paths: Path) -> None:
-    for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"")
+OPTIONS = BatchOptions(PredictionOptions(threshold=0.4), OutputOptions(probabilities=True))
 
 
 def _picture(path: Path, height: int = 40, width: int = 56, seed: int = 0) -> Path:
@@ -49,181 +47,6 @@ def predictor(model_folder: Path) -> Predictor:
     return Predictor.from_pretrained(model_folder, "cpu")
 
 
-# Finding images --------------------------------------------------------------------------------------------------
-
-
-def test_a_folder_is_searched_through_and_through(tmp_path: Path):
-    _touch(*(tmp_path / name for name in ("b.png", "a.JPG", "deep/er/c.tiff", "notes.txt", "deep/manifest.csv")))
-    (tmp_path / "folder.png").mkdir()
-    found = find_images([tmp_path])
-    assert found == sorted(tmp_path / name for name in ("a.JPG", "b.png", "deep/er/c.tiff"))
-
-
-def test_globs_are_expanded(tmp_path: Path):
-    _touch(*(tmp_path / name for name in ("a1.png", "a2.png", "b1.png", "deep/a3.png")))
-    assert find_images([f"{tmp_path}/a*.png"]) == [tmp_path / "a1.png", tmp_path / "a2.png"]
-    assert len(find_images([f"{tmp_path}/**/a*.png"])) == 3
-
-
-def test_a_name_that_looks_like_a_glob_is_a_file_first(tmp_path: Path):
-    _touch(tmp_path / "case[1].png", tmp_path / "case1.png")
-    assert find_images([tmp_path / "case[1].png"]) == [tmp_path / "case[1].png"]
-
-
-def test_a_file_is_taken_whatever_its_ending(tmp_path: Path):
-    _touch(tmp_path / "picture.dat")
-    assert find_images([tmp_path / "picture.dat"]) == [tmp_path / "picture.dat"]
-
-
-def test_an_image_named_twice_is_taken_once(tmp_path: Path):
-    _touch(tmp_path / "a.png", tmp_path / "b.png")
-    assert find_images([tmp_path, tmp_path / "a.png", f"{tmp_path}/*.png"]) == [tmp_path / "a.png", tmp_path / "b.png"]
-
-
-def test_an_image_named_absolutely_and_relatively_is_taken_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    _touch(tmp_path / "a.png")
-    monkeypatch.chdir(tmp_path)
-    assert len(find_images(["a.png", tmp_path / "a.png", "./a.png"])) == 1
-
-
-@pytest.mark.parametrize("name", ["nothing.png", "*.png", "nothing"])
-def test_an_input_that_is_not_there_is_named(tmp_path: Path, name: str):
-    with pytest.raises(DataError, match="no file, folder or match") as caught:
-        find_images([str(tmp_path / name)])
-    assert str(tmp_path / name) in caught.value.message
-
-
-def test_a_folder_without_images_is_named(tmp_path: Path):
-    _touch(tmp_path / "notes.txt")
-    with pytest.raises(DataError, match="holds no image") as caught:
-        find_images([tmp_path])
-    assert ".png" in caught.value.hint
-
-
-# Jobs ------------------------------------------------------------------------------------------------------------
-
-
-def test_output_names_are_stems():
-    jobs = make_jobs([Path("in/a.png"), Path("in/b.jpg")], PROMPT)
-    assert [job.name for job in jobs] == ["a", "b"]
-    assert {job.text for job in jobs} == {PROMPT}
-
-
-def test_equal_stems_are_told_apart_by_their_folders():
-    paths = [Path("/data/first/x.png"), Path("/data/second/x.png"), Path("/data/y.png")]
-    assert [job.name for job in make_jobs(paths, None)] == ["first_x", "second_x", "y"]
-    assert [job.name for job in make_jobs([Path("/a/s/x.png"), Path("/b/s/x.png")], None)] == ["a_s_x", "b_s_x"]
-
-
-def test_equal_stems_in_one_folder_are_told_apart_by_their_endings():
-    assert [job.name for job in make_jobs([Path("/d/x.png"), Path("/d/x.jpg")], None)] == ["x", "x_jpg"]
-
-
-@given(
-    st.lists(
-        st.tuples(st.lists(st.sampled_from("ab"), max_size=2), st.sampled_from(("x.png", "x.jpg", "a_x.png", "y.png"))),
-        min_size=1,
-        max_size=6,
-        unique_by=lambda item: (tuple(item[0]), item[1]),
-    )
-)
-def test_every_image_has_an_output_name_of_its_own(parts: list[tuple[list[str], str]]):
-    paths = [Path("/data", *folders, name) for folders, name in parts]
-    names = [job.name for job in make_jobs(paths, None)]
-    assert len(set(names)) == len(paths)
-
-
-def test_an_output_name_of_an_image_in_the_root_folder_is_no_path():
-    names = [job.name for job in make_jobs([Path("/x.png"), Path("/a/x.png")], None)]
-    assert not any("/" in name for name in names)
-
-
-def test_a_name_made_from_the_ending_does_not_meet_another_image():
-    paths = [Path("/d/x.png"), Path("/d/x.jpg"), Path("/d/x_png.png")]
-    assert len({job.name for job in make_jobs(paths, None)}) == 3
-
-
-def test_a_slug_fits_a_file_name_and_tells_sentences_apart():
-    assert slug(None) == "no-text"
-    assert slug(PROMPT).startswith("one-small-bright-round-lesion")
-    assert slug("Größe / 3: ../../etc") != slug("größe 3 etc")
-    long = [slug("word " * 40 + ending) for ending in ("a", "b")]
-    assert len(set(long)) == 2
-    for text in (*long, slug("../.."), slug("éü")):
-        assert len(text) < 60
-        assert set(text) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
-
-
-@pytest.mark.parametrize("column", ["text", "prompt"])
-@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
-def test_sentences_are_read_by_image(tmp_path: Path, column: str, suffix: str):
-    images = [_picture(tmp_path / f"{name}.png") for name in "abc"]
-    rows = [("a.png", "first"), ("b", "second"), (str(images[2]), "third")]
-    if suffix == ".csv":
-        content = f"image,{column}\n" + "".join(f"{name},{text}\n" for name, text in rows)
-    else:
-        content = "".join(json.dumps({"image": name, column: text}) + "\n" for name, text in rows)
-    (tmp_path / f"jobs{suffix}").write_text(content, encoding="utf-8")
-    jobs = read_jobs(tmp_path / f"jobs{suffix}", images)
-    assert jobs == [Job(image, text, image.stem) for image, (_, text) in zip(images, rows, strict=True)]
-
-
-def test_an_image_on_several_lines_gets_a_mask_for_each_sentence(tmp_path: Path):
-    image = _picture(tmp_path / "a.png")
-    (tmp_path / "jobs.csv").write_text("image,text\na.png,one lesion\na.png,two lesions\na.png,\n")
-    jobs = read_jobs(tmp_path / "jobs.csv", [image])
-    assert [job.text for job in jobs] == ["one lesion", "two lesions", None]
-    assert [job.name for job in jobs] == [
-        f"a_{slug('one lesion')}",
-        f"a_{slug('two lesions')}",
-        "a_no-text",
-    ]
-
-
-def test_paths_are_relative_to_the_file(tmp_path: Path):
-    image = _picture(tmp_path / "in" / "a.png")
-    (tmp_path / "jobs.csv").write_text("image,text\nin/a.png,one lesion\n./in/../in/a.png,one lesion\n")
-    assert read_jobs(tmp_path / "jobs.csv", [image]) == [Job(image, "one lesion", "a")]  # equal lines count once
-
-
-def test_equal_stems_get_their_own_sentences(tmp_path: Path):
-    images = [_picture(tmp_path / folder / "x.png") for folder in ("first", "second")]
-    (tmp_path / "jobs.csv").write_text("image,text\nfirst/x.png,one\nsecond/x.png,two\n")
-    jobs = read_jobs(tmp_path / "jobs.csv", images)
-    assert [(job.image, job.text) for job in jobs] == [(images[0], "one"), (images[1], "two")]
-
-
-def test_a_stem_that_several_images_share_is_refused(tmp_path: Path):
-    images = [_picture(tmp_path / folder / "x.png") for folder in ("first", "second")]
-    (tmp_path / "jobs.csv").write_text("image,text\nx,one\n")
-    with pytest.raises(DataError, match="line 2"):
-        read_jobs(tmp_path / "jobs.csv", images)
-
-
-def test_an_image_is_meant_by_how_its_path_ends(tmp_path: Path):
-    images = [_picture(tmp_path / folder / "x.png") for folder in ("first", "second")]
-    (tmp_path / "jobs.csv").write_text("image,text\nsecond/x.png,one\nfirst/x,two\n")
-    assert [job.image for job in read_jobs(tmp_path / "jobs.csv", images)] == images[::-1]
-
-
-def test_the_name_of_an_input_in_another_folder_does_not_mean_it(tmp_path: Path):
-    (tmp_path / "jobs.csv").write_text("image,text\nthird/x.png,one\n")
-    with pytest.raises(DataError, match=r"'third/x\.png' is not among the inputs"):
-        read_jobs(tmp_path / "jobs.csv", [_picture(tmp_path / "first" / "x.png")])
-
-
-def test_a_line_with_an_unknown_image_is_named(tmp_path: Path):
-    (tmp_path / "jobs.csv").write_text("image,text\na.png,one\nz.png,two\n")
-    with pytest.raises(DataError, match=r"line 3: image 'z\.png' is not among the inputs"):
-        read_jobs(tmp_path / "jobs.csv", [_picture(tmp_path / "a.png")])
-
-
-def test_a_file_without_the_column_is_refused(tmp_path: Path):
-    (tmp_path / "jobs.csv").write_text("file,text\na.png,one\n")
-    with pytest.raises(DataError, match="no column 'image'"):
-        read_jobs(tmp_path / "jobs.csv", [])
-
-
 # The batch -------------------------------------------------------------------------------------------------------
 
 
@@ -233,11 +56,13 @@ def test_masks_overlays_and_a_report_are_written(
     images = [phantoms.image_path(record) for record in phantoms.records[:2]] + [_picture(tmp_path / "wide.jpg")]
     jobs = make_jobs(images, PROMPT)
     out = tmp_path / "out"
-    predict_batch(predictor, jobs, out, model=str(model_folder), threshold=0.4, save_probabilities=True)
+    predict_batch(predictor, jobs, out, OPTIONS)
 
     names = {job.name for job in jobs}
     assert {path.name for path in out.iterdir()} == (
-        {f"{name}.png" for name in names} | {f"{name}_prob.png" for name in names} | {"overlays", "run_report.json"}
+        {f"{name}.png" for name in names}
+        | {f"{name}_prob.png" for name in names}
+        | {"overlays", "run_report.json", "journal.jsonl"}
     )
     assert {path.name for path in (out / "overlays").iterdir()} == {f"{name}.png" for name in names}
     for job in jobs:
@@ -253,8 +78,11 @@ def test_masks_overlays_and_a_report_are_written(
     report = json.loads((out / "run_report.json").read_text("utf-8"))
     assert report["intended_use"] == "research only; not a medical device"
     files = ("model.safetensors", "tokenizer.json")
-    assert report["model"]["sha256"] == {name: sha256_of(model_folder / name) for name in files}
-    assert (report["device"], report["precision"], report["failures"]) == ("cpu", predictor.precision, [])
+    (source,) = report["model"]["models"]
+    assert (source["id"], source["temperature"]) == (str(model_folder), 1.0)
+    assert source["sha256"] == {name: sha256_of(model_folder / name) for name in files}
+    assert (report["model"]["device"], report["model"]["precision"]) == ("cpu", predictor.precision)
+    assert report["failures"] == []
     assert report["environment"]["packages"]["tmca"]
     assert len(report["cases"]) == 3
     for case, job in zip(report["cases"], jobs, strict=True):
@@ -269,12 +97,13 @@ def test_masks_overlays_and_a_report_are_written(
         predictor.set_image(job.image)
         without = predictor.predict(None, threshold=0.4)
         share = 2 * (mask & without).sum() / max(1, mask.sum() + without.sum())
-        assert case["prompt_effect"] == pytest.approx(1 - share if mask.any() or without.any() else 0, abs=1e-4)
-        assert set(case["seconds"]) == {"read_and_encode", "segment", "write"}
+        expected = 1 - share if mask.any() or without.any() else 0
+        assert case["prompt_effect"] == {"none": pytest.approx(expected, abs=1e-4)}
+        assert set(case["seconds"]) == {"read", "encode", "segment", "write"}
 
 
 def test_several_sentences_on_one_image_encode_it_once(
-    predictor: Predictor, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     first, second = _picture(tmp_path / "a.png"), _picture(tmp_path / "b.png", seed=1)
     jobs = [Job(first, text, f"a{number}") for number, text in enumerate((PROMPT, "two dark lesions", None))]
@@ -286,21 +115,19 @@ def test_several_sentences_on_one_image_encode_it_once(
         real(chosen, image)
 
     monkeypatch.setattr(Predictor, "set_image", counted)
-    report = predict_batch(predictor, [*jobs, Job(second, None, "b")], tmp_path / "out", model=str(model_folder))
+    report = predict_batch(predictor, [*jobs, Job(second, None, "b")], tmp_path / "out")
     assert len(encoded) == 2
     assert [case["setting"] for case in report.cases] == ["guided", "guided", "no text", "no text"]
-    assert [case["prompt_effect"] is None for case in report.cases] == [False, False, True, True]
+    assert [set(case["prompt_effect"]) for case in report.cases] == [{"none"}, {"none"}, set(), set()]
     assert report.cases[0]["foreground_share"] >= 0
 
 
-def test_a_broken_image_does_not_end_the_batch_nor_spoil_the_next(
-    predictor: Predictor, model_folder: Path, tmp_path: Path
-):
+def test_a_broken_image_does_not_end_the_batch_nor_spoil_the_next(predictor: Predictor, tmp_path: Path):
     good = _picture(tmp_path / "good.png")
     broken = tmp_path / "broken.png"
     broken.write_bytes(good.read_bytes()[:300])
     jobs = [Job(good, None, "one"), Job(broken, None, "two"), Job(broken, PROMPT, "three"), Job(good, None, "four")]
-    report = predict_batch(predictor, jobs, tmp_path / "out", model=str(model_folder))
+    report = predict_batch(predictor, jobs, tmp_path / "out")
     assert [case["outputs"]["mask"] for case in report.cases] == ["one.png", "four.png"]
     assert (tmp_path / "out" / "one.png").read_bytes() == (tmp_path / "out" / "four.png").read_bytes()
     assert [failure["image"] for failure in report.failures] == [str(broken)] * 2
@@ -312,28 +139,26 @@ def test_a_broken_image_does_not_end_the_batch_nor_spoil_the_next(
     assert json.loads((tmp_path / "out" / "run_report.json").read_text("utf-8"))["failures"] == report.failures
 
 
-def test_a_sentence_over_the_limit_is_reported(predictor: Predictor, model_folder: Path, tmp_path: Path):
+def test_a_sentence_over_the_limit_is_reported(predictor: Predictor, tmp_path: Path):
     job = Job(_picture(tmp_path / "a.png"), "lesion " * 50, "a")
-    (case,) = predict_batch(predictor, [job], tmp_path / "out", model=str(model_folder)).cases
+    (case,) = predict_batch(predictor, [job], tmp_path / "out").cases
     assert case["truncated"] is True
     assert case["tokens"] > 24
 
 
-def test_masks_that_are_there_are_kept_unless_told(predictor: Predictor, model_folder: Path, tmp_path: Path):
+def test_masks_that_are_there_are_kept_unless_told(predictor: Predictor, tmp_path: Path):
     jobs = make_jobs([_picture(tmp_path / "a.png"), _picture(tmp_path / "b.png")], None)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "b.png").write_bytes(b"precious")
     with pytest.raises(StorageError, match=r"b\.png already") as caught:
-        predict_batch(predictor, jobs, tmp_path / "out", model=str(model_folder))
+        predict_batch(predictor, jobs, tmp_path / "out")
     assert "--overwrite" in caught.value.hint
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"b.png"}
-    predict_batch(predictor, jobs, tmp_path / "out", model=str(model_folder), overwrite=True)
+    predict_batch(predictor, jobs, tmp_path / "out", BatchOptions(overwrite=True))
     assert read_mask(tmp_path / "out" / "b.png").shape == (40, 56)
 
 
-def test_a_full_disk_ends_the_batch(
-    predictor: Predictor, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_full_disk_ends_the_batch(predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     jobs = make_jobs([_picture(tmp_path / "a.png")], None)
 
     def full(path: Path, _: bytes) -> int:
@@ -341,5 +166,201 @@ def test_a_full_disk_ends_the_batch(
 
     monkeypatch.setattr(files.Path, "write_bytes", full)
     with pytest.raises(StorageError, match=r"a\.png") as caught:
-        predict_batch(predictor, jobs, tmp_path / "out", model=str(model_folder))
+        predict_batch(predictor, jobs, tmp_path / "out")
     assert "disk is full" in caught.value.hint
+
+
+# Again, in parts, and one at a time --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> list[Job]:
+    return make_jobs([_picture(tmp_path / "in" / f"{name}.png", seed=ord(name)) for name in "abcde"], PROMPT)
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Images that were encoded."""
+    seen: list[object] = []
+    real = Predictor.set_image
+
+    def counted(chosen: Predictor, image: object) -> None:
+        seen.append(image)
+        real(chosen, image)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Predictor, "set_image", counted)
+    return seen
+
+
+def _content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.png")}
+
+
+def test_what_is_finished_is_not_computed_again(
+    predictor: Predictor, jobs: list[Job], tmp_path: Path, computed: list[object]
+):
+    out = tmp_path / "out"
+    first = predict_batch(predictor, jobs[:3], out)
+    written = _content(out)
+    (out / "b.png").unlink()  # not finished any more
+    second = predict_batch(predictor, jobs, out)
+    assert len(computed) == 3 + 3
+    assert (first.resumed, second.resumed) == (0, 2)
+    assert [case["name"] for case in second.cases] == list("abcde")
+    assert second.cases[0] == first.cases[0]
+    assert {name: content for name, content in _content(out).items() if name in written} == written
+    report = json.loads((out / "run_report.json").read_text("utf-8"))
+    assert (report["resumed"], len(report["cases"])) == (2, 5)
+
+
+def test_a_journal_that_was_cut_off_is_read_to_there(
+    predictor: Predictor, jobs: list[Job], tmp_path: Path, computed: list[object]
+):
+    out = tmp_path / "out"
+    predict_batch(predictor, jobs[:2], out)
+    lines = (out / "journal.jsonl").read_text("utf-8")
+    (out / "journal.jsonl").write_text(lines[: len(lines) - 40], "utf-8")
+    assert predict_batch(predictor, jobs[:2], out).resumed == 1
+    assert len(computed) == 3
+
+
+@pytest.mark.parametrize("change", ["sentence", "threshold", "image"])
+def test_another_question_is_not_taken_for_the_same(predictor: Predictor, jobs: list[Job], tmp_path: Path, change: str):
+    out = tmp_path / "out"
+    predict_batch(predictor, jobs[:1], out)
+    job, options = jobs[0], BatchOptions()
+    if change == "sentence":
+        job = Job(job.image, "two dark lesions", job.name)
+    elif change == "threshold":
+        options = BatchOptions(PredictionOptions(threshold=0.3))
+    else:
+        _picture(job.image, seed=99)
+    with pytest.raises(StorageError, match=r"a\.png already"):
+        predict_batch(predictor, [job], out, options)
+
+
+def test_shares_write_to_one_folder(predictor: Predictor, jobs: list[Job], tmp_path: Path, computed: list[object]):
+    out = tmp_path / "out"
+    for number in range(2):
+        predict_batch(predictor, part_of(jobs, 2, number), out, BatchOptions(part=(number, 2)))
+    assert len(computed) == 5
+    assert {path.name for path in out.glob("*.json*")} == {
+        *(f"run_report-part-{number}-of-2.json" for number in range(2)),
+        *(f"journal-part-{number}-of-2.jsonl" for number in range(2)),
+    }
+    assert predict_batch(predictor, jobs, out).resumed == 5
+    assert len(computed) == 5
+
+
+def test_one_job_alone_gives_what_the_batch_gives(predictor: Predictor, jobs: list[Job], tmp_path: Path):
+    (expected,) = predict_batch(predictor, jobs[:1], tmp_path / "batch").cases
+    found = segment_job(predictor, jobs[0], tmp_path / "alone", BatchOptions())
+    for entry in (expected, found):
+        del entry["seconds"]
+    assert found == expected
+    assert _content(tmp_path / "alone") == _content(tmp_path / "batch")
+
+
+def test_a_fault_of_ours_does_not_end_the_batch(
+    predictor: Predictor, jobs: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    real = Predictor.ask_all
+
+    def faulty(chosen: Predictor, *arguments: object) -> object:
+        if chosen._geometry.size == (41, 56):
+            raise ZeroDivisionError("division by zero")
+        return real(chosen, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Predictor, "ask_all", faulty)
+    _picture(jobs[1].image, height=41)
+    report = predict_batch(predictor, jobs, tmp_path / "out")
+    assert [case["name"] for case in report.cases] == list("acde")
+    (failure,) = report.failures
+    assert failure["code"] == "runtime_error"
+    assert "ZeroDivisionError" in failure["message"]
+    assert str(jobs[1].image) in failure["message"]
+
+
+def test_a_volume_is_segmented_slice_by_slice(predictor: Predictor, tmp_path: Path):
+    nibabel = pytest.importorskip("nibabel")
+    values = np.random.default_rng(0).integers(0, 200, (20, 24, 3)).astype(np.int16)
+    nibabel.save(nibabel.Nifti1Image(values, np.diag([-2.0, -2.0, 5.0, 1.0])), tmp_path / "scan.nii.gz")
+    out, job = tmp_path / "out", Job(tmp_path / "scan.nii.gz", PROMPT, "scan")
+    options = BatchOptions(PredictionOptions(threshold=0.4), OutputOptions(("nifti", "png")))
+    (case,) = predict_batch(predictor, [job], out, options).cases
+    assert case["outputs"].keys() >= {"nifti", "mask"}
+    labels = np.asarray(nibabel.load(out / "scan.nii.gz").dataobj)
+    assert labels.shape == values.shape
+    for number in range(3):
+        predictor.set_image(f"{job.image}#{number}")
+        expected = predictor.predict(PROMPT, threshold=0.4)
+        np.testing.assert_array_equal(read_mask(out / "scan" / f"{number:04d}.png"), expected)
+        assert case["slices"].get(str(number), 0) == expected.sum() == labels[:, :, number].sum()
+    assert case["pixels"] == labels.sum()
+    assert case["cubic_millimetres"] == pytest.approx(labels.sum() * 20.0)
+    assert case["shape"][0] == 3
+    assert predict_batch(predictor, [job], out, options).resumed == 1
+
+
+def test_a_picture_is_no_volume(predictor: Predictor, jobs: list[Job], tmp_path: Path):
+    report = predict_batch(predictor, jobs[:1], tmp_path / "out", BatchOptions(outputs=OutputOptions(("nifti",))))
+    (failure,) = report.failures
+    assert "is no NIfTI or DICOM volume" in failure["message"]
+    assert not list((tmp_path / "out").glob("a*"))
+
+
+def test_an_interrupted_batch_keeps_what_is_finished(
+    predictor: Predictor, jobs: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    real = Predictor.ask_all
+    asked = []
+
+    def interrupted(chosen: Predictor, *arguments: object) -> object:
+        asked.append(1)
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+        return real(chosen, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("tmca.batch.WRITE_BEHIND", 0)
+    monkeypatch.setattr(Predictor, "ask_all", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        predict_batch(predictor, jobs, tmp_path / "out")
+    assert predict_batch(predictor, jobs, tmp_path / "out").resumed == 3
+
+
+def test_what_a_killed_run_left_half_done_is_replaced(
+    predictor: Predictor, jobs: list[Job], tmp_path: Path, computed: list[object]
+):
+    out = tmp_path / "out"
+    predict_batch(predictor, jobs[:2], out)
+    lines = (out / "journal.jsonl").read_text("utf-8").splitlines(keepends=True)
+    assert [("outputs" in json.loads(line)) for line in lines].count(True) == 2
+    kept = [line for line in lines if "outputs" not in line or json.loads(line)["name"] == "a"]
+    (out / "journal.jsonl").write_text(
+        "".join(kept), "utf-8"
+    )  # b was begun, its files are there, its end was not noted
+    written = _content(out)
+    assert predict_batch(predictor, jobs[:2], out).resumed == 1
+    assert _content(out) == written
+    assert len(computed) == 3
+
+
+def test_the_same_model_in_another_folder_is_the_same(
+    predictor: Predictor, model_folder: Path, jobs: list[Job], tmp_path: Path
+):
+    predict_batch(predictor, jobs[:1], tmp_path / "out")
+    shutil.copytree(model_folder, tmp_path / "copy")
+    assert predict_batch(Predictor.from_pretrained(tmp_path / "copy", "cpu"), jobs[:1], tmp_path / "out").resumed == 1
+
+
+def test_a_report_is_asked_and_shown(predictor: Predictor, jobs: list[Job], tmp_path: Path):
+    report = prompt_from_report("Opacity in the right lower zone. The left lung is clear.", "lung")
+    silent = prompt_from_report("The lungs are clear. No opacity.", "lung")
+    asked = [Job(jobs[0].image, report.prompt, "a", report), Job(jobs[1].image, None, "b", silent)]
+    batch = predict_batch(predictor, asked, tmp_path / "out")
+    (case,) = batch.cases
+    assert case["prompt"] == report.prompt
+    assert case["report"]["evidence"][0]["text"] in report.report
+    (failure,) = batch.failures
+    assert "names no finding" in failure["message"]
+    assert not (tmp_path / "out" / "b.png").exists()

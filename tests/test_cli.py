@@ -154,10 +154,12 @@ def test_only_broken_images(tmca: Callable[..., Outcome], model_folder: Path, tm
 def test_masks_that_are_there_are_kept(tmca: Callable[..., Outcome], model_folder: Path, image: Path, tmp_path: Path):
     arguments = ("predict", "-i", image, "-o", tmp_path / "out", "-m", model_folder)
     assert tmca(*arguments).code == 0
-    refused = tmca(*arguments)
+    again = tmca(*arguments)
+    assert (again.code, "1 of 1 cases were finished before" in again.err) == (0, True)
+    refused = tmca(*arguments, "--threshold", "0.4")
     assert refused.code == 1
-    assert "--overwrite" in refused.error
-    assert tmca(*arguments, "--overwrite").code == 0
+    assert "--overwrite" in refused.err
+    assert tmca(*arguments, "--threshold", "0.4", "--overwrite").code == 0
 
 
 def test_sentences_by_image(tmca: Callable[..., Outcome], model_folder: Path, image: Path, tmp_path: Path):

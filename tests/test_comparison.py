@@ -23,7 +23,8 @@ from tmca.comparison import (
 )
 from tmca.config import to_dict
 from tmca.errors import ConfigError, DataError
-from tmca.evaluation import Evaluation, case_table
+from tmca.evaluation import Evaluation
+from tmca.evaluation.writing import case_table
 from tmca.files import write_json, write_text
 from tmca.metrics import Counts, bootstrap_intervals, pooled_scores
 from tmca.presets import get_preset

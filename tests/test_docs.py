@@ -23,15 +23,17 @@ import pytest
 import torch
 
 from tmca import cli, errors
-from tmca.batch import find_images, make_jobs, predict_batch
+from tmca.batch import predict_batch
 from tmca.comparison import compare, read_runs
 from tmca.comparison_report import write_comparison
 from tmca.config import Experiment, ImageEncoderConfig, ModelConfig, to_dict
 from tmca.data.manifest import COLUMNS, Manifest
 from tmca.data.phantom import write_phantoms
 from tmca.demo import run_demo
-from tmca.evaluation import evaluate, write_ledger
+from tmca.evaluation import evaluate
+from tmca.evaluation.writing import write_ledger
 from tmca.inference import Predictor
+from tmca.jobs import find_images, make_jobs
 from tmca.models import build_model
 from tmca.models.text import SentenceTokenizer
 from tmca.presets import PRESETS, get_preset
@@ -148,7 +150,7 @@ def test_verbs_exist(page: str):
     text = _text(page)
     code = [*_inline_code(text), *(line for block in _blocks(text, r"\w*") for line in block.splitlines())]
     for piece in code:
-        command = re.match(r"\s*(?:\.venv/bin/)?tmca ([a-z]+)(?: ([a-z]+))?", piece)
+        command = re.match(r"\s*(?:\.venv/bin/)?tmca ([a-z][a-z-]*)(?: ([a-z]+))?", piece)
         assert not command or command[1] in cli.VERBS or f"{command[1]} {command[2]}" in cli.VERBS, piece
 
 
@@ -352,7 +354,7 @@ def test_the_fields_of_the_files_are_documented(demo: Path):
 def test_the_fields_of_a_prediction_and_of_the_ledger_are_documented(demo: Path, tmp_path: Path):
     predictor = Predictor.from_pretrained(demo / "run", "cpu")
     jobs = make_jobs(find_images([demo / "data" / "images" / "test-00000.png"]), "one small lesion")
-    predict_batch(predictor, jobs, tmp_path / "masks", model=str(demo / "run"))
+    predict_batch(predictor, jobs, tmp_path / "masks")
     report = json.loads((tmp_path / "masks" / "run_report.json").read_text("utf-8"))
     section = _section(_text("docs/reference/files.md"), "run_report.json")
     fields, entries = section.split("Each of `cases`")

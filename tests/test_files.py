@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tmca.errors import DataError, StorageError
-from tmca.files import replace_folder, sha256_of, write_bytes, write_json, write_text
+from tmca.files import replace_file, replace_folder, sha256_of, write_bytes, write_json, write_text
 
 
 def _names(folder: Path) -> set[str]:
@@ -144,3 +144,23 @@ def test_sha256_of(tmp_path: Path):
     assert sha256_of(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()
     with pytest.raises(DataError, match="missing"):
         sha256_of(tmp_path / "missing")
+
+
+def test_a_replaced_file_is_the_new_one_or_the_old_one(tmp_path: Path):
+    target = tmp_path / "deeper" / "a.bin"
+    with replace_file(target) as temporary:
+        assert temporary.parent == target.parent
+        temporary.write_bytes(b"first")
+        assert not target.exists()
+    assert target.read_bytes() == b"first"
+
+    def write_half(path: Path) -> None:
+        path.write_bytes(b"second")
+        raise ValueError("in the middle")
+
+    with pytest.raises(ValueError, match="in the middle"), replace_file(target) as temporary:
+        write_half(temporary)
+    assert [path.name for path in target.parent.iterdir()] == ["a.bin"]
+    assert target.read_bytes() == b"first"
+    with pytest.raises(StorageError), replace_file(target / "b.bin"):
+        pass

@@ -14,6 +14,7 @@ from tmca.errors import CheckpointError, ConfigError, DataError
 from tmca.imaging.raster import read_image
 from tmca.inference import Predictor
 from tmca.models import TMCA
+from tmca.prediction import ALL_EFFECTS, PredictionOptions, difference
 from tmca.presets import NO_ALIGNMENT, NO_ENHANCEMENT
 
 FIRST = "one small bright round lesion, located in top left of the image"
@@ -235,6 +236,82 @@ def test_predicting_needs_no_gradient_and_leaves_the_model_in_evaluation(tiny_mo
     assert all(value.grad is None for value in model.parameters())
     after = (*model.parameters(), *model.buffers())
     assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+
+
+# Everything that can be said --------------------------------------------------------------------------------------
+
+
+def test_what_is_asked_is_what_predict_returns(predictor: Predictor):
+    predictor.set_image(_noise())
+    options = PredictionOptions(threshold=0.4, effects=ALL_EFFECTS)
+    answers = predictor.ask_all([FIRST, None, SECOND], options)
+    for text, answer in zip((FIRST, None, SECOND), answers, strict=True):
+        np.testing.assert_array_equal(answer.mask, answer.probability > 0.4)
+        np.testing.assert_allclose(answer.probability, predictor.probability(text), atol=5e-3)
+        assert answer.pixels == answer.mask.sum()
+        assert (answer.tokens, answer.truncated) == predictor.count_tokens(text)
+    guided, unguided = answers[0], answers[1]
+    assert (guided.setting, unguided.setting) == ("guided", "no text")
+    assert list(guided.effects) == ["none", "reordered", "contradictory"]
+    assert guided.effects["none"] == difference(guided.mask, unguided.mask)
+    assert unguided.effects == {}
+    assert unguided.conflicts == ()
+    assert set(guided.seconds) == {"read", "encode", "segment"}
+
+
+def test_a_sentence_without_an_opposite_has_no_such_effect(predictor: Predictor):
+    predictor.set_image(_noise())
+    effects = predictor.ask("polyp", PredictionOptions(effects=ALL_EFFECTS)).effects
+    assert effects["none"] is not None
+    assert effects["contradictory"] is None
+
+
+def test_a_model_without_language_has_no_effect_to_show(tiny_model: Callable[..., TMCA]):
+    predictor = Predictor(tiny_model(guidance=False, alignment=NO_ALIGNMENT, enhancement=NO_ENHANCEMENT), "cpu")
+    predictor.set_image(_noise())
+    answer = predictor.ask(FIRST)
+    assert (answer.setting, answer.effects, answer.conflicts) == ("no text", {}, ())
+
+
+def test_geometry_comes_from_the_file(predictor: Predictor, tmp_path: Path):
+    nibabel = pytest.importorskip("nibabel")
+    values = np.random.default_rng(0).integers(0, 200, (20, 24, 2)).astype(np.int16)
+    nibabel.save(nibabel.Nifti1Image(values, np.diag([-0.5, -2.0, 5.0, 1.0])), tmp_path / "scan.nii")
+    predictor.set_image(tmp_path / "scan.nii#1")
+    answer = predictor.ask(FIRST, PredictionOptions(threshold=0.01))
+    assert answer.mask.shape == (24, 20)
+    assert answer.geometry.spacing == (2.0, 0.5)
+    assert answer.square_millimetres == pytest.approx(answer.mask.sum() * 1.0)
+
+
+# Several models, and mirror images -------------------------------------------------------------------------------
+
+
+def test_models_are_averaged(tiny_model: Callable[..., TMCA], tmp_path: Path):
+    models = []
+    for number in range(2):
+        models.append(tiny_model())
+        with torch.no_grad():
+            models[-1].head.classify.weight *= 1 + 20 * number
+        models[-1].save_pretrained(tmp_path / str(number))
+    each = [_probability(Predictor(model, "cpu"), _noise()) for model in models]
+    assert not np.allclose(*each)
+    together = Predictor.from_pretrained([tmp_path / "0", tmp_path / "1"], "cpu")
+    np.testing.assert_allclose(_probability(together, _noise()), np.mean(each, axis=0), atol=1e-6)
+    assert [source["id"] for source in together.provenance()["models"]] == [str(tmp_path / "0"), str(tmp_path / "1")]
+    with pytest.raises(ConfigError, match="no model"):
+        Predictor([])
+
+
+def test_an_average_over_the_mirror_image_mirrors(model: TMCA):
+    predictor = Predictor(model, "cpu", "32", mirrored=True)
+    image, mirrored = _noise(64, 64), _noise(64, 64)[:, ::-1].copy()
+    left, right = "one lesion in the left", "one lesion in the right"
+    straight = _probability(predictor, image, left)
+    np.testing.assert_allclose(_probability(predictor, mirrored, right)[:, ::-1], straight, atol=1e-5)
+    assert not np.allclose(_probability(Predictor(model, "cpu", "32"), image, left), straight, atol=1e-5)
+    several = predictor.probabilities([left, right, None])
+    assert len(several) == 3
 
 
 # Several at a time, and precision --------------------------------------------------------------------------------

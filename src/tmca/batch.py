@@ -1,267 +1,433 @@
-"""Many images: find them, give each its sentence, segment, write; one bad case never ends the batch."""
+"""Many images: read, segment and write at the same time; resume; one bad case never ends the batch."""
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import itertools
+import json
+import math
 import os
-import re
 import time
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from tmca.checkpoints import file_hashes, resolve_checkpoint
 from tmca.data.manifest import file_hash
-from tmca.data.tables import read_rows
 from tmca.environment import describe_environment
 from tmca.errors import DataError, StorageError, TMCAError
-from tmca.files import write_json
-from tmca.imaging.overlay import draw_overlay
-from tmca.imaging.raster import write_image, write_mask, write_probability
-from tmca.imaging.reading import IMAGE_SUFFIXES, case_name, is_image, read_image, split_frame
-from tmca.inference import Mask, Predictor
-from tmca.metrics import check_threshold
-from tmca.progress import track
+from tmca.files import storage_error, write_json
+from tmca.imaging.dicom_results import INTENDED_USE
+from tmca.imaging.frames import Frame, Frames
+from tmca.imaging.reading import read_frames, split_frame
+from tmca.inference import Predictor
+from tmca.jobs import Job
+from tmca.outputs import CaseWriter, OutputOptions, output_paths
+from tmca.prediction import Prediction, PredictionOptions
+from tmca.progress import say, track
 
-INTENDED_USE = "research only; not a medical device"
+READ_AHEAD = 4
+"""Images that are decoded before it is their turn."""
+WRITE_BEHIND = 8
+"""Cases that may wait to be written."""
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class _Slices:
+    """The slices of a series, each decoded when it is its turn."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __iter__(self) -> Iterator[Frame]:
+        for number, path in enumerate(self.paths):
+            yield replace(next(iter(read_frames(path).only(None))), number=number)
+
+
+Images = Frames | list[Frame] | _Slices
 
 
 @dataclass(frozen=True)
-class Job:
-    """One image with one sentence.
+class BatchOptions:
+    """How a batch is segmented and what is written.
 
     Attributes:
-        image: The file.
-        text: The sentence, or ``None`` for none.
-        name: Name of the output files, without ending.
+        prediction: How probabilities become masks.
+        outputs: What is written of each case.
+        overwrite: Compute everything again, and replace what is in the folder.
+        part: This share's number and how many there are; names the report and the journal of a share.
     """
 
-    image: Path
-    text: str | None
-    name: str
+    prediction: PredictionOptions = field(default_factory=PredictionOptions)
+    outputs: OutputOptions = field(default_factory=OutputOptions)
+    overwrite: bool = False
+    part: tuple[int, int] = (0, 1)
+
+    @property
+    def suffix(self) -> str:
+        """Ending of the names of this share's own files."""
+        number, count = self.part
+        return "" if count == 1 else f"-part-{number}-of-{count}"
 
 
 @dataclass
 class BatchReport:
-    """What became of a batch; :meth:`as_dict` is ``run_report.json``."""
+    """What became of a batch; :meth:`as_dict` is ``run_report.json``.
+
+    Attributes:
+        cases: Of each finished case, in order.
+        failures: Of each case that failed.
+        resumed: Cases that an earlier run had finished.
+        seconds: Of this run.
+    """
 
     cases: list[dict[str, Any]] = field(default_factory=list)
     failures: list[dict[str, str]] = field(default_factory=list)
+    resumed: int = 0
     seconds: float = 0.0
 
-    def as_dict(self, predictor: Predictor, model: str) -> dict[str, Any]:
+    def as_dict(self, predictor: Predictor) -> dict[str, Any]:
         """Return the report with versions, hashes and intended use."""
         return {
-            "intended_use": INTENDED_USE,
-            "model": {
-                "id": model,
-                "preset": predictor.experiment.name,
-                "sha256": file_hashes(resolve_checkpoint(model)),
-                "reads_text": predictor.model.reads_text,
-            },
-            "device": str(predictor.device),
-            "precision": predictor.precision,
+            "intended_use": INTENDED_USE.lower(),
+            "model": predictor.provenance(),
             "environment": describe_environment(),
             "cases": self.cases,
             "failures": self.failures,
+            "resumed": self.resumed,
             "seconds": round(self.seconds, 3),
         }
 
 
-def find_images(inputs: Sequence[str | Path]) -> list[Path]:
-    """Return the image files behind files, folders (searched through and through) and globs, sorted, each once.
-
-    Raises:
-        DataError: An input does not exist, or nothing was found.
-    """
-    found: dict[Path, Path] = {}
-    for item in inputs:
-        path = Path(item)
-        if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.is_file() and is_image(file))
-            if not files:
-                raise DataError(f"Folder {path} holds no image", hint=f"known endings: {', '.join(IMAGE_SUFFIXES)}")
-        elif path.exists() or split_frame(path)[0].is_file():
-            files = [path]
-        else:
-            files = sorted(Path(match) for match in glob.glob(str(item), recursive=True))  # noqa: PTH207
-            files = [file for file in files if file.is_file()]
-            if not files:
-                raise DataError(f"There is no file, folder or match for {str(item)!r}", hint="check the path")
-        for file in files:
-            found.setdefault(file.resolve(), file)
-    return list(found.values())
-
-
-def make_jobs(images: Iterable[Path], text: str | None) -> list[Job]:
-    """Return one job an image, all with one sentence; equal stems are told apart by their folders."""
-    paths = list(images)
-    return [Job(path, text, name) for path, name in zip(paths, _names(paths), strict=True)]
-
-
-def read_jobs(path: Path, images: Sequence[Path]) -> list[Job]:
-    """Read sentences from a CSV or JSONL with the columns ``image`` and ``text`` (or ``prompt``).
-
-    Args:
-        path: The file; ``image`` is a path, or how the path of one of ``images`` ends (``patient7/scan.png``), with
-            or without ``.png``.
-        images: What ``--input`` named. An image may stand on several lines; equal lines count once. Images without a
-            line get no job.
-
-    Raises:
-        DataError: A column is missing, or a line names an image that is not there, or not clearly.
-    """
-    asked: dict[tuple[Path, str | None], None] = {}
-    for line, row in read_rows(path, required=("image",)):
-        text = (row.get("text") or row.get("prompt") or "").strip()
-        asked[_match(path, line, row["image"], images), text or None] = None
-    unique = list(dict.fromkeys(image for image, _ in asked))
-    base = dict(zip(unique, _names(unique), strict=True))
-    lines = Counter(image for image, _ in asked)
-    return [
-        Job(image, text, base[image] if lines[image] == 1 else f"{base[image]}_{slug(text)}") for image, text in asked
-    ]
-
-
-def _match(path: Path, line: int, name: str, images: Sequence[Path]) -> Path:
-    """Return the input a line of a prompts file means: by its path, else by how its path ends."""
-    meant = (path.parent / name).resolve()
-    wanted = Path(name).parts
-    length = len(wanted)
-    by_path = [image for image in images if image.resolve() == meant or str(image) == name]
-    by_end = [image for image in images if image.absolute().parts[-length:] == wanted]
-    by_stem = [image for image in images if (*image.absolute().parent.parts, case_name(image))[-length:] == wanted]
-    for found in (by_path, by_end, by_stem):
-        if len(found) > 1:
-            raise DataError(
-                f"{path}, line {line}: image {name!r} could be {found[0]} or {found[1]}", hint="write its path"
-            )
-        if found:
-            return found[0]
-    raise DataError(f"{path}, line {line}: image {name!r} is not among the inputs", hint="check --input")
-
-
-def slug(text: str | None) -> str:
-    """Return a sentence as part of a file name: its first words, and a few digits of its hash."""
-    if not text:
-        return "no-text"
-    words = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40].strip("-")
-    return f"{words}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
-
-
 def predict_batch(
-    predictor: Predictor,
-    jobs: Sequence[Job],
-    folder: Path,
-    *,
-    model: str,
-    threshold: float = 0.5,
-    save_probabilities: bool = False,
-    overwrite: bool = False,
+    predictor: Predictor, jobs: Sequence[Job], folder: Path, options: BatchOptions | None = None
 ) -> BatchReport:
     """Segment every job and write masks, overlays and ``run_report.json``.
 
-    An image that stands in several jobs one after the other is encoded once. A case that fails is reported and the
-    batch goes on; only a folder that cannot be written ends it.
+    Images are decoded ahead and files are written behind, while the model computes. An image that stands in several
+    jobs one after the other is encoded once. Cases that an earlier run finished in this folder, with the same image,
+    sentence, model and options, are not computed again. A case that fails is reported and the batch goes on; only a
+    folder that cannot be written ends it.
 
     Args:
         predictor: The model.
         jobs: Images and sentences.
         folder: Where to write.
-        model: The model's folder or id, for the report.
-        threshold: Probability above which a pixel belongs to the mask.
-        save_probabilities: Also write 16-bit probability maps (65535 is 1).
-        overwrite: Replace masks that are there.
+        options: How, and what.
 
     Raises:
-        ConfigError: The threshold lies outside (0, 1).
-        StorageError: The folder cannot be written, or holds one of the masks already.
+        StorageError: The folder cannot be written, or holds a mask that this batch would replace.
     """
-    check_threshold(threshold)
-    existing = [job.name for job in jobs if (folder / f"{job.name}.png").exists()]
-    if existing and not overwrite:
-        raise StorageError(
-            f"{folder} holds {existing[0]}.png already" + (f" and {len(existing) - 1} more" if existing[1:] else ""),
-            hint="replace with --overwrite, or choose another folder",
-        )
-    report = BatchReport()
     started = time.monotonic()
-    encoded: Path | None = None
-    unguided: Mask | None = None
-    for job in track(jobs, "Segmenting", len(jobs)):
-        try:
-            clock = time.monotonic()
-            image = read_image(job.image)
-            if encoded != job.image:
-                encoded = unguided = None
-                predictor.set_image(image)
-                encoded = job.image
-            seconds = {"read_and_encode": time.monotonic() - clock}
-            clock = time.monotonic()
-            guided = bool(job.text) and predictor.model.reads_text
-            probability = predictor.probability(job.text)
-            mask = probability > threshold
-            if guided and unguided is None:
-                unguided = predictor.predict(None, threshold=threshold)
-            seconds["segment"] = time.monotonic() - clock
-            clock = time.monotonic()
-            outputs = {"mask": f"{job.name}.png", "overlay": f"overlays/{job.name}.png"}
-            write_mask(folder / outputs["mask"], mask)
-            write_image(folder / outputs["overlay"], draw_overlay(image, mask))
-            if save_probabilities:
-                outputs["probability"] = f"{job.name}_prob.png"
-                write_probability(folder / outputs["probability"], probability)
-            seconds["write"] = time.monotonic() - clock
-        except StorageError:
-            raise
-        except TMCAError as error:
-            report.failures.append(
-                {"image": str(job.image), "code": error.code, "message": error.message, "hint": error.hint}
-            )
-            continue
-        count, is_cut = predictor.count_tokens(job.text)
-        report.cases.append(
-            {
-                "image": str(job.image),
-                "sha256": file_hash(job.image),
-                "shape": [int(side) for side in mask.shape],
-                "prompt": job.text,
-                "setting": "guided" if guided else "no text",
-                "prompt_effect": _difference(mask, unguided) if guided and unguided is not None else None,
-                "tokens": count,
-                "truncated": is_cut,
-                "foreground_share": round(float(mask.mean()), 6),
-                "region_found": bool(mask.any()),
-                "outputs": outputs,
-                "seconds": {name: round(value, 4) for name, value in seconds.items()},
-            }
-        )
+    options = options or BatchOptions()
+    run = _Run(predictor, folder, options)
+    if not options.overwrite:
+        run.resume(jobs)
+        run.refuse_to_replace(jobs)
+    run.work([job for job in jobs if job.name not in run.done])
+    report = BatchReport([run.done[job.name] for job in jobs if job.name in run.done], run.failures, run.resumed)
     report.seconds = time.monotonic() - started
-    write_json(folder / "run_report.json", report.as_dict(predictor, model))
+    write_json(folder / f"run_report{options.suffix}.json", report.as_dict(predictor))
     return report
 
 
-def _difference(mask: Mask, other: Mask) -> float:
-    """Return 1 − Dice of two masks: 0 where they are equal (or both empty), 1 where they share nothing."""
-    total = int(mask.sum()) + int(other.sum())
-    return round(1 - 2 * int((mask & other).sum()) / total, 4) if total else 0.0
+class _Run:
+    """Reads, segments and writes at the same time."""
+
+    def __init__(self, predictor: Predictor, folder: Path, options: BatchOptions) -> None:
+        self.predictor = predictor
+        self.folder = folder
+        self.options = options
+        self.journal = _Journal(folder, options, predictor)
+        self.done: dict[str, dict[str, Any]] = {}
+        self.failures: list[dict[str, str]] = []
+        self.resumed = 0
+        self._writes: deque[tuple[Job, Future[dict[str, Any]]]] = deque()
+
+    def resume(self, jobs: Sequence[Job]) -> None:
+        """Take over what an earlier run finished."""
+        self.done = self.journal.finished(jobs)
+        self.resumed = len(self.done)
+        if self.done:
+            say(f"{len(self.done)} of {len(jobs)} cases were finished before")
+
+    def refuse_to_replace(self, jobs: Sequence[Job]) -> None:
+        """Refuse if a file that would be written is there and is not of an interrupted run of the same.
+
+        Raises:
+            StorageError: It is.
+        """
+        outputs = self.options.outputs
+        left = [job for job in jobs if job.name not in self.done]
+        paths = [(job, path) for job in left for path in output_paths(job, outputs).values()]
+        existing = [(job, path) for job, path in paths if os.path.lexists(self.folder / path)]
+        foreign = [path for job, path in existing if not self.journal.has_begun(job)]
+        if foreign:
+            raise StorageError(
+                f"{self.folder} holds {foreign[0]} already" + (f" and {len(foreign) - 1} more" if foreign[1:] else ""),
+                hint="it is of another model, sentence or option: use --overwrite, or choose another folder",
+            )
+
+    def work(self, jobs: Sequence[Job]) -> None:
+        """Segment the jobs."""
+        groups = [list(group) for _, group in itertools.groupby(jobs, key=lambda job: (job.image, job.slices))]
+        with ThreadPoolExecutor(2, "read") as readers, ThreadPoolExecutor(2, "write") as writers:
+            try:
+                for group, read in track(_ahead(_read, groups, readers), "Segmenting", len(groups)):
+                    for case in self._segment(group, read):
+                        self._writes.append((case.job, writers.submit(case.finish, self.journal.key)))
+                    self._finish(WRITE_BEHIND)
+                self._finish(0)
+            finally:
+                for _, written in self._writes:
+                    written.cancel()
+                self.journal.close()
+
+    def _segment(self, group: Sequence[Job], read: Future[tuple[Images, float]]) -> list[_Case]:
+        silent = [job for job in group if job.report is not None and job.report.prompt is None]
+        self.failures += [_failure(job, _names_nothing(job)) for job in silent]
+        group = [job for job in group if job not in silent]
+        try:
+            images = read.result()
+            for job in group:
+                self.journal.begin(job)
+            return _segment(self.predictor, images, group, self.folder, self.options)
+        except StorageError:
+            raise
+        except Exception as error:
+            self.failures += [_failure(job, error) for job in group]
+            return []
+
+    def _finish(self, waiting: int) -> None:
+        """Wait until no more than so many cases wait to be written."""
+        while len(self._writes) > waiting:
+            job, written = self._writes.popleft()
+            try:
+                self.done[job.name] = self.journal.note(written.result())
+            except StorageError:
+                raise
+            except Exception as error:
+                self.failures.append(_failure(job, error))
 
 
-def _names(paths: Sequence[Path]) -> list[str]:
-    """Return a name for each path: its stem; where stems are equal, with folders in front; never the same twice."""
-    stems = Counter(case_name(path) for path in paths)
-    parents = [str(path.absolute().parent) for path in paths]
-    root = os.path.commonpath(parents) if parents else ""
-    names: dict[str, None] = {}
-    for path in paths:
-        name = case_name(path)
-        if stems[name] > 1:
-            name = "_".join((*path.absolute().parent.relative_to(root).parts, name))
-        numbered = (f"{name}_{number}" for number in itertools.count(2))
-        choices = itertools.chain([name, f"{name}_{split_frame(path)[0].suffix[1:]}"], numbered)
-        names[next(choice for choice in choices if choice not in names)] = None
-    return list(names)
+def segment_job(predictor: Predictor, job: Job, folder: Path, options: BatchOptions) -> dict[str, Any]:
+    """Segment one job, write its files and return its entry in the report, one step after the other.
+
+    Raises:
+        TMCAError: The case failed.
+    """
+    (case,) = _segment(predictor, _read([job]), [job], folder, options)
+    return case.finish(_Journal(folder, options, predictor).key)
+
+
+@dataclass
+class _Case:
+    """A case whose files are being written.
+
+    Attributes:
+        job: What was asked for.
+        writer: Of its files.
+        waiting: The single image that is not written yet, so that another thread can; none of a volume.
+        entries: What the report says of each image.
+        voxel_volume: In mm³, where known.
+        seconds: Stage → duration.
+    """
+
+    job: Job
+    writer: CaseWriter
+    waiting: list[tuple[Frame, Prediction]] = field(default_factory=list)
+    entries: list[dict[str, Any]] = field(default_factory=list)
+    voxel_volume: float | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def add(self, frame: Frame, prediction: Prediction) -> None:
+        """Take in the prediction of one image of the case."""
+        self.entries.append(prediction.as_dict())
+        self.voxel_volume = frame.geometry.voxel_volume
+        for stage, seconds in prediction.seconds.items():
+            self.spend(stage, seconds)
+        if self.writer.several:
+            self.writer.add(frame, prediction)
+        else:
+            self.waiting.append((frame, prediction))
+
+    def spend(self, stage: str, seconds: float) -> None:
+        """Note how long something took."""
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+
+    def finish(self, key: Callable[[Job], str]) -> dict[str, Any]:
+        """Write what is left and return the case's entry in the report."""
+        started = time.perf_counter()
+        for frame, prediction in self.waiting:
+            self.writer.add(frame, prediction)
+        outputs = self.writer.close()
+        self.spend("write", time.perf_counter() - started)
+        known: dict[str, Any] = {"image": str(self.job.image), "name": self.job.name, "key": key(self.job)}
+        known["sha256"] = _content_hash(self.job)
+        report = {"report": None if self.job.report is None else self.job.report.as_dict()}
+        summary = self.entries[0] if len(self.entries) == 1 else _summary(self.entries, self.voxel_volume)
+        seconds = {name: round(value, 4) for name, value in self.seconds.items()}
+        return known | summary | report | {"outputs": outputs, "seconds": seconds}
+
+
+def _read(jobs: Sequence[Job]) -> tuple[Images, float]:
+    """Return the images of a file, and how long it took; one is decoded here, those of a volume in their turn."""
+    started = time.perf_counter()
+    frames = _Slices(jobs[0].slices) if jobs[0].slices else read_frames(jobs[0].image)
+    return (list(frames) if len(frames) == 1 else frames), time.perf_counter() - started
+
+
+def _segment(
+    predictor: Predictor,
+    read: tuple[Images, float],
+    jobs: Sequence[Job],
+    folder: Path,
+    options: BatchOptions,
+) -> list[_Case]:
+    """Segment what several jobs ask of one image; it is encoded once."""
+    frames, seconds = read
+    several = len(frames) > 1
+    source = predictor.provenance()
+    cases = [_Case(job, CaseWriter(folder, job, options.outputs, source, several=several)) for job in jobs]
+    for frame in frames:
+        predictor.set_image(frame)
+        for case, prediction in zip(
+            cases, predictor.ask_all([job.text for job in jobs], options.prediction), strict=True
+        ):
+            case.add(frame, prediction)
+    for case in cases:
+        case.spend("read", seconds)
+    return cases
+
+
+def _summary(entries: Sequence[dict[str, Any]], voxel_volume: float | None) -> dict[str, Any]:
+    """Return what the report says of a volume: sums over its slices."""
+    pixels = sum(entry["pixels"] for entry in entries)
+    size = sum(math.prod(entry["shape"]) for entry in entries)
+    found = {str(number): entry["pixels"] for number, entry in enumerate(entries) if entry["region_found"]}
+    same = ("prompt", "setting", "threshold", "tokens", "truncated", "spacing")
+    return {name: entries[0][name] for name in same} | {
+        "shape": [len(entries), *entries[0]["shape"]],
+        "answer": f"regions in {len(found)} of {len(entries)} slices" if found else "no region found",
+        "region_found": bool(found),
+        "foreground_share": round(pixels / size, 6),
+        "pixels": pixels,
+        "cubic_millimetres": None if voxel_volume is None else round(voxel_volume * pixels, 2),
+        "slices": found,
+    }
+
+
+def _ahead(
+    work: Callable[[Item], Result], items: Sequence[Item], pool: ThreadPoolExecutor
+) -> Iterator[tuple[Item, Future[Result]]]:
+    """Yield items with what is made of them, a few of which are always in the making."""
+    queue: deque[tuple[Item, Future[Result]]] = deque()
+    remaining = iter(items)
+    while True:
+        for item in itertools.islice(remaining, READ_AHEAD - len(queue)):
+            queue.append((item, pool.submit(work, item)))
+        if not queue:
+            return
+        yield queue.popleft()
+
+
+class _Journal:
+    """Which cases are begun and which are finished: a line of JSON each.
+
+    A case is known by its key, a hash of image, sentence, model and options, so that another threshold or model is not
+    taken for the same work. Files of a case that is begun and not finished are ours to replace.
+    """
+
+    def __init__(self, folder: Path, options: BatchOptions, predictor: Predictor) -> None:
+        self.folder = folder
+        self.path = folder / f"journal{options.suffix}.jsonl"
+        source = predictor.provenance()
+        source["models"] = [model | {"id": ""} for model in source["models"]]  # the same weights in another folder
+        settings = [asdict(options.prediction), asdict(options.outputs), source]
+        self._settings = json.dumps(settings, sort_keys=True, default=str)
+        self._entries: dict[str, dict[str, Any]] = {}
+        self._stream: Any = None
+
+    def key(self, job: Job) -> str:
+        """Return the hash of a case.
+
+        Raises:
+            DataError: The image cannot be read.
+        """
+        content = json.dumps([_content_hash(job), job.text, self._settings])
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def finished(self, jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
+        """Return the entries of the jobs that any share of an earlier run finished, whose files are still there."""
+        for path in sorted(self.folder.glob("journal*.jsonl")):
+            for line in path.read_text("utf-8", errors="replace").splitlines():
+                try:
+                    entry = json.loads(line)
+                    self._entries[entry["name"]] = entry
+                except (ValueError, KeyError, TypeError):
+                    continue  # cut off in the middle
+        return {job.name: self._entries[job.name] for job in jobs if self._is_finished(job)}
+
+    def has_begun(self, job: Job) -> bool:
+        """Whether an earlier run began this very case."""
+        entry = self._entries.get(job.name)
+        there = all(split_frame(file)[0].is_file() for file in job.slices or (job.image,))
+        return entry is not None and there and bool(entry["key"] == self.key(job))
+
+    def _is_finished(self, job: Job) -> bool:
+        outputs = self._entries.get(job.name, {}).get("outputs")
+        if not outputs or not all((self.folder / path).exists() for path in outputs.values()):
+            return False
+        return self.has_begun(job)
+
+    def begin(self, job: Job) -> None:
+        """Note that a case's files will be written."""
+        self.note({"name": job.name, "key": self.key(job)})
+
+    def note(self, entry: dict[str, Any]) -> dict[str, Any]:
+        """Add a finished case, and return it."""
+        try:
+            if self._stream is None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._stream = self.path.open("a", encoding="utf-8")
+            self._stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            self._stream.flush()
+        except OSError as error:
+            raise storage_error(self.path, error) from error
+        return entry
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._stream is not None:
+            self._stream.close()
+
+
+def _content_hash(job: Job) -> str:
+    """Return the SHA-256 of an image's bytes; of a series, of the hashes of its slices."""
+    if not job.slices:
+        return file_hash(job.image)
+    return hashlib.sha256("".join(file_hash(file) for file in job.slices).encode()).hexdigest()
+
+
+def _names_nothing(job: Job) -> DataError:
+    return DataError(
+        f"{job.image}: its report names no finding, so that there is nothing to segment",
+        hint="`tmca report-to-prompt` shows how it was read; give a sentence in `text` to segment all the same",
+    )
+
+
+def _failure(job: Job, error: Exception) -> dict[str, str]:
+    if not isinstance(error, TMCAError):
+        message = (str(error).splitlines() or [""])[0]
+        error = DataError(
+            f"{job.image}: {type(error).__name__}: {message}", hint="this is a fault of tmca; please report it"
+        )
+        return {"image": str(job.image), "code": TMCAError.code, "message": error.message, "hint": error.hint}
+    return {"image": str(job.image), "code": error.code, "message": error.message, "hint": error.hint}

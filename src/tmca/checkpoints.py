@@ -17,9 +17,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save
 from torch import Tensor
 
@@ -114,26 +117,16 @@ def load_checkpoint(name: str | Path) -> SegmentationModel:
     """
     folder = resolve_checkpoint(name)
     values = _read_config(folder)
-    for file, expected in values["sha256"].items():
-        if not (folder / file).is_file():
-            raise CheckpointError(f"{folder} lacks {file}", hint="copy the whole folder again")
-        if sha256_of(folder / file) != expected:
-            raise CheckpointError(
-                f"{folder / file} is not the file its config.json describes (another SHA-256)",
-                hint="the file was changed or damaged: copy the folder again",
-            )
+    with ThreadPoolExecutor(1) as pool:
+        read = pool.submit(_read_weights, folder, values["sha256"])
+        import_module("transformers.modeling_utils")  # takes as long as reading: both at once
+        state = read.result()
     try:
         experiment = from_dict(Experiment, values["experiment"], where="experiment")
     except ConfigError as error:
         problem = f"{folder / 'config.json'}: {error.message}"
         raise CheckpointError(problem, hint="was it written by a newer tmca?") from error
     model = _build(folder, experiment, values)
-    try:
-        state = load_tensors(folder / MODEL_FILE)
-        if TEXT_ENCODER_FILE in values["sha256"]:
-            state |= load_tensors(folder / TEXT_ENCODER_FILE)
-    except WeightsError as error:
-        raise CheckpointError(error.message, hint="copy the folder again") from error
     _fill(model, state, folder)
     model.experiment = experiment
     return model.eval()
@@ -237,6 +230,26 @@ decision about a patient. The licence of the training data may restrict the use 
 """
 
 
+def _read_weights(folder: Path, hashes: dict[str, Any]) -> dict[str, Tensor]:
+    """Return all weights, in memory of their own, after every file has proved to be the one that was written."""
+    for file, expected in hashes.items():
+        if not (folder / file).is_file():
+            raise CheckpointError(f"{folder} lacks {file}", hint="copy the whole folder again")
+        if sha256_of(folder / file) != expected:
+            raise CheckpointError(
+                f"{folder / file} is not the file its config.json describes (another SHA-256)",
+                hint="the file was changed or damaged: copy the folder again",
+            )
+    try:
+        state = load_tensors(folder / MODEL_FILE)
+        if TEXT_ENCODER_FILE in hashes:
+            state |= load_tensors(folder / TEXT_ENCODER_FILE)
+    except WeightsError as error:
+        raise CheckpointError(error.message, hint="copy the folder again") from error
+    # The file may be replaced while the model lives.
+    return {name: value.clone(memory_format=torch.contiguous_format) for name, value in state.items()}
+
+
 def _build(folder: Path, experiment: Experiment, values: dict[str, Any]) -> SegmentationModel:
     from transformers.initialization import no_init_weights
 
@@ -268,7 +281,7 @@ def _fill(model: SegmentationModel, state: dict[str, Tensor], folder: Path) -> N
                 f"The weights in {folder} do not fit its config: it {problem} {names[0]}{more}",
                 hint="config.json and weights must come from the same run",
             )
-    model.load_state_dict(state)
+    model.load_state_dict(state, assign=True)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from scipy import stats
 
 from tmca.config import Experiment, config_hash, from_dict
 from tmca.errors import ConfigError, DataError, TMCAError
-from tmca.evaluation import LEDGER_VERSION
+from tmca.evaluation.writing import LEDGER_VERSION
 from tmca.metrics import (
     COUNTS,
     EMPTY_SCORES,

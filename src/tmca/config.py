@@ -67,9 +67,19 @@ class AugmentationConfig:
     """Largest angle; small ones leave "left" and "top" true."""
     text_dropout: float = 0.0
     """Share of training sentences that are withheld, so that the model also learns to work without one."""
+    no_lesion_share: float = 0.0
+    """Share of training images that are cut down to a part without lesion, the mask empty, half of them with the
+    sentence they had and half with one that says there is none; so that the model also learns to answer "not there".
+    Images whose lesion leaves no such part stay as they are."""
 
     def __post_init__(self) -> None:
-        for name in ("zoom_probability", "mirror_probability", "rotation_probability", "text_dropout"):
+        for name in (
+            "zoom_probability",
+            "mirror_probability",
+            "rotation_probability",
+            "text_dropout",
+            "no_lesion_share",
+        ):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"augmentation.{name}", value, "a share in [0, 1]")
         degrees = self.rotation_degrees

@@ -10,7 +10,8 @@ from typing import Any
 
 from tmca.config import Experiment
 from tmca.data.phantom import write_phantoms
-from tmca.evaluation import Evaluation, evaluate, write_evaluation
+from tmca.evaluation import Evaluation, evaluate
+from tmca.evaluation.writing import write_evaluation
 from tmca.files import write_json
 from tmca.inference import Predictor
 from tmca.presets import get_preset

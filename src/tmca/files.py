@@ -33,12 +33,31 @@ def write_bytes(path: Path | str, data: bytes) -> None:
     Raises:
         StorageError: The file could not be written.
     """
+    with replace_file(path) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextlib.contextmanager
+def replace_file(path: Path | str) -> Iterator[Path]:
+    """Write a file that takes the name ``path`` when the block ends without an exception.
+
+    Missing parent folders are created. After an exception the old file is as it was and nothing is left of the new one.
+
+    Args:
+        path: File to write or replace.
+
+    Yields:
+        Where to write: a name in the same folder.
+
+    Raises:
+        StorageError: The file could not be written.
+    """
     target = Path(path)
     temporary = _sibling(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            temporary.write_bytes(data)
+            yield temporary
             temporary.replace(target)
         except BaseException:
             with contextlib.suppress(OSError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,8 @@ from tmca.checkpoints import load_checkpoint
 from tmca.config import Experiment
 from tmca.data.manifest import Manifest
 from tmca.errors import ConfigError
-from tmca.evaluation import Evaluation, Space, evaluate, write_evaluation
+from tmca.evaluation import Evaluation, Space, evaluate
+from tmca.evaluation.writing import write_evaluation
 from tmca.metrics import EmptyPolicy
 from tmca.nnunet import evaluation as nnunet_evaluation
 from tmca.nnunet.workspace import is_nnunet_run
@@ -60,7 +62,7 @@ def can_resume(folder: Path) -> bool:
 
 
 def score_run(
-    model: str | Path,
+    model: str | Path | Sequence[str | Path],
     manifest: Manifest,
     split: str,
     folder: Path,
@@ -76,7 +78,7 @@ def score_run(
     """Score a model on a split and write ``metrics.csv`` and ``summary.json``.
 
     Args:
-        model: Run folder, checkpoint folder or hub id.
+        model: Run folder, checkpoint folder or hub id; of several the probabilities are averaged.
         manifest: All splits.
         split: The one to score.
         folder: Where the files go.
@@ -92,13 +94,16 @@ def score_run(
         ConfigError: A threshold was asked of nnU-Net, which gives masks and no probabilities.
         TMCAError: As :func:`tmca.evaluation.evaluate` and :func:`tmca.nnunet.evaluation.evaluate`.
     """
-    if is_nnunet_run(Path(model)):
+    names = [model] if isinstance(model, str | Path) else list(model)
+    if any(is_nnunet_run(Path(name)) for name in names):
+        if len(names) > 1:
+            raise ConfigError("nnU-Net gives masks and no probabilities to average", hint="name it alone")
         if threshold != USUAL_THRESHOLD:
             raise ConfigError("nnU-Net's masks have no threshold to choose", hint="leave --threshold out")
         if mirrored:
             raise ConfigError("nnU-Net mirrors by itself", hint="leave --mirrored out")
         evaluation = nnunet_evaluation.evaluate(
-            Path(model),
+            Path(names[0]),
             manifest,
             split,
             space=space,
@@ -106,11 +111,11 @@ def score_run(
             surface_tolerance=surface_tolerance,
             device=device,
         )
-        weights = nnunet_evaluation.weights_hash(Path(model))
-        write_evaluation(evaluation, model, manifest, folder, model_sha256=weights)
+        weights = nnunet_evaluation.weights_hash(Path(names[0]))
+        write_evaluation(evaluation, names, manifest, folder, model_sha256=weights)
         return evaluation
     evaluation = evaluate(
-        load_checkpoint(model),
+        [load_checkpoint(name) for name in names],
         manifest,
         split,
         threshold=threshold,
@@ -121,5 +126,5 @@ def score_run(
         seed=seed,
         device=device,
     )
-    write_evaluation(evaluation, model, manifest, folder)
+    write_evaluation(evaluation, names, manifest, folder)
     return evaluation

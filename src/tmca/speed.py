@@ -34,7 +34,7 @@ from tmca.imaging.reading import read_image
 from tmca.losses import objective
 from tmca.models import SegmentationModel, build_model
 from tmca.models.operations import channels_last
-from tmca.models.prediction import prepare_for_prediction
+from tmca.models.preparation import prepare_for_prediction
 from tmca.models.text import SCRATCH, SentenceTokenizer
 
 MATRIX = 2048

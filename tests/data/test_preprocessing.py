@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tmca.config import AugmentationConfig, PreprocessingConfig
+from tmca.data.grammar import parse
 from tmca.data.preprocessing import (
     Drawn,
     augment,
@@ -20,6 +21,7 @@ from tmca.data.preprocessing import (
     resize_mask,
     restore,
     rotate,
+    without_lesion,
     zoom,
 )
 from tmca.errors import DataError
@@ -392,3 +394,45 @@ def test_brightness_and_contrast_leave_the_mask_and_stay_in_range():
     for values in (ratios, spreads):
         assert 0.48 < min(values) < 0.7
         assert 1.3 < max(values) < 1.52
+
+
+# Without a lesion ------------------------------------------------------------------------------------------------
+
+
+def test_the_largest_part_without_lesion_is_shown():
+    mask = np.zeros((40, 60), dtype=bool)
+    mask[5:12, 20:30] = True
+    image = np.zeros((40, 60, 3), dtype=np.uint8)
+    image[12:] = 200  # all below the lesion
+    cut = without_lesion(Drawn(image, mask, TEXT), denied=False)
+    assert (cut.image.shape, cut.mask.any(), cut.text) == ((40, 60, 3), False, TEXT)
+    assert (cut.image == 200).all()
+    assert cut.mask.shape == mask.shape
+
+
+def test_a_denied_sentence_says_that_there_is_none():
+    mask = np.zeros((40, 60), dtype=bool)
+    mask[5:12, 20:30] = True
+    cut = without_lesion(_drawn(mask, "one small polyp, located in top of the image"), denied=True)
+    assert parse(cut.text or "").present is False
+    assert without_lesion(_drawn(mask, None), denied=True).text is None
+
+
+@pytest.mark.parametrize("box", [(0, 0, 40, 60), (5, 10, 35, 50), None])
+def test_an_image_that_leaves_no_such_part_stays(box: tuple[int, int, int, int] | None):
+    mask = np.zeros((40, 60), dtype=bool)
+    if box is not None:
+        mask[box[0] : box[2], box[1] : box[3]] = True
+    drawn = _drawn(mask)
+    assert without_lesion(drawn, denied=True) is drawn
+
+
+def test_as_many_images_lose_their_lesion_as_asked():
+    mask = np.zeros((40, 60), dtype=bool)
+    mask[5:12, 20:30] = True
+    config = AugmentationConfig(zoom_probability=0.0, no_lesion_share=0.3)
+    found = [augment(_drawn(mask), config, np.random.default_rng(seed)) for seed in range(600)]
+    emptied = [drawn for drawn in found if not drawn.mask.any()]
+    assert 0.25 < len(emptied) / 600 < 0.35
+    denied = [drawn for drawn in emptied if parse(drawn.text or "").present is False]
+    assert 0.35 < len(denied) / len(emptied) < 0.65

@@ -16,7 +16,7 @@ from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
 from tmca.errors import ConfigError, DataError, StorageError
 from tmca.imaging import nifti
-from tmca.imaging.nifti import is_nifti, read_frames, read_mask, write_masks
+from tmca.imaging.nifti import is_nifti, read_frames, read_mask, write_masks, write_probabilities
 
 CODES = tuple(
     "".join(code) for order in itertools.permutations(("RL", "AP", "SI")) for code in itertools.product(*order)
@@ -271,6 +271,19 @@ def test_nifti_2_stays_nifti_2(tmp_path: Path):
     assert len(read_frames(source)) == 7
     write_masks(tmp_path / "mask.nii", {}, source)
     assert isinstance(nibabel.load(tmp_path / "mask.nii"), nibabel.Nifti2Image)
+
+
+def test_probabilities_lie_as_masks_do(tmp_path: Path):
+    source = _saved(tmp_path / "scan.nii.gz", BODY)
+    frame = read_frames(source)[3]
+    probability = np.random.default_rng(0).random(frame.geometry.size).astype(np.float32)
+    write_probabilities(tmp_path / "p.nii.gz", {3: probability}, source)
+    image = nibabel.load(tmp_path / "p.nii.gz")
+    values = np.asanyarray(image.dataobj)
+    assert (values.dtype, values.shape) == (np.float32, BODY.shape)
+    np.testing.assert_array_equal(image.affine, nibabel.load(source).affine)
+    np.testing.assert_array_equal(frame.geometry.to_upright(values[frame.geometry.plane]), probability)
+    assert np.count_nonzero(values) == np.count_nonzero(probability)
 
 
 def test_masks_that_cannot_be_written(tmp_path: Path):

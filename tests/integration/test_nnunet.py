@@ -12,7 +12,7 @@ import pytest
 from tmca.config import Experiment
 from tmca.data.manifest import Manifest
 from tmca.errors import WeightsError
-from tmca.evaluation import write_ledger
+from tmca.evaluation.writing import write_ledger
 from tmca.nnunet import engine
 from tmca.nnunet.evaluation import evaluate
 from tmca.nnunet.training import fit

@@ -13,7 +13,8 @@ from tmca import cli
 from tmca.config import Experiment
 from tmca.data.manifest import Manifest
 from tmca.demo import run_demo
-from tmca.evaluation import evaluate, write_evaluation
+from tmca.evaluation import evaluate
+from tmca.evaluation.writing import write_evaluation
 from tmca.inference import Predictor
 from tmca.presets import change
 from tmca.report import write_report

@@ -12,7 +12,8 @@ import pytest
 from tmca.config import Experiment
 from tmca.data.layouts import open_dataset
 from tmca.data.manifest import Manifest
-from tmca.evaluation import evaluate, write_evaluation
+from tmca.evaluation import evaluate
+from tmca.evaluation.writing import write_evaluation
 from tmca.imaging.raster import image_size
 from tmca.inference import Predictor
 from tmca.presets import change, get_preset

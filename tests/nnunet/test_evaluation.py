@@ -11,7 +11,7 @@ import pytest
 from tmca.data.cache import decode
 from tmca.data.manifest import Manifest
 from tmca.errors import CheckpointError, TMCAError
-from tmca.evaluation import write_evaluation, write_ledger
+from tmca.evaluation.writing import write_evaluation, write_ledger
 from tmca.files import sha256_of
 from tmca.nnunet.evaluation import evaluate, predict, weights_hash
 from tmca.nnunet.training import fit

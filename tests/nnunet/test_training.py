@@ -11,7 +11,7 @@ import pytest
 from tmca.config import Experiment, config_hash, from_dict
 from tmca.data.manifest import Manifest
 from tmca.errors import CheckpointError, ConfigError, DataError, StorageError, TMCAError, WeightsError
-from tmca.evaluation import read_run
+from tmca.evaluation.writing import read_run
 from tmca.nnunet.training import fit
 
 

@@ -20,8 +20,9 @@ from rich.console import Console
 from tmca.cli.catalogue import ModelsConvert, ModelsInstall, ModelsList, PresetsList, PresetsShow
 from tmca.cli.data import DataAudit, DataDescribe, DataImport, DataPhantom, DataSplit
 from tmca.cli.options import show
+from tmca.cli.reports import ReportToPrompt
 from tmca.cli.reproduction import Reproduce
-from tmca.cli.results import Bench, Compare
+from tmca.cli.results import Bench, BenchPrompts, Calibrate, Compare
 from tmca.cli.verbs import Demo, Evaluate, Predict, Train
 from tmca.config import Experiment
 from tmca.errors import EXIT_INTERRUPTED, ConfigError, TMCAError, unknown_name
@@ -33,9 +34,12 @@ VERBS: dict[str, Any] = {
     "train": Train,
     "evaluate": Evaluate,
     "predict": Predict,
+    "calibrate": Calibrate,
+    "report-to-prompt": ReportToPrompt,
     "compare": Compare,
     "reproduce": Reproduce,
     "bench": Bench,
+    "bench prompts": BenchPrompts,
     "data import": DataImport,
     "data audit": DataAudit,
     "data describe": DataDescribe,
@@ -119,7 +123,7 @@ def usage() -> str:
     """Return the list of verbs."""
     lines = ["Language-guided medical image segmentation.", "", "usage: tmca VERB [flags]", ""]
     for verb, command in VERBS.items():
-        lines.append(f"  {verb:14} {(command.__doc__ or '').splitlines()[0].partition(': `')[0].rstrip('.')}")
+        lines.append(f"  {verb:16} {(command.__doc__ or '').splitlines()[0].partition(': `')[0].rstrip('.')}")
     lines += [
         "",
         "`tmca VERB --help` lists the flags of a verb.",

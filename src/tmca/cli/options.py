@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.measure import Measurement
 
 Model = Annotated[str, tyro.conf.arg(aliases=["-m"], metavar="RUN")]
+Models = Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-m"], metavar="RUN …")]
 Data = Annotated[Path, tyro.conf.arg(metavar="MANIFEST|FOLDER")]
 Output = Annotated[Path, tyro.conf.arg(aliases=["-o"], metavar="FOLDER")]
 Device = Annotated[str, tyro.conf.arg(aliases=["-d"], metavar="{auto,cpu,cuda,cuda:N,mps}")]

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from rich.table import Table
 
-from tmca.cli.options import Device, show
+from tmca.cli.options import Data, Device, Model, Models, PromptLevel, show
+from tmca.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,42 @@ class Compare:
 
 
 @dataclass(frozen=True)
+class Calibrate:
+    """Make a model's probabilities mean what they say: `tmca calibrate -m RUN --data MANIFEST_OR_FOLDER`."""
+
+    model: Model
+    """Run folder or checkpoint folder; calibration.json and reliability.png are written into the checkpoint."""
+    data: Data
+    """Manifest file, or a dataset folder in a known layout."""
+    split: str = "val"
+    """What to fit on: cases that the model was not trained on."""
+    check: str = "test"
+    """What to look at, too, without fitting."""
+    prompt_level: PromptLevel = "p6"
+    """Detail of the sentences in datasets that have levels; p6 is the paper's."""
+    device: Device = "auto"
+    """Where to compute."""
+
+    def run(self) -> None:
+        """Fit, write, and print what changed."""
+        from tmca.calibration.fitting import DIAGRAM_FILE, calibrate_model
+        from tmca.checkpoints import resolve_checkpoint
+        from tmca.data.layouts import open_dataset
+
+        folder = resolve_checkpoint(self.model)
+        manifest = open_dataset(self.data, prompt=self.prompt_level)
+        report = calibrate_model(self.model, manifest, self.split, check=self.check, device=self.device)
+        table = Table(title=f"Temperature {report.calibration.temperature:.3f}", title_justify="left")
+        rows = report.rows()
+        for name in rows[0]:
+            table.add_column(name, justify="left" if name == "split" else "right")
+        for row in rows:
+            table.add_row(*row.values())
+        show(table)
+        show(f"Written to {folder}; said against true probabilities: {folder / DIAGRAM_FILE}")
+
+
+@dataclass(frozen=True)
 class Bench:
     """Show where time goes on this machine, stage by stage: `tmca bench -m RUN` or `tmca bench --preset NAME`."""
 
@@ -84,3 +122,37 @@ class Bench:
         if self.output is not None:
             speed.write(self.output)
             show(f"Written: {self.output}")
+
+
+@dataclass(frozen=True)
+class BenchPrompts:
+    """Show what a model makes of other wordings: `tmca bench prompts -m RUN … --data MANIFEST_OR_FOLDER`."""
+
+    model: Models
+    """Run folders, checkpoint folders or hub ids; a table each."""
+    data: Data
+    """Manifest file, or a dataset folder in a known layout; published levels p0…p9 are asked as they are."""
+    split: str = "test"
+    """Whose sentences to ask."""
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="FOLDER")] = None
+    """Also write prompts.json and pictures of some cases."""
+    device: Device = "auto"
+    """Where to compute."""
+
+    def run(self) -> None:
+        """Ask and print the tables."""
+        from tmca.data.layouts import open_dataset, read_levels
+        from tmca.inference import Predictor
+        from tmca.wordings import compare_wordings
+
+        manifest, ladder = open_dataset(self.data), read_levels(self.data)
+        for number, name in enumerate(self.model):
+            predictor = Predictor.from_pretrained(name, self.device)
+            if not predictor.reads_text:
+                raise ConfigError(f"{name} reads no sentence", hint="name a language-guided model")
+            folder = None if self.output is None else self.output / f"{number + 1}-{predictor.experiment.name}"
+            report = compare_wordings(predictor, manifest, self.split, ladder=ladder, pictures=folder)
+            show(report.table())
+            if folder is not None:
+                report.write(folder / "prompts.json")
+                show(f"Pictures and numbers: {folder}")

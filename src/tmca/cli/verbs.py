@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from tmca.cli.options import Data, Device, Model, Output, PromptLevel, show
+from tmca.cli.options import Data, Device, Models, Output, PromptLevel, show
 from tmca.config import Experiment
 from tmca.errors import ConfigError, DataError, PartialFailureError
 from tmca.progress import say
+
+if TYPE_CHECKING:
+    from tmca.inference import Predictor
+    from tmca.jobs import Job
 
 
 @dataclass(frozen=True)
@@ -95,8 +99,8 @@ class Train:
 class Evaluate:
     """Score a model on a split, with the right sentences and with wrong ones."""
 
-    model: Model
-    """Run folder, checkpoint folder or hub id."""
+    model: Models
+    """Run folder, checkpoint folder or hub id; of several the probabilities are averaged."""
     data: Data
     """Manifest file, or a dataset folder in a known layout."""
     split: str = "test"
@@ -129,17 +133,20 @@ class Evaluate:
         """Score, write the files and print the table."""
         from tmca.checkpoints import resolve_checkpoint
         from tmca.data.layouts import open_dataset
-        from tmca.evaluation import write_ledger
+        from tmca.evaluation.writing import write_ledger
         from tmca.inference import Predictor
         from tmca.nnunet.workspace import is_nnunet_run
         from tmca.report import score_table, surface_line, write_report
         from tmca.runs import score_run
 
-        is_external = is_nnunet_run(Path(self.model))
-        if not is_external:
-            resolve_checkpoint(self.model)  # a model that is not there is refused before the data is read
+        first = Path(self.model[0])
+        is_external = is_nnunet_run(first)
+        for name in () if is_external else self.model:
+            resolve_checkpoint(name)  # a model that is not there is refused before the data is read
+        if len(self.model) > 1 and self.output is None:
+            raise ConfigError("Averaged models have no folder for their scores", hint="name one with --output")
         manifest = open_dataset(self.data, prompt=self.prompt_level)
-        default = Path(self.model) if Path(self.model).is_dir() else Path("runs") / Path(self.model).name
+        default = first if first.is_dir() else Path("runs") / first.name
         folder = self.output or default / f"evaluation-{self.split}"
         evaluation = score_run(
             self.model,
@@ -154,16 +161,17 @@ class Evaluate:
             seed=self.seed,
             device=self.device,
         )
-        name = evaluation.experiment.name if evaluation.experiment is not None else Path(self.model).name
+        name = evaluation.experiment.name if evaluation.experiment is not None else first.name
+        name += f", {len(self.model)} models averaged" if len(self.model) > 1 else ""
         if self.ledger is not None:
-            write_ledger(evaluation, Path(self.model), manifest, manifest.name, self.ledger)
+            write_ledger(evaluation, [Path(run) for run in self.model], manifest, manifest.name, self.ledger)
         show(score_table(evaluation, f"{name} on {manifest.name}, {self.split} ({len(evaluation.ids)} cases)"))
         if evaluation.surface is not None:
             show(surface_line(evaluation))
         if is_external:
             show(f"Scores of the cases: {folder / 'metrics.csv'}")
             return
-        predictor = Predictor.from_pretrained(self.model, self.device)
+        predictor = Predictor.from_pretrained(self.model, self.device, "32", mirrored=self.mirrored)
         write_report(evaluation, predictor, manifest, folder, model=name)
         show(f"Report with pictures: {folder / 'report.html'}")
 
@@ -172,22 +180,45 @@ class Evaluate:
 class Predict:
     """Segment images by sentences: `tmca predict -i IMAGES -o OUT -p "one small polyp, top left" -m RUN`."""
 
-    input: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-i"], metavar="FILE|FOLDER|GLOB …")]
-    """Image files, folders or globs."""
     output: Output
     """Folder for masks, overlays and run_report.json."""
-    model: Model
-    """Run folder, checkpoint folder or hub id."""
+    model: Models
+    """Run folders, checkpoint folders or hub ids; of several the probabilities are averaged."""
+    input: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-i"], metavar="FILE|FOLDER|GLOB …")] = ()
+    """Image files, folders or globs; may be left out where --prompts names them."""
     prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"], metavar="SENTENCE")] = None
     """The sentence for all images; left out, images are segmented without one."""
-    prompts: Annotated[Path | None, tyro.conf.arg(metavar="FILE.csv|.jsonl")] = None
-    """Sentences by image: columns image and text; an image may stand on several lines."""
+    prompts: Annotated[Path | None, tyro.conf.arg(aliases=["--jobs"], metavar="FILE.csv|.jsonl")] = None
+    """Sentences by image: columns image and text or report, such as a manifest; an image may stand on several lines."""
+    report: Annotated[Path | None, tyro.conf.arg(metavar="FILE.txt")] = None
+    """A clinical report that the sentence for all images is taken from."""
     threshold: float = 0.5
     """Probability above which a pixel belongs to the mask."""
+    min_region: int = 0
+    """Leave out connected regions of fewer pixels."""
+    mirrored: bool = False
+    """Average over each image and its mirror image: a little better, twice the time."""
+    prompt_effect: bool = False
+    """Also compare each mask with those of the reordered and of a contradictory sentence."""
+    series: bool = False
+    """The input folders hold DICOM series: the slices of one become a volume."""
+    output_type: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TYPE …")] = ()
+    """Types of the results: png, nifti, rle, dicom-seg, dicom-fractional, dicom-sr, dicom-sc; by default nifti for
+    NIfTI volumes, else png."""
     save_probabilities: bool = False
-    """Also write 16-bit probability maps."""
+    """Also write probability maps: 16-bit PNG, or NIfTI where masks are."""
+    target: str = ""
+    """What is segmented, by a name of the table of codes, for DICOM; by default what the sentence names."""
+    codes: Annotated[Path | None, tyro.conf.arg(metavar="FILE.toml")] = None
+    """Your own table of codes for DICOM."""
+    prompt_in_dicom: bool = False
+    """Write the sentence into DICOM files; it may hold patient data."""
+    num_parts: int = 1
+    """Split the work into so many equal shares, for as many machines; all may write to one folder."""
+    part_id: int = 0
+    """Which share this is, from 0."""
     overwrite: bool = False
-    """Replace masks that are in the output folder."""
+    """Compute everything again; by default, what is finished in the output folder is kept."""
     device: Device = "auto"
     """Where to compute."""
     precision: Literal["auto", "32", "bf16"] = "auto"
@@ -195,47 +226,87 @@ class Predict:
 
     def run(self) -> None:
         """Segment, say what was written, and fail with exit code 4 if some cases failed."""
-        from tmca.batch import find_images, make_jobs, predict_batch, read_jobs
+        from tmca.batch import BatchOptions, predict_batch
         from tmca.inference import Predictor
+        from tmca.jobs import part_of
+        from tmca.outputs import OutputOptions
+        from tmca.prediction import ALL_EFFECTS, PredictionOptions
 
-        if self.prompt is not None and self.prompts is not None:
-            raise ConfigError("Both --prompt and --prompts were given", hint="use one of them")
-        if self.prompt is not None and not self.prompt.strip():
-            raise ConfigError("The sentence is blank", hint="write a sentence, or leave -p out to segment without one")
-        images = find_images(self.input)
-        jobs = read_jobs(self.prompts, images) if self.prompts is not None else make_jobs(images, self.prompt)
-        left_out = len(images) - len({job.image for job in jobs})
-        if left_out:
-            say(f"warning: {left_out} of {len(images)} images have no line in {self.prompts} and are not segmented")
-        predictor = Predictor.from_pretrained(self.model, self.device, self.precision)
-        _warn_of_prompt(predictor, [job.text for job in jobs])
-        report = predict_batch(
-            predictor,
-            jobs,
-            self.output,
-            model=self.model,
-            threshold=self.threshold,
-            save_probabilities=self.save_probabilities,
+        options = BatchOptions(
+            prediction=PredictionOptions(
+                self.threshold, self.min_region, ALL_EFFECTS if self.prompt_effect else ALL_EFFECTS[:1]
+            ),
+            outputs=OutputOptions(
+                types=self.output_type,
+                probabilities=self.save_probabilities,
+                target=self.target,
+                codes=self.codes,
+                prompt_in_dicom=self.prompt_in_dicom,
+            ),
             overwrite=self.overwrite,
+            part=(self.part_id, self.num_parts),
         )
+        jobs = part_of(self._jobs(), self.num_parts, self.part_id)
+        predictor = Predictor.from_pretrained(self.model, self.device, self.precision, mirrored=self.mirrored)
+        _warn_of_prompt(predictor, [job.text for job in jobs])
+        report = predict_batch(predictor, jobs, self.output, options)
         empty = sum(not case["region_found"] for case in report.cases)
+        conflicts = sum(bool(case.get("conflicts")) for case in report.cases)
         found = f"; no region found in {empty}" if empty else ""
-        show(f"{len(report.cases)} masks in {self.output}{found}. Details: {self.output / 'run_report.json'}")
+        found += f"; {conflicts} contradict their sentence" if conflicts else ""
+        details = self.output / f"run_report{options.suffix}.json"
+        show(f"{len(report.cases)} masks in {self.output}{found}. Details: {details}")
         for failure in report.failures:
             say(f"failed: {failure['message']} ({failure['hint']})")
         if report.failures and not report.cases:
             raise DataError(f"None of {len(jobs)} cases could be segmented", hint="see the messages above")
         if report.failures:
             raise PartialFailureError(
-                f"{len(report.failures)} of {len(jobs)} cases failed, the others are done", hint="see run_report.json"
+                f"{len(report.failures)} of {len(jobs)} cases failed, the others are done", hint=f"see {details}"
             )
 
+    def _jobs(self) -> list[Job]:
+        from tmca.jobs import find_images, make_jobs, make_series_jobs, read_jobs, read_prompt
+        from tmca.reports.prompt import NOTHING
 
-def _warn_of_prompt(predictor: Any, texts: Sequence[str | None]) -> None:  # noqa: ANN401
-    if not predictor.model.reads_text and any(texts):
+        given = {"--prompt": self.prompt, "--prompts": self.prompts, "--report": self.report}
+        if len(names := [name for name, value in given.items() if value is not None]) > 1:
+            raise ConfigError(f"Both {names[0]} and {names[1]} were given", hint="use one of them")
+        if self.prompt is not None and not self.prompt.strip():
+            raise ConfigError("The sentence is blank", hint="write a sentence, or leave -p out to segment without one")
+        if not self.input:
+            if self.prompts is None:
+                raise ConfigError("There is no image to segment", hint="name files or folders with --input")
+            return read_jobs(self.prompts)
+        report = None if self.report is None else read_prompt(self.report)
+        if report is not None:
+            say(f"the report says: {report.prompt or NOTHING}")
+        text = self.prompt if report is None else report.prompt
+        if self.series:
+            if self.prompts is not None:
+                raise ConfigError(
+                    "--series and --prompts were given", hint="name the slices' folders one by one with -p"
+                )
+            return make_series_jobs(self.input, text, report)
+        images = find_images(self.input)
+        if self.prompts is None:
+            return make_jobs(images, text, report)
+        jobs = read_jobs(self.prompts, images)
+        left_out = len(images) - len({job.image for job in jobs})
+        if left_out:
+            say(f"warning: {left_out} of {len(images)} images have no line in {self.prompts} and are not segmented")
+        return jobs
+
+
+def _warn_of_prompt(predictor: Predictor, texts: Sequence[str | None]) -> None:
+    if not predictor.reads_text and any(texts):
         say("warning: this model was trained without sentences and ignores the prompt")
     for text in dict.fromkeys(text for text in texts if text):
         count, is_cut = predictor.count_tokens(text)
         if is_cut:
             limit = predictor.experiment.model.text_encoder.max_tokens
-            say(f"warning: this sentence has {count} tokens and is cut to the model's {limit}: {text!r}")
+            shown = text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
+            say(f"warning: this sentence has {count} tokens and is cut to the model's {limit}: {shown!r}")
+
+
+LONGEST_SHOWN = 200

@@ -378,6 +378,11 @@ def mirror(text: str, axis: Literal["horizontal", "vertical"]) -> str | None:
     return _replaced(text, _HORIZONTAL if axis == "horizontal" else _VERTICAL)
 
 
+def deny(text: str) -> str:
+    """Return the sentence of the same grammar that says there is nothing."""
+    return write_sentence(Facts(grammar_of(text), present=False, count=0))
+
+
 def contradict(text: str) -> str | None:
     """Return a sentence in the same grammar that names something which is not there.
 

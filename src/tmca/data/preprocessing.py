@@ -16,11 +16,14 @@ from PIL import Image
 from torch import Tensor
 
 from tmca.config import AugmentationConfig, PreprocessingConfig
-from tmca.data.grammar import mirror
+from tmca.data.grammar import deny, mirror
 from tmca.errors import DataError
 
 ImageArray = UInt8[np.ndarray, "height width 3"]
 MaskArray = Bool[np.ndarray, "height width"]
+
+LEAST_PART = 0.25
+"""Share of an image's height and width that a part of it must have to be shown instead."""
 
 
 def prepare_image(image: ImageArray, config: PreprocessingConfig) -> Float[Tensor, "3 size size"]:
@@ -102,7 +105,9 @@ class Drawn:
 
 
 def augment(drawn: Drawn, config: AugmentationConfig, rng: np.random.Generator) -> Drawn:
-    """Change a training case at random: zoom, mirror and turn image and mask together, tone, text dropout.
+    """Change a training case at random: cut the lesion off, zoom, mirror, turn, tone, text dropout.
+
+    Image and mask change together.
 
     The same draws are made whatever the settings, so that switching one change off does not alter the others.
     """
@@ -110,6 +115,9 @@ def augment(drawn: Drawn, config: AugmentationConfig, rng: np.random.Generator) 
     factor = float(rng.uniform(*config.zoom_range))
     tone = rng.uniform(-1, 1, size=2)
     turn, angle = rng.random(), rng.uniform(-1, 1) * config.rotation_degrees
+    cut = rng.random(2)
+    if cut[0] < config.no_lesion_share:
+        drawn = without_lesion(drawn, denied=bool(cut[1] < 0.5))
     if share[0] < config.zoom_probability:
         drawn = zoom(drawn, factor)
     if share[1] < config.mirror_probability:
@@ -123,6 +131,32 @@ def augment(drawn: Drawn, config: AugmentationConfig, rng: np.random.Generator) 
     if share[3] < config.text_dropout:
         drawn = Drawn(drawn.image, drawn.mask, None)
     return drawn
+
+
+def without_lesion(drawn: Drawn, *, denied: bool) -> Drawn:
+    """Cut an image down to its largest part above, below, left or right of the lesion, at the size it had.
+
+    Args:
+        drawn: Unchanged if its mask is empty, or no such part has a quarter of the image's height and width.
+        denied: Whether the sentence becomes one that says there is none.
+    """
+    height, width = drawn.mask.shape
+    rows, columns = np.nonzero(drawn.mask.any(1))[0], np.nonzero(drawn.mask.any(0))[0]
+    if len(rows) == 0:
+        return drawn
+    parts = [
+        (0, 0, width, int(rows[0])),
+        (0, int(rows[-1]) + 1, width, height),
+        (0, 0, int(columns[0]), height),
+        (int(columns[-1]) + 1, 0, width, height),
+    ]
+    box = max(parts, key=lambda part: (part[2] - part[0]) * (part[3] - part[1]))
+    if box[2] - box[0] < width * LEAST_PART or box[3] - box[1] < height * LEAST_PART:
+        return drawn
+    # Cropped first: resizing a box looks at the pixels around it.
+    image = Image.fromarray(drawn.image).crop(box).resize((width, height), Image.Resampling.BICUBIC)
+    text = deny(drawn.text) if denied and drawn.text else drawn.text
+    return Drawn(np.asarray(image), np.zeros_like(drawn.mask), text)
 
 
 def zoom(drawn: Drawn, factor: float) -> Drawn:

@@ -11,7 +11,7 @@ import functools
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,10 +96,9 @@ def read_frames(path: Path | str, *, window: Window | None = None) -> Frames:
     """
     check_window(window)
     path = Path(path)
-    with _opened(path) as header:
-        source = _checked(path, header)
-        identity = _identity(header)
-        step = _slice_step(source)
+    source = read_source(path)
+    with _explained(path):
+        identity = _identity(source.header)
 
     @functools.cache
     def limits() -> tuple[float, float]:
@@ -114,9 +113,43 @@ def read_frames(path: Path | str, *, window: Window | None = None) -> Frames:
                 pixels = as_rgb(255 - grey if source.interpretation == "MONOCHROME1" else grey)
             else:
                 pixels = _rgb(source, stored)
-            return Frame(pixels, _geometry(source, number, step), identity, number if source.count > 1 else None)
+            return Frame(pixels, source.geometry(number), identity, number if source.count > 1 else None)
 
     return Frames(path, source.size, range(source.count), numbered=source.count > 1, load=load)
+
+
+def read_header(path: Path | str) -> Dataset:
+    """Return the tags of a DICOM file of any kind, without its pixels.
+
+    Raises:
+        DataError: The file is missing, damaged or not DICOM.
+    """
+    with _opened(Path(path)) as header:
+        return header
+
+
+def read_source(path: Path | str) -> Source:
+    """Read an image file's header, from which its geometry is known and results that belong to it are made.
+
+    Raises:
+        DataError: As for :func:`read_frames`.
+    """
+    path = Path(path)
+    with _opened(path) as header:
+        return _checked(path, header)
+
+
+def find_source(path: Path | str) -> Source | None:
+    """Return :func:`read_source`, or ``None`` of a DICOM file that holds no image: a report, a mask, a directory.
+
+    Raises:
+        DataError: As for :func:`read_frames`.
+    """
+    path = Path(path)
+    with _opened(path) as header:
+        if _is_segmentation(header) or not any(header.get(name) for name in _NEEDED):
+            return None
+        return _checked(path, header)
 
 
 def is_dicom(path: Path | str) -> bool:
@@ -132,14 +165,47 @@ def is_dicom(path: Path | str) -> bool:
 
 
 @dataclass(frozen=True)
-class _Source:
-    """A file whose header holds what decoding needs."""
+class Source:
+    """A file whose header holds what decoding needs.
+
+    Attributes:
+        path: The file.
+        header: Its tags, without the pixels; kept out of ``repr`` and so out of logs.
+        count: Number of its frames.
+        size: Rows and columns.
+        interpretation: Photometric Interpretation.
+    """
 
     path: Path
-    header: Dataset
+    header: Dataset = field(repr=False)
     count: int
     size: tuple[int, int]
     interpretation: str
+
+    @functools.cached_property
+    def step(self) -> NDArray[np.float64] | None:
+        """The way from a frame to the next in millimetres (RAS+) if all are equally far apart."""
+        return _slice_step(self)
+
+    def geometry(self, number: int = 0) -> Geometry:
+        """Return how the upright array of a frame maps to the file and to the patient."""
+        with _explained(self.path):
+            return _geometry(self, number, self.step)
+
+    def position(self, number: int = 0) -> NDArray[np.float64] | None:
+        """Return the centre of a frame's first pixel in millimetres (RAS+); ``None`` where the file does not say."""
+        with _explained(self.path):
+            return _position(self, number)
+
+    def directions(self, number: int = 0) -> NDArray[np.float64] | None:
+        """Return the unit vectors (RAS+) along which rows and columns are counted, and their normal, as columns."""
+        with _explained(self.path):
+            return _directions(self, number)
+
+    def tag(self, keyword: str, number: int = 0) -> Any:  # noqa: ANN401
+        """Return a value for one frame: from its own functional groups, the shared ones, or the file's top."""
+        with _explained(self.path):
+            return _tag(self, number, keyword)
 
     @property
     def bits(self) -> int:
@@ -202,10 +268,10 @@ def _refuse_inflation(path: Path, meta: Dataset) -> None:
         raise too_large(path, f"over {MAX_INFLATED_BYTES // 1_000_000} MB when decompressed")
 
 
-def _checked(path: Path, header: Dataset) -> _Source:
+def _checked(path: Path, header: Dataset) -> Source:
     """Refuse a file that is no image or that cannot be decoded here, before anything is decoded."""
     kind = _kind(header)
-    if str(header.get("SOPClassUID", "")) == _SEGMENTATION:
+    if _is_segmentation(header):
         raise DataError(f"{path} holds a segmentation, not an image", hint="name the image that it was drawn on")
     missing = [name for name in _NEEDED if header.get(name) in (None, "")]
     if len(missing) == len(_NEEDED):
@@ -227,7 +293,11 @@ def _checked(path: Path, header: Dataset) -> _Source:
             hint=f"known are {', '.join(known)}",
         )
     _require_decoder(path, header)
-    return _Source(path, header, count, (rows, columns), interpretation)
+    return Source(path, header, count, (rows, columns), interpretation)
+
+
+def _is_segmentation(header: Dataset) -> bool:
+    return str(header.get("SOPClassUID", "")) == _SEGMENTATION
 
 
 def _kind(header: Dataset) -> str:
@@ -259,7 +329,7 @@ def _require_decoder(path: Path, header: Dataset) -> None:
 # Pixels ----------------------------------------------------------------------------------------------------------
 
 
-def _decoded(source: _Source, number: int) -> NDArray[Any]:
+def _decoded(source: Source, number: int) -> NDArray[Any]:
     from pydicom.pixels.utils import pixel_array
 
     if not any(keyword in source.dataset for keyword in _PIXELS):
@@ -276,7 +346,7 @@ def _decoded(source: _Source, number: int) -> NDArray[Any]:
         ) from error
 
 
-def _modality_values(source: _Source, view: Dataset, stored: NDArray[Any]) -> NDArray[Any]:
+def _modality_values(source: Source, view: Dataset, stored: NDArray[Any]) -> NDArray[Any]:
     from pydicom.pixels.processing import apply_modality_lut
 
     with np.errstate(over="ignore"):
@@ -288,7 +358,7 @@ def _modality_values(source: _Source, view: Dataset, stored: NDArray[Any]) -> ND
 
 
 def _grey(
-    source: _Source,
+    source: Source,
     number: int,
     stored: NDArray[Any],
     window: Window | None,
@@ -324,7 +394,7 @@ def _looked_up(view: Dataset, values: NDArray[Any]) -> NDArray[np.uint8]:
     return shown_between(apply_voi(whole, view), 0.0, 2.0**bits - 1)
 
 
-def _value_limits(source: _Source, number: int) -> tuple[float, float]:
+def _value_limits(source: Source, number: int) -> tuple[float, float]:
     """Return the robust limits of a frame's values after the modality transformation, without its padding."""
     stored = _decoded(source, number)
     values = _modality_values(source, _view(source, number), stored)
@@ -337,7 +407,7 @@ def _value_limits(source: _Source, number: int) -> tuple[float, float]:
     return robust_limits(values)
 
 
-def _rgb(source: _Source, stored: NDArray[Any]) -> NDArray[np.uint8]:
+def _rgb(source: Source, stored: NDArray[Any]) -> NDArray[np.uint8]:
     bits = source.bits
     if source.interpretation == _PALETTE:
         from pydicom.pixels.processing import apply_color_lut
@@ -352,7 +422,7 @@ def _rgb(source: _Source, stored: NDArray[Any]) -> NDArray[np.uint8]:
 # Tags ------------------------------------------------------------------------------------------------------------
 
 
-def _tag(source: _Source, number: int, keyword: str) -> Any:  # noqa: ANN401
+def _tag(source: Source, number: int, keyword: str) -> Any:  # noqa: ANN401
     """Return a value for one frame: from its own functional groups, the shared ones, or the file's top."""
     per_frame = source.header.get("PerFrameFunctionalGroupsSequence") or ()
     shared = source.header.get("SharedFunctionalGroupsSequence") or ()
@@ -363,7 +433,7 @@ def _tag(source: _Source, number: int, keyword: str) -> Any:  # noqa: ANN401
     return source.header.get(keyword)
 
 
-def _view(source: _Source, number: int) -> Dataset:
+def _view(source: Source, number: int) -> Dataset:
     """Return the tags that pydicom's transformations of values look for, for one frame."""
     from pydicom import Dataset
 
@@ -409,7 +479,7 @@ def _identity(header: Dataset) -> Identity:
     )
 
 
-def _geometry(source: _Source, number: int, step: NDArray[np.float64] | None) -> Geometry:
+def _geometry(source: Source, number: int, step: NDArray[np.float64] | None) -> Geometry:
     spacing, spacing_from = _spacing(source, number)
     several = source.count > 1
     if step is not None:
@@ -429,7 +499,7 @@ def _geometry(source: _Source, number: int, step: NDArray[np.float64] | None) ->
     )
 
 
-def _spacing(source: _Source, number: int) -> tuple[tuple[float, float] | None, str]:
+def _spacing(source: Source, number: int) -> tuple[tuple[float, float] | None, str]:
     for keyword in _SPACINGS:
         numbers = _numbers(_tag(source, number, keyword), 2)
         if numbers is not None and min(numbers) > 0:
@@ -437,7 +507,7 @@ def _spacing(source: _Source, number: int) -> tuple[tuple[float, float] | None, 
     return None, ""
 
 
-def _thickness(source: _Source, number: int) -> float | None:
+def _thickness(source: Source, number: int) -> float | None:
     for keyword in ("SpacingBetweenSlices", "SliceThickness"):
         value = _tag(source, number, keyword)
         if value is not None and value != "" and abs(float(value)) > 0:
@@ -445,7 +515,7 @@ def _thickness(source: _Source, number: int) -> float | None:
     return None
 
 
-def _directions(source: _Source, number: int) -> NDArray[np.float64] | None:
+def _directions(source: Source, number: int) -> NDArray[np.float64] | None:
     """Return the directions (RAS+) in which rows and columns are counted, and their normal, as a matrix's columns."""
     cosines = _numbers(_tag(source, number, "ImageOrientationPatient"), 6)
     if cosines is None:
@@ -457,7 +527,7 @@ def _directions(source: _Source, number: int) -> NDArray[np.float64] | None:
     return np.stack([along_column, along_row, normal], axis=1)
 
 
-def _position(source: _Source, number: int) -> NDArray[np.float64] | None:
+def _position(source: Source, number: int) -> NDArray[np.float64] | None:
     """Return the centre of the first stored pixel in millimetres (RAS+)."""
     if source.count > 1 and not source.header.get("PerFrameFunctionalGroupsSequence"):
         return None  # one position at the top cannot be that of all frames
@@ -465,7 +535,7 @@ def _position(source: _Source, number: int) -> NDArray[np.float64] | None:
     return None if position is None else np.array(position) * _LPS_TO_RAS
 
 
-def _slice_step(source: _Source) -> NDArray[np.float64] | None:
+def _slice_step(source: Source) -> NDArray[np.float64] | None:
     """Return the way from a frame to the next in millimetres (RAS+) if all are equally far apart, else ``None``."""
     positions = [_position(source, number) for number in range(source.count)] if source.count > 1 else []
     known = [position for position in positions if position is not None]
@@ -479,7 +549,7 @@ def _slice_step(source: _Source) -> NDArray[np.float64] | None:
 
 
 def _affine(
-    source: _Source,
+    source: Source,
     number: int,
     spacing: tuple[float, float] | None,
     thickness: float | None,

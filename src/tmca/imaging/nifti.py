@@ -97,7 +97,7 @@ def read_mask(path: Path | str, number: int) -> NDArray[np.bool_]:
 
 
 def write_masks(path: Path | str, masks: Mapping[int, NDArray[np.bool_]], source: Path | str) -> None:
-    """Write upright masks as a label volume (0 and 1) on the grid of the volume they were drawn on, in one step.
+    """Write upright masks as a label volume (uint8, 0 and 1) on the grid of the volume they were drawn on, in one step.
 
     Shape, orientation, affine and units are the source's; slices without a mask are empty.
 
@@ -110,27 +110,82 @@ def write_masks(path: Path | str, masks: Mapping[int, NDArray[np.bool_]], source
         DataError: The source cannot be read, or a mask is of another size or for a slice that is not there.
         StorageError: The name has another ending, or the file could not be written.
     """
-    path, source = Path(path), Path(source)
-    if not is_nifti(path):
-        raise StorageError(f"Cannot write {path}: a volume is NIfTI", hint="let the name end in .nii or .nii.gz")
-    grid = _read_grid(source)
-    labels = np.zeros(grid.shape, dtype=np.uint8)
-    for number, mask in masks.items():
-        geometry = grid.geometry(number)
-        labels[geometry.plane] = geometry.to_stored(np.asarray(mask, dtype=bool))
-    with _opened(source) as image:
-        header: Any = image.header
-        written: Any = type(image)(labels.reshape(image.shape), image.affine)
-        written.header.set_xyzt_units(*header.get_xyzt_units())
-        written.set_sform(*header.get_sform(coded=True))
-        written.set_qform(*header.get_qform(coded=True))
-        content = written.to_bytes()
-    write_bytes(path, gzip.compress(content, mtime=0) if path.name.lower().endswith(".gz") else content)
+    _write_planes(path, masks, source, np.bool_)
+
+
+def write_probabilities(
+    path: Path | str, probabilities: Mapping[int, NDArray[np.floating[Any]]], source: Path | str
+) -> None:
+    """Write upright probability maps as a float32 volume on the grid of their image's. See :func:`write_masks`."""
+    _write_planes(path, probabilities, source, np.float32)
+
+
+def write_volume(
+    path: Path | str, values: NDArray[np.bool_] | NDArray[np.float32], affine: NDArray[np.float64]
+) -> None:
+    """Write a mask (as uint8, 0 and 1) or a probability map as a volume, in one step.
+
+    Args:
+        path: File ending in ``.nii`` or ``.nii.gz``.
+        values: Three axes.
+        affine: Index → millimetres, RAS+.
+
+    Raises:
+        StorageError: The name has another ending, or the file could not be written.
+    """
+    import nibabel
+
+    _require_suffix(path)
+    image: Any = nibabel.Nifti1Image(_labels(values), affine)  # type: ignore[no-untyped-call]
+    image.header.set_xyzt_units("mm")
+    image.set_sform(affine, code="scanner")
+    image.set_qform(affine, code="scanner")
+    if not np.allclose(image.get_qform(), affine, atol=1e-4):  # a qform cannot say that slices are shifted
+        image.set_qform(None, code="unknown")
+    _write(path, image)
 
 
 def is_nifti(path: Path | str) -> bool:
     """Return whether a file's name ends as NIfTI files do."""
     return Path(path).name.lower().endswith(NIFTI_SUFFIXES)
+
+
+def _write_planes(
+    path: Path | str,
+    planes: Mapping[int, NDArray[Any]],
+    source: Path | str,
+    dtype: type[np.bool_] | type[np.float32],
+) -> None:
+    _require_suffix(path)
+    source = Path(source)
+    grid = _read_grid(source)
+    values = np.zeros(grid.shape, dtype=dtype)
+    for number, plane in planes.items():
+        geometry = grid.geometry(number)
+        values[geometry.plane] = geometry.to_stored(np.asarray(plane, dtype=dtype))
+    with _opened(source) as image:
+        header: Any = image.header
+        written: Any = type(image)(_labels(values).reshape(image.shape), image.affine)
+        written.header.set_xyzt_units(*header.get_xyzt_units())
+        written.set_sform(*header.get_sform(coded=True))
+        written.set_qform(*header.get_qform(coded=True))
+    _write(path, written)
+
+
+def _labels(values: NDArray[Any]) -> NDArray[Any]:
+    return values.astype(np.uint8) if values.dtype == np.bool_ else values
+
+
+def _require_suffix(path: Path | str) -> None:
+    if not is_nifti(path):
+        raise StorageError(f"Cannot write {path}: a volume is NIfTI", hint="let the name end in .nii or .nii.gz")
+
+
+def _write(path: Path | str, image: Any) -> None:  # noqa: ANN401
+    content = image.to_bytes()
+    # Level 6 as gzip's own program: level 9 takes many times as long on noise, and saves next to nothing.
+    compressed = str(path).lower().endswith(".gz")
+    write_bytes(path, gzip.compress(content, compresslevel=6, mtime=0) if compressed else content)
 
 
 @dataclass(frozen=True)

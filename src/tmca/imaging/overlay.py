@@ -85,7 +85,7 @@ def draw_strip(
     height, width = image.shape[:2]
     size = max(12, round(CAPTION_SHARE * width))
     font = ImageFont.load_default(size=size)
-    captions = [_wrapped(panel.caption, font, width) for panel in panels]
+    captions = [wrapped(panel.caption, font, width) for panel in panels]
     top = MARGIN + round(1.25 * size) * max(len(lines) for lines in captions)
     strip = Image.new("RGB", (len(panels) * (width + MARGIN) + MARGIN, top + height + MARGIN), PAPER)
     pen = ImageDraw.Draw(strip)
@@ -104,7 +104,8 @@ def _enlarged(array: NDArray[Value], scale: int) -> NDArray[Value]:
     return np.repeat(np.repeat(array, scale, axis=0), scale, axis=1)
 
 
-def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+def wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    """Return the lines of a text that is broken between words to fit a width in pixels; a long word stays whole."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

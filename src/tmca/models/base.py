@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ class SegmentationModel(nn.Module, ABC):
             are; ``None`` where that was not measured, and prediction is in float32 unless asked otherwise.
     """
 
-    exact_parts: ClassVar[tuple[str, ...] | None] = None
+    exact_parts: tuple[str, ...] | None = None
 
     def __init__(self, text_encoder: TextEncoder | None = None) -> None:
         super().__init__()

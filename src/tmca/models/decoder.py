@@ -173,8 +173,9 @@ class UpsampleBlock(nn.Module):
         """
         upsampled = self.upsample(features)
         convolution, norm, activation = self._first
+        bias: Tensor | None = convolution.bias  # type: ignore[assignment]
         kernel = self._kernel[:, : upsampled.shape[1]]
-        joined = nn.functional.conv2d(upsampled, kernel, convolution.bias, padding=1) + encoded_skip
+        joined = nn.functional.conv2d(upsampled, kernel, bias, padding=1) + encoded_skip
         refined: Tensor = self.refine[1](activation(norm(joined)))
         return refined
 

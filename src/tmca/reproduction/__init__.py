@@ -16,7 +16,7 @@ from tmca.config import Experiment, config_hash
 from tmca.data.manifest import Manifest
 from tmca.data.phantom import write_phantoms
 from tmca.errors import TMCAError, unknown_name
-from tmca.evaluation import write_ledger
+from tmca.evaluation.writing import write_ledger
 from tmca.presets import get_preset
 from tmca.progress import say
 from tmca.reproduction.ledger import Entry, Ledger

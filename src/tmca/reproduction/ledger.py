@@ -34,6 +34,12 @@ class Entry:
         """Name of the entry."""
         return self.path.stem
 
+    @property
+    def is_averaged(self) -> bool:
+        """Whether the scores are of mirror images or several models averaged, and not of a model alone."""
+        metrics = self.values["metrics"]
+        return bool(metrics.get("mirrored", False)) or int(metrics.get("models", 1)) > 1
+
     def score(self, protocol: str, name: str) -> float:
         """Return a score, for example ``("pooled", "dice")`` or ``("per_case_mean", "dice")``."""
         return float(self.values["metrics"][protocol][name])
@@ -54,7 +60,7 @@ class Ledger:
         """Return the entry of an experiment on a split of some data, or ``None``."""
         wanted = (config_hash(experiment), data_hash, split)
         found = (e for e in self.entries if (e.config_hash, e.data_hash, e.values.get("split")) == wanted)
-        return next((entry for entry in found if not entry.values["metrics"].get("mirrored", False)), None)
+        return next((entry for entry in found if not entry.is_averaged), None)
 
     def on_other_data(self, experiment: Experiment, data_hash: str, dataset: str) -> Entry | None:
         """Return an entry of the same experiment on a dataset of the same name but other content, or ``None``."""

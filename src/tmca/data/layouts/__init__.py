@@ -16,7 +16,17 @@ from tmca.data.layouts.copying import copy_dataset
 from tmca.data.manifest import Manifest
 from tmca.errors import DataError, unknown_name
 
-__all__ = ["LAYOUTS", "PROMPT_LEVELS", "Imported", "Layout", "Problem", "copy_dataset", "open_dataset", "read_layout"]
+__all__ = [
+    "LAYOUTS",
+    "PROMPT_LEVELS",
+    "Imported",
+    "Layout",
+    "Problem",
+    "copy_dataset",
+    "open_dataset",
+    "read_layout",
+    "read_levels",
+]
 
 PROMPT_LEVELS = tuple(f"p{level}" for level in range(10))
 """Detail of the medvlsm sentences; p6 is the paper's, p0 is none, p7 to p9 are lists of paraphrases."""
@@ -134,6 +144,14 @@ def open_dataset(path: Path | str, *, prompt: str = "p6", seed: int = 0) -> Mani
             hint=f"copy the dataset again, or keep the other cases: tmca data import {path} -o manifest.csv",
         )
     return imported.manifest
+
+
+def read_levels(path: Path | str) -> dict[str, Manifest]:
+    """Return a dataset with its sentences of each level of detail, p1 to p9; empty where it has no levels."""
+    path = Path(path).absolute()
+    if not path.is_dir() or _recognised(path) != "medvlsm":
+        return {}
+    return {level: open_dataset(path, prompt=level) for level in PROMPT_LEVELS[1:]}
 
 
 def _require_folder(path: Path) -> None:

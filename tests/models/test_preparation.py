@@ -9,7 +9,7 @@ from torch import nn
 
 from tmca.config import ImageEncoderConfig
 from tmca.models import TMCA
-from tmca.models.prediction import InFloat32, prepare_for_prediction
+from tmca.models.preparation import InFloat32, prepare_for_prediction
 
 TEXTS = ["one small bright lesion, located in top left of the image", "two dark lesions"]
 
@@ -28,6 +28,14 @@ def model(tiny_model: Callable[..., TMCA]) -> TMCA:
     return model.eval()
 
 
+@pytest.fixture
+def mobilenet(tiny_model: Callable[..., TMCA]) -> TMCA:
+    encoder = ImageEncoderConfig(
+        weights="none", architecture="mobilenet_v2", options={"depth_multiplier": 0.25, "finegrained_output": False}
+    )
+    return tiny_model(image_encoder=encoder).eval()
+
+
 def _logits(model: nn.Module, images: torch.Tensor, *, half: bool = False) -> torch.Tensor:
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=half):
         return model.segment(model.encode_image(images), model.encode_text(TEXTS)).mask_logits.float()
@@ -41,14 +49,10 @@ def test_folded_normalisations_change_nothing(model: TMCA):
     assert not any(isinstance(module, nn.BatchNorm2d) for module in network.decoder.modules())
 
 
-def test_transformers_convolutions_are_folded(tiny_model: Callable[..., TMCA]):
-    encoder = ImageEncoderConfig(
-        weights="none", architecture="mobilenet_v2", options={"depth_multiplier": 0.25, "finegrained_output": False}
-    )
-    model = tiny_model(image_encoder=encoder).eval()
+def test_transformers_convolutions_are_folded(mobilenet: TMCA):
     images = torch.randn(2, 3, 64, 64)
-    network = prepare_for_prediction(model, torch.device("cpu"), half=False)
-    torch.testing.assert_close(_logits(network, images), _logits(model, images), rtol=1e-3, atol=1e-3)
+    network = prepare_for_prediction(mobilenet, torch.device("cpu"), half=False)
+    torch.testing.assert_close(_logits(network, images), _logits(mobilenet, images), rtol=1e-3, atol=1e-3)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
 
 
@@ -59,18 +63,30 @@ def test_the_model_stays_as_it_is(model: TMCA, half: bool):
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before)
-    shared = {id(value) for value in model.image_encoder.parameters()}
-    assert shared <= {id(value) for value in network.parameters()}
+    norms = {id(module.weight) for module in model.modules() if isinstance(module, nn.LayerNorm)}
+    assert norms <= {id(value) for value in network.parameters()}  # shared, not copied
 
 
-def test_what_must_be_exact_stays_in_float32(model: TMCA):
+def _precisions(model: TMCA, images: torch.Tensor) -> tuple[set[torch.dtype], set[torch.dtype]]:
     network = prepare_for_prediction(model, torch.device("cpu"), half=True)
-    assert isinstance(network.image_encoder, InFloat32)
-    images = torch.randn(2, 3, 64, 64)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         features = network.encode_image(images)
-    assert {maps.dtype for maps in features.feature_maps.values()} == {torch.float32}
-    assert {maps.dtype for maps in features.encoded_skips.values()} == {torch.bfloat16}
+    maps, skips = features.feature_maps.values(), features.encoded_skips.values()
+    return {found.dtype for found in maps}, {found.dtype for found in skips}
+
+
+def test_an_encoder_that_must_be_exact_stays_in_float32(mobilenet: TMCA):
+    images = torch.randn(2, 3, 64, 64)
+    assert _precisions(mobilenet, images) == ({torch.float32}, {torch.bfloat16})
+    network = prepare_for_prediction(mobilenet, torch.device("cpu"), half=True)
+    assert isinstance(network.image_encoder, InFloat32)
+
+
+def test_convnext_and_the_decoder_compute_in_bfloat16_but_for_attention_to_the_sentence(model: TMCA):
+    images = torch.randn(2, 3, 64, 64)
+    network = prepare_for_prediction(model, torch.device("cpu"), half=True)
+    layers = [layer for layer in network.image_encoder.modules() if isinstance(layer, nn.Linear)]
+    assert {layer.weight.dtype for layer in layers} == {torch.bfloat16}
     guides = [stage.guide for stage in network.decoder.values()]
     assert {guide.cross_attention.in_proj_weight.dtype for guide in guides} == {torch.float32}
     assert {guide.self_attention.in_proj_weight.dtype for guide in guides} == {torch.bfloat16}

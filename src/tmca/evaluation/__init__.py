@@ -6,14 +6,10 @@ with another image's, with one that contradicts its own, and without any.
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -21,20 +17,15 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from tmca.checkpoints import MODEL_FILE, file_hashes, resolve_checkpoint
-from tmca.config import Experiment, config_hash, from_dict, to_dict
+from tmca.config import Experiment
 from tmca.data.grammar import contradict
 from tmca.data.loading import SegmentationDataset, make_loader
 from tmca.data.manifest import Manifest, Record
 from tmca.data.preprocessing import resize_mask, restore
 from tmca.devices import resolve_device
-from tmca.environment import describe_hardware, source_commit
-from tmca.errors import CheckpointError, ConfigError, DataError
-from tmca.files import write_json, write_text
+from tmca.errors import ConfigError, DataError
 from tmca.imaging.reading import image_size, read_mask
 from tmca.metrics import (
-    COUNTS,
-    SCORES,
     Counts,
     EmptyPolicy,
     LengthUnit,
@@ -62,7 +53,6 @@ VARIANTS = {
     "none": "none",
 }
 """Which sentence each image is segmented with, in the order of every table."""
-LEDGER_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -85,6 +75,7 @@ class Evaluation:
         surface: Distances between outlines with the right sentences; ``None`` where they were not asked for.
         experiment: What the model was trained with; ``None`` where nobody knows.
         mirrored: Whether each image was segmented together with its mirror image; see :mod:`tmca.mirrored`.
+        models: Number of models whose probabilities were averaged.
     """
 
     split: str
@@ -102,6 +93,7 @@ class Evaluation:
     surface: SurfaceScores | None = None
     experiment: Experiment | None = None
     mirrored: bool = False
+    models: int = 1
 
     @property
     def compared_at(self) -> str:
@@ -132,6 +124,7 @@ class Evaluation:
             "threshold": self.threshold,
             "space": self.compared_at,
             "mirrored": self.mirrored,
+            "models": self.models,
         }
 
     def text_ablation(self) -> dict[str, Any]:
@@ -154,7 +147,7 @@ class Evaluation:
 
 @torch.inference_mode()
 def evaluate(
-    model: SegmentationModel,
+    model: SegmentationModel | Sequence[SegmentationModel],
     manifest: Manifest,
     split: str = "test",
     *,
@@ -170,7 +163,7 @@ def evaluate(
     """Score a model on a split of a manifest.
 
     Args:
-        model: With its ``experiment`` set.
+        model: With its ``experiment`` set; of several that see images in the same way the probabilities are averaged.
         manifest: All splits; ``split`` is chosen from it.
         split: The split to score.
         threshold: Probability above which a pixel is foreground, in (0, 1).
@@ -185,33 +178,39 @@ def evaluate(
 
     Raises:
         DataError: The split is empty or its files cannot be used.
-        ConfigError: The threshold, the tolerance or the device is impossible.
+        ConfigError: The threshold, the tolerance or the device is impossible, or the models see images in different
+            ways.
     """
     check_threshold(threshold)
     if surface_tolerance is not None:
         check_tolerance(surface_tolerance)
-    experiment = model.experiment
-    if experiment is None:
-        raise ConfigError("This model does not know its preprocessing", hint="load it with from_pretrained")
+    models = [model] if isinstance(model, SegmentationModel) else list(model)
+    experiment = _common_experiment(models)
     started = time.monotonic()
     chosen = manifest.split(split)
-    chosen.check(require_text=model.reads_text, require_mask=True)
+    reads_text = any(member.reads_text for member in models)
+    chosen.check(require_text=reads_text, require_mask=True)
     place = resolve_device(device)
-    model = channels_last(model.to(place)).eval()
-    model = MirrorAveraged(model) if mirrored else model
+    models = [channels_last(member.to(place)).eval() for member in models]
+    models = [MirrorAveraged(member) for member in models] if mirrored else models
     own = [record.text for record in chosen.records]
-    texts = sentence_variants(own, seed) if model.reads_text else {RIGHT: tuple(own)}
+    texts = sentence_variants(own, seed) if reads_text else {RIGHT: tuple(own)}
     dataset = SegmentationDataset(chosen, experiment.preprocessing)
     loader = make_loader(dataset, batch_size, training=False)
     parts: dict[str, list[Counts]] = {variant: [] for variant in texts}
     outlines = None if surface_tolerance is None else _Outlines(surface_tolerance, chosen, space)
     first = 0
     for batch in track(loader, f"Scoring {split}", len(loader)):
-        features = model.encode_image(batch.images.to(place, memory_format=torch.channels_last))
+        images = batch.images.to(place, memory_format=torch.channels_last)
+        features = [member.encode_image(images) for member in models]
         rows = range(first, first + batch.batch_size)
         for variant, sentences in texts.items():
-            output = model.segment(features, model.encode_text([sentences[row] for row in rows]))
-            probabilities = output.mask_logits.float().sigmoid().cpu()
+            asked = [sentences[row] for row in rows]
+            found = [
+                member.segment(encoded, member.encode_text(asked)).mask_logits.float().sigmoid()
+                for member, encoded in zip(models, features, strict=True)
+            ]
+            probabilities = (found[0] if len(found) == 1 else torch.stack(found).mean(0)).cpu()
             for predictions, masks in _compared(probabilities, batch.masks, threshold, space, chosen, rows):
                 parts[variant].append(confusion_counts(predictions, masks))
                 if outlines is not None and variant == RIGHT:
@@ -231,11 +230,25 @@ def evaluate(
         image_size=experiment.preprocessing.image_size,
         empty_policy=empty_policy,
         seconds=time.monotonic() - started,
-        over_limit=_over_limit(model, own),
+        over_limit=_over_limit(models[0], own),
         surface=None if outlines is None else outlines.scores(),
         experiment=experiment,
         mirrored=mirrored,
+        models=len(models),
     )
+
+
+def _common_experiment(models: Sequence[SegmentationModel]) -> Experiment:
+    """Return the first model's experiment, after all have proved to see images in the same way."""
+    experiments = [model.experiment for model in models if model.experiment is not None]
+    if not models or len(experiments) < len(models):
+        raise ConfigError("This model does not know its preprocessing", hint="load it with from_pretrained")
+    if any(experiment.preprocessing != experiments[0].preprocessing for experiment in experiments):
+        raise ConfigError(
+            "The models see images at different sizes or normalised in different ways",
+            hint="average models of one preset; `tmca predict` can average others",
+        )
+    return experiments[0]
 
 
 def score_masks(
@@ -330,174 +343,6 @@ def shuffled(texts: Sequence[str | None], seed: int) -> tuple[str | None, ...]:
     return tuple(given)
 
 
-def write_evaluation(
-    evaluation: Evaluation, model: str | Path, manifest: Manifest, folder: Path, *, model_sha256: str | None = None
-) -> None:
-    """Write ``metrics.csv`` (a row a case) and ``summary.json`` (nnU-Net's keys and the protocol).
-
-    Args:
-        evaluation: The scores.
-        model: The model as the user named it.
-        manifest: The data it was scored on.
-        folder: Where to write.
-        model_sha256: Hash of the weights, of a model that is no checkpoint of ours.
-
-    Raises:
-        StorageError: The folder cannot be written.
-    """
-    write_text(folder / "metrics.csv", case_table(evaluation))
-    chosen = manifest.split(evaluation.split)
-    cases = case_scores(evaluation.counts[RIGHT], evaluation.empty_policy)
-    counts = evaluation.counts[RIGHT]
-    scores = [_nnunet_scores(counts.select(np.array([index])), cases, index) for index in range(len(counts))]
-    rows = [
-        {"reference_file": record.mask, "prediction_file": None, "metrics": {"1": values}}
-        for record, values in zip(chosen.records, scores, strict=True)
-    ]
-    mean = {name: _mean([values[name] for values in scores]) for name in scores[0]}
-    write_json(
-        folder / "summary.json",
-        {
-            "foreground_mean": mean,
-            "mean": {"1": mean},
-            "metric_per_case": rows,
-            "protocol": evaluation.protocol(),
-            "text_ablation": evaluation.text_ablation(),
-            "split": evaluation.split,
-            "n": len(evaluation.ids),
-            "data_hash": manifest.content_hash(),
-            **_trained_with(None if evaluation.experiment is None else to_dict(evaluation.experiment)),
-            "model": str(model),
-            "model_sha256": model_sha256 or file_hashes(resolve_checkpoint(model))[MODEL_FILE],
-            "sentences_over_token_limit": list(evaluation.over_limit),
-            "seconds": round(evaluation.seconds, 1),
-        },
-    )
-
-
-def case_table(evaluation: Evaluation, *, with_text: bool = True) -> str:
-    """Return one CSV row a case: counts, scores with its own sentence, Dice with the wrong ones, what they mean.
-
-    Args:
-        evaluation: The scores.
-        with_text: Add the sentences. A ledger that is published goes without: they are the dataset's.
-    """
-    counts = evaluation.counts[RIGHT]
-    columns = {name: _cells(values) for name, values in case_scores(counts, evaluation.empty_policy).items()}
-    columns = {name: columns[name] for name in SCORES}
-    for name in COUNTS:
-        columns[name] = [str(value) for value in getattr(counts, name)]
-    for variant in evaluation.counts:
-        if variant != RIGHT:
-            dice = np.full(len(evaluation.ids), np.nan)
-            dice[evaluation.cases[variant]] = case_scores(evaluation.counts[variant], evaluation.empty_policy)["dice"]
-            columns[f"dice_{variant}"] = _cells(dice)
-    meaning = {
-        "threshold": evaluation.threshold,
-        "space": evaluation.compared_at,
-        "empty_policy": evaluation.empty_policy,
-    }
-    if evaluation.surface is not None:
-        scores = evaluation.surface.case_scores(evaluation.empty_policy)
-        columns |= {name: _cells(values) for name, values in scores.items()}
-        meaning |= {"tolerance": evaluation.surface.tolerance, "unit": evaluation.surface.unit}
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["id", "patient_id", *columns, *meaning, *(["text"] if with_text else [])])
-    for index, case in enumerate(evaluation.ids):
-        row = [values[index] for values in columns.values()]
-        text = [evaluation.texts[RIGHT][index] or ""] if with_text else []
-        writer.writerow([case, evaluation.patients[index], *row, *meaning.values(), *text])
-    return buffer.getvalue()
-
-
-def _cells(values: np.ndarray) -> list[str]:
-    """Return values as cells of a table, blank where there is none."""
-    return [f"{value:.6f}" if np.isfinite(value) else "" for value in values]
-
-
-def write_ledger(evaluation: Evaluation, run: Path, manifest: Manifest, dataset: str, path: Path) -> None:
-    """Write a run's entry of the results ledger, and its per-case scores beside it as CSV.
-
-    Args:
-        evaluation: The scores.
-        run: The run folder, which tells the training's length, data and commit.
-        manifest: The data it was scored on.
-        dataset: The dataset's name.
-        path: ``results/<name>.json``.
-
-    Raises:
-        CheckpointError: ``run`` is no run folder.
-        StorageError: The entry cannot be written.
-    """
-    training = read_run(run)
-    write_json(
-        path,
-        {
-            "schema_version": LEDGER_VERSION,
-            "name": path.stem,
-            **_trained_with(training["experiment"]),
-            "dataset": dataset,
-            "split": evaluation.split,
-            "n": len(evaluation.ids),
-            "n_train": training["n_train"],
-            "data_hash": manifest.content_hash(),
-            "commit": training["commit"],
-            "evaluation_commit": source_commit(),
-            "hardware": training["hardware"],
-            "evaluation_hardware": describe_hardware(),
-            "seconds": training["seconds"],
-            "epochs": training["epochs"],
-            "metrics": evaluation.protocol(),
-            "text_ablation": evaluation.text_ablation(),
-        },
-    )
-    write_text(path.with_suffix(".csv"), case_table(evaluation, with_text=False))
-
-
-def read_run(folder: Path) -> dict[str, Any]:
-    """Return what a run folder says of its training: experiment, commit, hardware, images, epochs, seconds.
-
-    Raises:
-        CheckpointError: The folder is no run folder.
-    """
-    try:
-        experiment = json.loads((folder / "experiment.json").read_text("utf-8"))
-        environment = json.loads((folder / "environment.json").read_text("utf-8"))
-        splits = json.loads((folder / "splits.json").read_text("utf-8"))
-        with (folder / "metrics.csv").open(encoding="utf-8", newline="") as stream:
-            rows = list(csv.DictReader(stream))
-        return {
-            "experiment": experiment,
-            "commit": environment["commit"],
-            "hardware": environment["hardware"],
-            "n_train": len(splits["train"]),
-            "epochs": len(rows),
-            "seconds": float(rows[-1]["seconds"]) if rows else 0.0,
-        }
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{folder} is no run folder: {error}", hint="give the folder that `tmca train` wrote"
-        ) from error
-
-
-def _trained_with(experiment: dict[str, Any] | None) -> dict[str, Any]:
-    """Return what files of results say of the experiment behind them."""
-    if experiment is None:
-        return dict.fromkeys(("preset", "seed", "config_hash", "experiment"))
-    # A folder's place on the machine that trained is nobody's business; its name tells which weights they were.
-    for encoder in ("image_encoder", "text_encoder"):
-        weights = experiment["model"][encoder]
-        if Path(weights["weights"]).is_dir():
-            weights["weights"] = Path(weights["weights"]).name
-    return {
-        "preset": experiment["name"],
-        "seed": experiment["seed"],
-        "config_hash": config_hash(from_dict(Experiment, experiment)),
-        "experiment": experiment,
-    }
-
-
 def _computable(variant: str, sentences: Sequence[str | None]) -> np.ndarray:
     everyone = variant in (RIGHT, "none")
     return np.array([index for index, text in enumerate(sentences) if everyone or text], dtype=np.int64)
@@ -578,28 +423,3 @@ def _over_limit(model: SegmentationModel, texts: Sequence[str | None]) -> tuple[
     distinct = list(dict.fromkeys(text for text in texts if text))
     flags = model.text_encoder.tokenizer(distinct).truncated
     return tuple(text for text, is_cut in zip(distinct, flags, strict=True) if is_cut)
-
-
-def _finite(value: float) -> float | None:
-    """Return a score as JSON knows it: a case that is left out has none."""
-    return float(value) if np.isfinite(value) else None
-
-
-def _mean(values: Sequence[float | int | None]) -> float | None:
-    present = [value for value in values if value is not None]
-    return float(np.mean(present)) if present else None
-
-
-def _nnunet_scores(counts: Counts, cases: dict[str, np.ndarray], index: int) -> dict[str, float | int | None]:
-    true_positive, false_positive = int(counts.true_positive[0]), int(counts.false_positive[0])
-    false_negative, true_negative = int(counts.false_negative[0]), int(counts.true_negative[0])
-    return {
-        "Dice": _finite(cases["dice"][index]),
-        "IoU": _finite(cases["jaccard"][index]),
-        "TP": true_positive,
-        "FP": false_positive,
-        "FN": false_negative,
-        "TN": true_negative,
-        "n_pred": true_positive + false_positive,
-        "n_ref": true_positive + false_negative,
-    }

@@ -17,17 +17,8 @@ from tmca.config import Experiment, config_hash, from_dict
 from tmca.data.grammar import contradict
 from tmca.data.manifest import Manifest, Record
 from tmca.errors import CheckpointError, ConfigError, DataError
-from tmca.evaluation import (
-    Evaluation,
-    case_table,
-    evaluate,
-    pixel_size,
-    score_masks,
-    sentence_variants,
-    shuffled,
-    write_evaluation,
-    write_ledger,
-)
+from tmca.evaluation import Evaluation, evaluate, pixel_size, score_masks, sentence_variants, shuffled
+from tmca.evaluation.writing import case_table, write_evaluation, write_ledger
 from tmca.files import sha256_of
 from tmca.imaging.raster import read_mask, write_image, write_mask
 from tmca.inference import Predictor
@@ -410,7 +401,7 @@ def test_the_summary_has_the_keys_of_nnunet_and_the_protocol(written: Path, halv
     assert summary["foreground_mean"]["Dice"] == pytest.approx(3.5 / 4)
 
     protocol = summary["protocol"]
-    assert set(protocol) == {"pooled", "per_case_mean", "ci95", "surface", "threshold", "space", "mirrored"}
+    assert set(protocol) == {"pooled", "per_case_mean", "ci95", "surface", "threshold", "space", "mirrored", "models"}
     assert set(protocol["pooled"]) == set(SCORES)
     assert set(protocol["per_case_mean"]) == {*SCORES, "empty_policy", "n_empty"}
     assert set(protocol["ci95"]) == {f"{kind}_{name}" for kind in ("pooled", "per_case") for name in OVERLAPS}
@@ -546,3 +537,34 @@ def test_the_hash_of_foreign_weights_is_taken_as_given(stub: TMCA, halves: Manif
     write_evaluation(evaluate(stub, halves), "runs/foreign", halves, tmp_path, model_sha256="abc")
     summary = json.loads((tmp_path / "summary.json").read_text("utf-8"))
     assert (summary["model"], summary["model_sha256"]) == ("runs/foreign", "abc")
+
+
+# Several models --------------------------------------------------------------------------------------------------
+
+
+def test_models_are_averaged(tiny_model: Callable[..., TMCA], phantoms: Manifest):
+    models = [tiny_model(), tiny_model()]
+    with torch.no_grad():
+        models[1].head.classify.weight *= 20
+    together = evaluate(models, phantoms, threshold=0.45, device="cpu")
+    assert (together.models, together.protocol()["models"]) == (2, 2)
+    twice = evaluate([models[0], models[0]], phantoms, threshold=0.45, device="cpu")
+    alone = evaluate(models[0], phantoms, threshold=0.45, device="cpu")
+    assert alone.models == 1
+    assert twice.pooled() == alone.pooled()
+    predictor = Predictor(models, "cpu", "32")
+    record = phantoms.split("test").records[0]
+    predictor.set_image(phantoms.image_path(record))
+    counts = together.counts["right"]
+    assert predictor.predict(record.text, threshold=0.45).sum() == counts.true_positive[0] + counts.false_positive[0]
+
+
+def test_models_that_see_images_differently_are_not_averaged(tiny_model: Callable[..., TMCA], phantoms: Manifest):
+    models = [tiny_model(), tiny_model()]
+    experiment = models[1].experiment
+    assert experiment is not None
+    models[1].experiment = replace(experiment, preprocessing=replace(experiment.preprocessing, image_size=96))
+    with pytest.raises(ConfigError, match="different sizes"):
+        evaluate(models, phantoms)
+    with pytest.raises(ConfigError):
+        evaluate([], phantoms)

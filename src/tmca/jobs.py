@@ -1,0 +1,222 @@
+"""Which images are segmented by which sentences, and what their output files are called."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import itertools
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tmca.data.tables import read_rows
+from tmca.errors import ConfigError, DataError
+from tmca.imaging.reading import IMAGE_SUFFIXES, case_name, is_image, split_frame
+from tmca.imaging.series import find_series, refuse
+from tmca.reports.prompt import ReportPrompt, check_report, grammar_of_report, prompt_from_report
+from tmca.reports.reading import read_report
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image with one sentence.
+
+    Attributes:
+        image: The file, or the folder of a series.
+        text: The sentence, or ``None`` for none.
+        name: Name of the output files, without ending.
+        report: The clinical report that the sentence was taken from.
+        slices: The files of a DICOM series in their order through the body; empty where the image is a file.
+    """
+
+    image: Path
+    text: str | None
+    name: str
+    report: ReportPrompt | None = None
+    slices: tuple[Path, ...] = ()
+
+
+def find_images(inputs: Sequence[str | Path]) -> list[Path]:
+    """Return the image files behind files, folders (searched through and through) and globs, sorted, each once.
+
+    Raises:
+        DataError: An input does not exist, or nothing was found.
+    """
+    found: dict[Path, Path] = {}
+    for item in inputs:
+        path = Path(item)
+        if path.is_dir():
+            files = sorted(file for file in path.rglob("*") if file.is_file() and is_image(file))
+            if not files:
+                raise DataError(f"Folder {path} holds no image", hint=f"known endings: {', '.join(IMAGE_SUFFIXES)}")
+        elif path.exists() or split_frame(path)[0].is_file():
+            files = [path]
+        else:
+            files = sorted(Path(match) for match in glob.glob(str(item), recursive=True))  # noqa: PTH207
+            files = [file for file in files if file.is_file()]
+            if not files:
+                raise DataError(f"There is no file, folder or match for {str(item)!r}", hint="check the path")
+        for file in files:
+            found.setdefault(file.resolve(), file)
+    return list(found.values())
+
+
+def make_jobs(images: Iterable[Path], text: str | None, report: ReportPrompt | None = None) -> list[Job]:
+    """Return one job an image, all with one sentence; equal stems are told apart by their folders."""
+    paths = list(images)
+    return [Job(path, text, name, report) for path, name in zip(paths, _names(paths), strict=True)]
+
+
+def make_series_jobs(folders: Sequence[str | Path], text: str | None, report: ReportPrompt | None = None) -> list[Job]:
+    """Return one job a DICOM series in some folders: the slices of a stack are one volume, other images one each.
+
+    A series whose slices are not all there, or do not fit each other, is refused before anything is computed.
+
+    Raises:
+        DataError: A folder does not exist or holds no DICOM image, a file is damaged, or slices are missing.
+    """
+    jobs: dict[str, Job] = {}
+    for folder in map(Path, folders):
+        for number, series in enumerate(find_series(folder), start=1):
+            refuse(f"{folder}, series {series.uid}", series.problems)
+            if series.is_stack:
+                name = f"{folder.name or 'series'}_{number}"
+                found = [Job(folder, text, name, report, series.paths)]
+            else:
+                found = make_jobs(series.paths, text, report)
+            for job in found:
+                names = itertools.chain([job.name], (f"{job.name}_{count}" for count in itertools.count(2)))
+                free = next(name for name in names if name not in jobs)
+                jobs[free] = replace(job, name=free)
+    return list(jobs.values())
+
+
+def read_prompt(report: Path | str) -> ReportPrompt:
+    """Return the sentence that a clinical report states, by rules, in the grammar that it speaks of most.
+
+    Raises:
+        DataError: The report cannot be read or is no English report.
+    """
+    text = read_report(report)
+    check_report(text)
+    return prompt_from_report(text, grammar_of_report(text))
+
+
+def read_jobs(path: Path, images: Sequence[Path] | None = None) -> list[Job]:
+    """Read sentences from a CSV or JSONL with the columns ``image`` and ``text`` (or ``prompt``), such as a manifest.
+
+    A column ``report`` names text files, relative to the file, of clinical reports that the sentences are taken from
+    where ``text`` is blank.
+
+    Args:
+        path: The file; ``image`` is a path, or how the path of one of ``images`` ends (``patient7/scan.png``), with
+            or without ``.png``.
+        images: What ``--input`` named. An image may stand on several lines; equal lines count once. Images without a
+            line get no job. ``None`` takes the file's own paths, relative to the file.
+
+    Raises:
+        DataError: A column is missing, a line names an image that is not there, or not clearly, or a report cannot be
+            read.
+    """
+    known = None if images is None else _Images(images)
+    asked: dict[tuple[Path, str | None], ReportPrompt | None] = {}
+    for line, row in read_rows(path, required=("image",)):
+        text = (row.get("text") or row.get("prompt") or "").strip()
+        name = row["image"]
+        image = path.parent / name if known is None else known.meant(name, path, line)
+        report = None
+        if not text and row.get("report"):
+            report = read_prompt(path.parent / row["report"])
+            text = report.prompt or ""
+        asked[image, text or None] = report
+    unique = list(dict.fromkeys(image for image, _ in asked))
+    base = dict(zip(unique, _names(unique), strict=True))
+    lines = Counter(image for image, _ in asked)
+    return [
+        Job(image, text, base[image] if lines[image] == 1 else f"{base[image]}_{slug(text)}", report)
+        for (image, text), report in asked.items()
+    ]
+
+
+class _Images:
+    """Images by their paths and by how their paths end."""
+
+    def __init__(self, images: Sequence[Path]) -> None:
+        self.by_path = _collected((key, image) for image in images for key in {str(image), str(image.resolve())})
+        self.by_name = _collected((image.name, image) for image in images)
+        self.by_stem = _collected((case_name(image), image) for image in images)
+
+    def meant(self, name: str, path: Path, line: int) -> Path:
+        """Return the image that a line of a file means: by its path, else by how its path ends."""
+        folders, last = Path(name).parts[:-1], Path(name).name
+        keys = (name, str((path.parent / name).resolve()))
+        by_path = dict.fromkeys(image for key in keys for image in self.by_path.get(key, ()))
+        by_end = (
+            [image for image in known.get(last, ()) if _lies_in(image, folders)]
+            for known in (self.by_name, self.by_stem)
+        )
+        for found in (list(by_path), *by_end):
+            if len(found) > 1:
+                raise DataError(
+                    f"{path}, line {line}: image {name!r} could be {found[0]} or {found[1]}", hint="write its path"
+                )
+            if found:
+                return found[0]
+        raise DataError(f"{path}, line {line}: image {name!r} is not among the inputs", hint="check --input")
+
+
+def _collected(pairs: Iterable[tuple[str, Path]]) -> dict[str, list[Path]]:
+    found: dict[str, list[Path]] = {}
+    for key, image in pairs:
+        found.setdefault(key, []).append(image)
+    return found
+
+
+def _lies_in(image: Path, folders: tuple[str, ...]) -> bool:
+    return not folders or image.absolute().parent.parts[-len(folders) :] == folders
+
+
+def slug(text: str | None) -> str:
+    """Return a sentence as part of a file name: its first words, and a few digits of its hash."""
+    if not text:
+        return "no-text"
+    words = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40].strip("-")
+    return f"{words}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+
+
+def part_of(jobs: Sequence[Job], num_parts: int, part_id: int) -> list[Job]:
+    """Return one of several equal shares of the jobs; the sentences of an image stay together.
+
+    Args:
+        jobs: All jobs, the same for every share.
+        num_parts: Number of shares.
+        part_id: Which share, from 0.
+
+    Raises:
+        ConfigError: There is no such share.
+    """
+    if num_parts < 1 or not 0 <= part_id < num_parts:
+        raise ConfigError(
+            f"Part {part_id} of {num_parts} does not exist", hint="--part-id counts from 0 to --num-parts minus 1"
+        )
+    images = {key: number for number, key in enumerate(dict.fromkeys((job.image, job.slices) for job in jobs))}
+    return [job for job in jobs if images[job.image, job.slices] % num_parts == part_id]
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """Return a name for each path: its stem; where stems are equal, with folders in front; never the same twice."""
+    stems = Counter(case_name(path) for path in paths)
+    parents = [str(path.absolute().parent) for path in paths]
+    root = os.path.commonpath(parents) if parents else ""
+    names: dict[str, None] = {}
+    for path in paths:
+        name = case_name(path)
+        if stems[name] > 1:
+            name = "_".join((*path.absolute().parent.relative_to(root).parts, name))
+        numbered = (f"{name}_{number}" for number in itertools.count(2))
+        choices = itertools.chain([name, f"{name}_{split_frame(path)[0].suffix[1:]}"], numbered)
+        names[next(choice for choice in choices if choice not in names)] = None
+    return list(names)

@@ -1,0 +1,824 @@
+"""Findings of a report by rules: each mention of the target with what the same sentence says of it.
+
+Left and right are the report's words here; :mod:`tmca.reports.prompt` turns them into sides of the image.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from tmca.data.grammar import COLOURS, COUNT_WORDS, SHAPES, SIDES, SIZES, THIRDS, Grammar
+from tmca.reports.negation import Status, read_status
+from tmca.reports.sections import CURRENT, Section, Sentence
+
+Span = tuple[int, int]
+Adjective = Literal["size", "colour", "shape"]
+
+# --- words --------------------------------------------------------------------------------------------------------
+
+_KIND_OF_LUNG = (
+    r"(?:broncho)?pneumonias?|pneumonic\s+(?:change|infiltrat\w+)s?|consolidations?|consolidative\s+changes?|infiltrates?"
+    r"|infiltrations?|opacit(?:y|ies)|opacifications?|opacified|consolidated|ground[\s-]?glass(?:\s+(?:opacit(?:y|ies)|opacifications?|changes?"
+    r"|attenuation|densit(?:y|ies)|shadowing))?|ggos?|air[\s-]?space\s+(?:disease|opacit(?:y|ies)|shadowing"
+    r"|consolidations?|changes?)|(?:pulmonary|lung|chest)\s+infections?|infections?"
+)
+TARGETS: dict[Grammar, str] = {
+    "lung": _KIND_OF_LUNG,
+    "polyp": r"polyps?|polypoid\s+(?:lesion|mass|growth)s?|adenomas?|(?:sessile|pedunculated|flat)\s+lesions?",
+    "phantom": r"lesions?|nodules?|mass(?:es)?",
+}
+"""What counts as a target, by grammar, as regular expressions."""
+
+_OTHERS: dict[Grammar, str] = {
+    "lung": (
+        r"effusions?|pleural\s+fluid|fluid|pneumothora\w+|ptx|haemothorax|hemothorax|nodules?|mass(?:es)?|lesions?|atelecta\w+"
+        r"|(?:o?edema)|fractures?|ribs?|clavicles?|shoulders?|(?:hemi)?diaphragms?|heart|cardiac|atri(?:um|al)|ventric\w+"
+        r"|picc|catheters?|cannulas?|lines?|tubes?|drains?|pacemakers?|leads?|ports?|arms?|extremit\w+|breasts?|axilla\w*"
+        r"|quadrants?|humerus|humeri|humeral|scapula\w*|kidneys?|liver|spleen|stomach|adenopathy|lymphadenopathy|nodes?|scars?|scarring"
+        r"|fibro\w+|granulomas?|emphysema|calcifi\w+|thickening|costophrenic|angles?|carina|trachea|shift|arter\w+|veins?"
+        r"|spar(?:ing|ed|es)|bronch(?:us|i|iectasis)|aorta|spine|thyroid|markings|congestion|cavit\w+|bulla\w*|blebs?|tuberculosis"
+        r"|embol\w+|clips?|hernia|stents?|volume\s+loss|hilar?|hilum|mediastin\w+|volumes|clear|unremarkable|normal|border"
+    ),
+    "polyp": (
+        r"scars?|ha?emorrhoids?|diverticul\w+|mass(?:es)?|inflammation|bowel|intestines?|mucosa|folds?|blood|bleeding|stools?"
+        r"|views?|tattoos?|ink|ulcers?|lipomas?|snares?|forceps|clips?|needles?|biops\w+|light|imaging|angioectasias?|lesions?"
+        r"|erythema|exudates?|cancers?|carcinomas?|fluid|colitis|debris|caps?|hoods?|loops?"
+    ),
+    "phantom": r"background|borders?|frames?",
+}
+_OF = r"(?:(?:areas?|foc(?:us|i)|patch(?:es)?|regions?|zones?)\s+of\s+(?:[\w-]+\s+){0,2}?)?"
+_ATTRIBUTED = re.compile(
+    r"\b(?:consistent|compatible|in\s+keeping)\s+with\b|\brepresent(?:s|ing)?\b|\bdue\s+to\b|\bsuggest(?:s|ing|ive\s+of)\b"
+    r"|\blikely\b|\bfavou?r\w*\b|\breflect(?:s|ing)?\b|\brelated\s+to\b|\battributable\s+to\b|\bfrom\b|\bprobably\b",
+    re.IGNORECASE,
+)
+_NOT_INFECTED = re.compile(
+    r"\b(?:scar\w*|fibro\w+|atelecta\w+|o?edema|effusion|mass|tumou?r|neoplas\w+|malignan\w+|carcinoma|metasta\w+|granuloma"
+    r"|contusion|ha?emorrhage|nipple|artefact|artifact|skin\s+fold|overlap\w*|vessel|calcif\w+)\b",
+    re.IGNORECASE,
+)
+_INFECTED = re.compile(r"\b(?:\w*pneumon\w*|infect\w*|covid\S*|aspiration|viral|bacterial)\b", re.IGNORECASE)
+_LESS_LIKELY = re.compile(
+    r"\b(?:over|rather\s+than|less\s+likely|instead\s+of|though|although|but|however|superimposed)\b", re.IGNORECASE
+)
+_ORGAN = (
+    r"(?:arms?|legs?|feet|foot|hands?|hips?|knees?|skin|wounds?|breasts?|renal|kidneys?|orbit\w*|eyes?|sinus\w*|ears?"
+    r"|urinary|bladder|bones?|osseous|hepatic|liver|abdom\w+|dental|soft[\s-]tissue|metallic|metal|radiopaque|nipples?"
+    r"|surgical|vascular|cardiac|line|catheter|port|bloodstream)"
+)
+_OTHER_ORGAN = re.compile(
+    rf"\b{_ORGAN}\s+(?:\w+\s+)?$|(?P<after>\s+(?:of|in)\s+(?:the\s+)?(?:(?:left|right|both)\s+)?{_ORGAN}\b)",
+    re.IGNORECASE,
+)
+_NORMAL_LUNGS = re.compile(
+    r"\b(?:(?:the|both|remaining|remainder\s+of\s+the|rest\s+of\s+the|visuali[sz]ed)\s+)*(?:(?:left|right|[LR])\s+)?"
+    r"(?:lungs?(?:\s+(?:fields?|parenchyma))?|hemithorax)(?:\s+and\s+(?:[\w-]+\s+){0,2}[\w-]+?)?(?:\s+(?:is|are|remains?|was|were|appears?|appear)|\s*:)?"
+    r"(?:\s+(?:otherwise|(?:well[\s-]|hyper-?)?(?:expanded|aerated|inflated)(?:,|\s+and)?|grossly|essentially|now|fully|both))*"
+    r"\s+(?:clear|unremarkable|normal)\b(?:\s+bilaterally\b)?"
+    r"|\bchest\s+(?:is\s+)?clear\b|\bclear\s+lungs?\b"
+    r"|\bno\s+(?:\w+\s+)?(?:evidence\s+of\s+)?(?:acute|active)\s+(?:\w+\s+)?(?:cardiopulmonary|pulmonary|lung|chest"
+    r"|intrathoracic|airspace|thoracic)\s+\w+"
+    r"|\b(?:radiograph|x-?ray|film|cxr)\s+(?:is\s+|was\s+)?(?:otherwise\s+)?(?:normal|unremarkable|clear)\b"
+    r"|\bnormal\s+(?:chest|lungs?)(?:\s+(?:radiograph|x-?ray|film|ct))?\b",
+    re.IGNORECASE,
+)
+_ONE_LUNG = re.compile(r"^lung\b(?!\s+(?:fields|parenchyma|disease))", re.IGNORECASE)
+_NORMAL_BOWEL = re.compile(
+    r"\bnormal\s+colonoscopy\b(?!\s+(?:apart|except|other))|\bcolonoscopy\s+(?:was|is)\s+(?:entirely\s+|completely\s+)?normal\b"
+    r"(?!\s+(?:apart|except|other))",
+    re.IGNORECASE,
+)
+_NOT_OF_ALL = re.compile(
+    r"\b(?:other|otherwise|further|additional|remaining|remainder|rest|residual|elsewhere|recurrent|more)\b",
+    re.IGNORECASE,
+)
+_EXCEPT = re.compile(
+    r"\b(?:except|apart\s+from|aside\s+from|other\s+than|besides|with\s+the\s+exception)\b", re.IGNORECASE
+)
+_TYPED = re.compile(
+    r"\b(?:lobar|dense|confluent|cavit\w+|nodular|large|small|rounded|linear|flat|sessile|pedunculated|new|discrete"
+    r"|suspicious|advanced)\b",
+    re.IGNORECASE,
+)
+_LARGER_THAN = re.compile(
+    r"\s*(?:\w+\s+){0,2}(?:(?:greater|larger|bigger|smaller|more|less)\s+than|over\s+\d|[<>≤≥])", re.IGNORECASE
+)
+_WHOLE_ORGAN = re.compile(
+    r"\b(?:in|of|within|throughout)\s+(?:the\s+|this\s+|either\s+)?(?:entire\s+|whole\s+|rest\s+of\s+the\s+|remainder\s+of\s+"
+    r"the\s+)?(?:colon|large\s+bowel|image|picture|lungs?|chest)\b",
+    re.IGNORECASE,
+)
+_SCOPED = re.compile(r"\b(?:in|of|within|at)\s+(?:the\s+)?\w+", re.IGNORECASE)
+_SEGMENT = re.compile(
+    r"\b(?:c(?:a?e)cum|cecal|caecal|ascending|transverse|descending|sigmoid|rect\w+|flexure|ileum|anus|anal|appendi\w+"
+    r"|(?:left|right)\s+colon)\b",
+    re.IGNORECASE,
+)
+_LABEL = re.compile(r"\s*[A-Z][\w /-]{0,40}:")
+
+# --- numbers and adjectives ---------------------------------------------------------------------------------------
+
+_COUNTS = {word: value for value, word in enumerate(COUNT_WORDS)} | {"single": 1, "solitary": 1}
+_NUMBER = re.compile(
+    rf"(?<![\w.,/-])(?P<number>\d{{1,2}}|{'|'.join(COUNT_WORDS[1:])}|single|solitary)(?![\w./]|-\d)", re.IGNORECASE
+)
+_NUMBER_IN = re.compile(
+    rf"\b(?P<number>\d{{1,2}}|{'|'.join(COUNT_WORDS[1:])})\s+(?:in|at|on|of|within)\b", re.IGNORECASE
+)
+_LENGTH = re.compile(
+    r"\b\d+(?:[.,]\d+)?(?:\s*(?:-|–|to|x|×)\s*\d+(?:[.,]\d+)?)*\s*-?\s*(?:mm|cm|millimet\w+|centimet\w+)\b",
+    re.IGNORECASE,
+)
+_VAGUE = re.compile(
+    r"\b(?:about|approximately|at\s+least|at\s+most|more\s+than|less\s+than|up\s+to|over|around|nearly|or)\s+(?:\d+|\w+)\s*$"
+    r"|\d\s*(?:-|–|to|or)\s*\d+\s*$",
+    re.IGNORECASE,
+)
+_ARTICLE = re.compile(r"\b(?:an?)\b", re.IGNORECASE)
+_DEFINITE = re.compile(r"\b(?:the|this|that|these|those|its|both|each|remaining|said|all)\b", re.IGNORECASE)
+_FURTHER = re.compile(r"\b(?:another|second|third|fourth|further|additional|other|more)\b", re.IGNORECASE)
+_ONE_MORE = re.compile(
+    r"(?<!no\s)(?:\banother\b|\ban?\s+(?:further|additional|second|third|fourth)\b|\ban?\s+(?:\w+\s+){0,3}one\b)",
+    re.IGNORECASE,
+)
+_ONE_OF_THEM = re.compile(
+    r"\b(?:larger|largest|smaller|smallest|first|second|third|latter|former|other)\b", re.IGNORECASE
+)
+_TOTAL = re.compile(r"\b(?:total|altogether|in\s+all|overall)\b", re.IGNORECASE)
+_TIMES = re.compile(
+    r"\s*(?:\(?\s*[x×]\s?|:\s*)(?P<number>[1-9]\d?)\b(?!\s*(?:[-–.,]?\s*\d|-|–|to\b|mm|cm))\)?", re.IGNORECASE
+)
+_NUMBER_AGAIN = re.compile(r"(?<=\w)\s*\(\d{1,2}\)(?=\s)")
+_VALUES: dict[str, tuple[Adjective, str]] = {
+    **{word: ("size", word) for word in SIZES},
+    **{word: ("colour", word) for word in COLOURS},
+    **{word: ("shape", word) for word in SHAPES},
+    **{f"{word}ish": ("colour", word) for word in ("white", "yellow", "brown", "pink", "gray")},
+    "reddish": ("colour", "red"),
+    "whitish": ("colour", "white"),
+    "greyish": ("colour", "gray"),
+    "grey": ("colour", "gray"),
+    "ovoid": ("shape", "oval"),
+    "circular": ("shape", "round"),
+    "rounded": ("shape", "round"),
+    "medium-sized": ("size", "medium"),
+    "small-sized": ("size", "small"),
+}
+_NO_ADJECTIVE = {"heart", "kidney", "thumb", "ear", "mouth", "bone", "nail", "toe"}
+_WORD = re.compile(r"[^\W\d_]+(?:-sized)?", re.IGNORECASE)
+_NEUTRAL = {
+    *(
+        "and",
+        "both",
+        "all",
+        "each",
+        "very",
+        "rather",
+        "slightly",
+        "somewhat",
+        "quite",
+        "in",
+        "colour",
+        "color",
+        "shape",
+    ),
+    *("shaped", "sized", "size", "relatively", "about", "of"),
+}
+_COPULA = {"is", "are", "was", "were", "appears", "appeared", "appear", "looks", "looked", "being"}
+_AFTER_ADJECTIVES = sorted(
+    _NEUTRAL | _COPULA | set(_VALUES) | {"or", "but", "on", "at", "with", "which", "seen", "removed"}
+)
+_ENDS_ADJECTIVES = re.compile(rf"\s*(?:$|[,;.()]|(?:{'|'.join(_AFTER_ADJECTIVES)})\b)", re.IGNORECASE)
+_WITH_SURFACE = re.compile(
+    r"\bwith\s+an?\s+(?P<word>[\w-]+)\s+(?:surface|colou?r|hue|shape|appearance)\b", re.IGNORECASE
+)
+_PHRASE_ENDS = re.compile(
+    r"[:;()]|\b(?:in|at|on|of|with|within|is|are|was|were|has|have|had|there|shows?|showed|demonstrates?|reveals?|which|that"
+    r"|to|over|from|without|and|or|no|not|for|by|seen|noted|found|near|next|containing|contains?|from|than|but|while|whereas|although|then)\b|clock\b",
+    re.IGNORECASE,
+)
+
+# --- places -------------------------------------------------------------------------------------------------------
+
+_HEIGHTS = {
+    **dict.fromkeys(("upper", "apex", "apices", "apical", "apically"), "upper"),
+    **dict.fromkeys(("mid", "middle"), "middle"),
+    **dict.fromkeys(("lower", "base", "bases", "basal", "basally", "basilar"), "lower"),
+}
+_INITIALS = {"u": "upper", "m": "middle", "l": "lower"}
+_ZONES = r"(?:lungs?|zones?|thirds?|fields?|parts?|portions?|areas?|regions?)"
+_HEIGHT_LIST = r"(?:upper|mid(?:dle)?|lower)"
+_AND_MORE = rf"(?:[\s-]*(?:,|/|&|-|and|or|to|through)[\s-]*(?:and\s+)?(?:(?:left|right)\s+)?{_HEIGHT_LIST})*"
+_ATOM = re.compile(
+    r"(?P<abbreviation>\b[RL][UML]L\b)"
+    r"|(?P<initials>\b[RL]\s?[UML]Z\b)"
+    r"|(?P<initial>(?-i:\b[RL])\b(?=\s+(?:lungs?|upper|mid(?:dle)?|lower|bases?|basal|apex|apical)\b))"
+    r"|(?P<bi>\bbi[\s-]?(?:basal|basilar|basally|apical)(?:ly)?\b)"
+    r"|(?P<lingula>\blingular?\b)"
+    r"|(?P<segment>\b(?:apical|basal|anterior|posterior|superior|medial|lateral)(?:\s+basal)?\s+segments?\b)"
+    r"|(?P<whole>\b(?:throughout|entire|whole|all\s+(?:zones|thirds|parts)\s+of)(?=\s+(?:of\s+)?(?:the\s+)?(?:both|left|right|lungs?)\b))"
+    rf"|(?P<lobe>\b{_HEIGHT_LIST}(?={_AND_MORE}[\s-]+lobes?\b))"
+    rf"|(?P<zone>\b{_HEIGHT_LIST}(?={_AND_MORE}[\s-]*(?:(?:left|right)\s+)?{_ZONES}\b))"
+    r"|(?P<edge>\b(?:apex|apices|apical(?:ly)?|bases?|basal(?:ly)?|basilar)\b(?!\s+of\s+(?:the\s+)?(?:heart|skull|neck)))"
+    r"|(?P<side>\b(?:left|right)(?:[\s-]sided)?\b)"
+    r"|(?P<both>\bbilateral(?:ly)?\b|\bb/l\b|\b(?:both|either)(?=\s+(?:\w+\s+){0,3}?(?:lungs?|bases|apices|zones|sides|lobes|hemithora\w+|fields))\b)",
+    re.IGNORECASE,
+)
+_LINK = re.compile(
+    rf"[\s,/&-]*(?:(?:and|or|of|the|in|on|at|to|both|through|lobes?|side|sides|hemithorax|hemithoraces|lung|aspect|{_ZONES})[\s,/&-]*)*",
+    re.IGNORECASE,
+)
+_SHOWS = re.compile(
+    r"\s*(?:lungs?|lobes?|zones?|fields?|side)?\s*(?:shows?|showed|demonstrates?|demonstrated|reveals?|contains?"
+    r"|(?:has|have|had)(?!\s+(?:\w+ly\s+)?(?:been|not|\w+ed)\b)|exhibits?"
+    r"|(?:is|are)\s+(?:free|clear)\s+(?:of|from)"
+    r"|there\s+(?:is|are|was|were))\b|\s*(?:lung|lobe|zone|side)?\s*:",
+    re.IGNORECASE,
+)
+_TURNS = re.compile(r"[,;]|\b(?:but|while|whereas|although)\b", re.IGNORECASE)
+_PLACE_NOUN = re.compile(rf"[\s-]*(?:{_ZONES}|lobes?|hemithorax|sided?)\b", re.IGNORECASE)
+_LABEL_END = re.compile(r"[\s\w-]{0,20}:")
+_EXCEPTED = re.compile(
+    r"\b(?:not|except(?:\s+for)?|excluding|never|nor|sparing|rather\s+than|instead\s+of)\s+(?:\w+ly\s+)?(?:(?:in|on|at|of|involving|within)\s+)?(?:(?:the|its)\s+)?$",
+    re.IGNORECASE,
+)
+_IS = re.compile(
+    rf"\s*(?:{_ZONES}|lobes?|side)?\s*(?:is|are|was|were|remains?|appears?)\s+(?:\w+ly\s+|otherwise\s+|now\s+)*",
+    re.IGNORECASE,
+)
+_FREE = re.compile(r"(?:clear|unremarkable|normal|spared)\b", re.IGNORECASE)
+_IMAGE = r"(?:image|picture|frame|photograph|photo|view|field(?:\s+of\s+view)?|screen|film|radiograph)"
+_OF_IMAGE = re.compile(
+    rf"\s*(?:side\s+|half\s+|part\s+|corner\s+|quadrant\s+|third\s+)?of\s+(?:the\s+|this\s+)?{_IMAGE}\b", re.IGNORECASE
+)
+_PLACE_WORDS = (
+    r"(?:left|right)\s+(?:upper|lower|top|bottom)|(?:top|bottom|upper|lower|middle|cent(?:er|re|ral)|left|right)"
+    r"(?:(?:\s+|-)(?:left|right|middle|cent(?:er|re)))?"
+)
+_PLACE = re.compile(rf"(?<![\w-])(?P<place>{_PLACE_WORDS})(?![\w-])", re.IGNORECASE)
+_CLOCK = re.compile(
+    r"\bat\s+(?:the\s+)?(?P<hour>\d{1,2})(?:\s*:\s*00)?\s*o[’'`]?\s?clock\b(?!\s*(?:to|until|[-–])\s)(?!\s+(?:in\s+the\s+(?:morning|afternoon|evening)|a\.?m|p\.?m))",
+    re.IGNORECASE,
+)
+_BOWEL = re.compile(r"bowel|intestine", re.IGNORECASE)
+_CLOCK_PLACES = {
+    12: "top",
+    1: "top right",
+    2: "top right",
+    3: "right",
+    4: "bottom right",
+    5: "bottom right",
+    6: "bottom",
+    7: "bottom left",
+    8: "bottom left",
+    9: "left",
+    10: "top left",
+    11: "top left",
+}
+_ANAPHOR = re.compile(
+    r"\s*(?P<word>it|they|this|these|both|one)\b(?=\s+(?:is|are|was|were|lies?|lay|measures?|appears?|occup\w+)\b)",
+    re.IGNORECASE,
+)
+_UNILATERAL = re.compile(r"\bunilateral\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Located:
+    """Where a sentence puts a finding.
+
+    Attributes:
+        span: Its words in the report.
+        sides: Left, right or both, as the report says them.
+        thirds: Of the lung: upper, middle, lower.
+        lobe: A lobe is named, which is no third of the image.
+        is_excepted: The finding is not there: "not in the left lung".
+        of_image: The sides are those of the image, in the report's own words.
+        place: One of the nine places of the image.
+    """
+
+    span: Span
+    sides: tuple[str, ...] = ()
+    thirds: tuple[str, ...] = ()
+    lobe: bool = False
+    is_excepted: bool = False
+    of_image: bool = False
+    place: str | None = None
+
+
+@dataclass(frozen=True)
+class Stated:
+    """A value with the words that state it."""
+
+    fact: Literal["count", "size", "colour", "shape", "bilateral"]
+    value: str
+    span: Span
+
+
+@dataclass(frozen=True)
+class Mention:
+    """The target named in a report, or normal lungs named in its place.
+
+    Attributes:
+        section: Where.
+        span: Its words in the report.
+        words: Them.
+        status: What the sentence says of it.
+        cue: The words that say so.
+        proof: From there to the target, in the report.
+        located: Where it is, as far as the sentence says.
+        stated: Count, size, colour, shape.
+        count: How many, or ``None``.
+        is_plural: More than one.
+        is_known: A target named before: "the polyp".
+        is_further: One more: "a second polyp".
+        in_part: The sentence says something else of some of them.
+        is_total: The sentence gives a total.
+        is_everywhere: It names no place that is less than the whole.
+        is_typed: A kind of target only: "no lobar consolidation".
+        leaves_rest: A denial of all others, or with an exception.
+        is_normal: Not the target is named but normal organs.
+        cause: Words by which the finding is no infection.
+        lengths: Sizes in millimetres or centimetres.
+    """
+
+    section: Section
+    span: Span
+    words: str
+    status: Status
+    cue: str = ""
+    proof: Span = (0, 0)
+    located: tuple[Located, ...] = ()
+    stated: tuple[Stated, ...] = ()
+    count: int | None = None
+    is_plural: bool = False
+    is_known: bool = False
+    is_further: bool = False
+    in_part: bool = False
+    is_total: bool = False
+    is_everywhere: bool = False
+    is_typed: bool = False
+    leaves_rest: bool = False
+    is_normal: bool = False
+    cause: str = ""
+    lengths: tuple[Span, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Head:
+    start: int
+    end: int
+    is_target: bool
+
+
+def find_mentions(sentences: Sequence[Sentence], grammar: Grammar, more: Sequence[Span] = ()) -> list[Mention]:
+    """Return the mentions of the target in the sections that tell of now, in their order.
+
+    Args:
+        sentences: The report.
+        grammar: What the target is.
+        more: Further places of the report that name the target, in words that the rules do not know.
+    """
+    mentions: list[Mention] = []
+    for sentence in sentences:
+        if sentence.section not in CURRENT:
+            continue
+        again = _NUMBER_AGAIN.sub(lambda match: " " * len(match[0]), sentence.text)  # "two (2) polyps"
+        sentence = replace(sentence, text=again)
+        heads = _heads(sentence, grammar, more)
+        found = list(_mentions_of(sentence, grammar, heads))
+        if not any(head.is_target for head in heads) and mentions:
+            found += _about_the_last(sentence, grammar, mentions[-1])
+        mentions += found
+    return mentions
+
+
+def _heads(sentence: Sentence, grammar: Grammar, more: Sequence[Span]) -> list[_Head]:
+    text = sentence.text
+    targets = [match.span() for match in re.finditer(rf"\b{_OF}(?:{TARGETS[grammar]})\b", text, re.IGNORECASE)]
+    for start, end in more:
+        first, last = start - sentence.start, end - sentence.start
+        if first >= 0 and last <= len(text) and not any(first < b and a < last for a, b in targets):
+            targets.append((first, last))
+    others = [match.span() for match in re.finditer(rf"\b(?:{_OTHERS[grammar]})\b", text, re.IGNORECASE)]
+    heads = [_Head(*span, True) for span in targets]
+    heads += [_Head(*span, False) for span in others if not any(span[0] < b and a < span[1] for a, b in targets)]
+    return sorted(heads, key=lambda head: head.start)
+
+
+def _mentions_of(sentence: Sentence, grammar: Grammar, heads: list[_Head]) -> Iterator[Mention]:
+    text, offset = sentence.text, sentence.start
+    normal = (
+        list((_NORMAL_LUNGS if grammar == "lung" else _NORMAL_BOWEL).finditer(text)) if grammar != "phantom" else []
+    )
+    taken = [match.span() for match in normal]
+    located = _located_lungs(sentence, heads, taken) if grammar == "lung" else _located_places(sentence, heads, grammar)
+    places = [(head.start, head.end) for head in heads if head.is_target]
+    for match in normal:
+        inside = tuple(item for item, _ in _groups(text, offset) if _within(item.span, match.span(), offset))
+        yield Mention(
+            sentence.section,
+            (match.start() + offset, match.end() + offset),
+            match[0],
+            "negated",
+            proof=(match.start() + offset, match.end() + offset),
+            located=inside,
+            is_everywhere=_covers_all(inside) and _ONE_LUNG.search(match[0]) is None,
+            leaves_rest=_NOT_OF_ALL.search(match[0]) is not None or _EXCEPT.search(text, match.end()) is not None,
+            is_normal=True,
+        )
+    for head in heads:
+        if not head.is_target or any(start <= head.start < end for start, end in taken):
+            continue
+        reading = read_status(text, head.start, head.end, places)
+        mention = Mention(
+            sentence.section,
+            (head.start + offset, head.end + offset),
+            text[head.start : head.end],
+            reading.status,
+            cue=reading.cue,
+            proof=(reading.span[0] + offset, reading.span[1] + offset),
+            located=_joined(
+                tuple(
+                    item
+                    for item, owners in located
+                    if head in owners and not (item.is_excepted and reading.status == "affirmed")
+                )
+            ),
+            in_part=reading.in_part,
+        )
+        yield _described(mention, sentence, grammar, heads, head)
+
+
+def _described(mention: Mention, sentence: Sentence, grammar: Grammar, heads: list[_Head], head: _Head) -> Mention:
+    """Return the mention with count, adjectives and what its denial covers."""
+    text, offset = sentence.text, sentence.start
+    start = _phrase_start(text, heads, head)
+    before = text[start : head.start]
+    words = mention.words.split()
+    plural = re.match(r"(?:areas|foci|patches|regions|zones)\b", mention.words, re.IGNORECASE) is not None or (
+        not re.match(r"(?:area|focus|patch|region|zone)\b", mention.words, re.IGNORECASE)
+        and words[-1].lower().endswith(("s", "opacities", "masses"))
+        and not words[-1].lower().endswith(("glass", "mass"))
+    )
+    stated: list[Stated] = []
+    count: int | None = None
+    counted = _counted(text, start, head, plural)
+    if counted is not None:
+        count, span = counted
+        stated.append(Stated("count", str(count), (span[0] + offset, span[1] + offset)))
+    if grammar != "lung" and not _ONE_OF_THEM.search(before):
+        stated += _adjectives(text, offset, start, heads, head)
+    elif unilateral := _UNILATERAL.search(before):
+        span = (unilateral.start() + start + offset, unilateral.end() + start + offset)
+        stated.append(Stated("bilateral", "false", span))
+    after = text[head.end :]
+    next_target = next((other.start for other in heads if other.is_target and other.start > head.end), len(text))
+    label = _LABEL.match(text)
+    near = re.split(r"[,;]|\b(?:but|while|whereas)\b", after)[0]
+    in_a_place = not mention.located and _SCOPED.search(near) is not None and _WHOLE_ORGAN.search(near) is None
+    in_a_place |= grammar != "lung" and _SEGMENT.search(text[: head.start].rpartition(",")[2]) is not None
+    labelled = label is not None and label.end() <= head.start and grammar != "lung"
+    return replace(
+        mention,
+        stated=tuple(stated),
+        count=count,
+        is_plural=plural,
+        is_known=_DEFINITE.search(before) is not None and _FURTHER.search(before) is None,
+        is_further=_FURTHER.search(before) is not None,
+        in_part=mention.in_part or (count is not None and not _adds_up(text[head.end : next_target], count)),
+        is_total=_TOTAL.search(text) is not None,
+        is_everywhere=_covers_all(mention.located) and not in_a_place and not labelled,
+        is_typed=_TYPED.search(before) is not None
+        or any(word.lower() in _VALUES for word in _WORD.findall(before))
+        or _LARGER_THAN.match(after) is not None,
+        leaves_rest=_NOT_OF_ALL.search(before) is not None or _EXCEPT.search(after) is not None,
+        cause=_other_cause(text[: head.start], text[head.end : next_target], text[head.end :])
+        if grammar == "lung"
+        else "",
+        lengths=tuple((match.start() + offset, match.end() + offset) for match in _LENGTH.finditer(text)),
+    )
+
+
+def _adds_up(rest: str, count: int) -> bool:
+    """Return whether what is counted place by place is the count: "three, two in … and one in …"."""
+    numbers = [match["number"].lower() for match in _NUMBER_IN.finditer(rest)]
+    return not numbers or sum(int(word) if word.isdecimal() else _COUNTS[word] for word in numbers) == count
+
+
+def _other_cause(before: str, near: str, rest: str) -> str:
+    """Return the words by which a finding is no infection of the lungs: another organ, or another cause alone."""
+    organ = _OTHER_ORGAN.search(before)
+    if organ and not organ["after"]:
+        return organ[0].strip()
+    organ = _OTHER_ORGAN.match(near)
+    if organ and organ["after"]:
+        return organ[0].strip()
+    attributed = _ATTRIBUTED.search(near)
+    cause = _NOT_INFECTED.search(near, attributed.end()) if attributed else None
+    if attributed is None or cause is None:
+        return ""
+    infected = _INFECTED.search(_LESS_LIKELY.split(rest)[0])
+    return "" if infected else near[attributed.start() : cause.end()]
+
+
+def _about_the_last(sentence: Sentence, grammar: Grammar, last: Mention) -> list[Mention]:
+    """Return what "it is …", "they lie …" says of the finding of the sentence before."""
+    pronoun = _ANAPHOR.match(sentence.text)
+    if pronoun is None or last.status != "affirmed":
+        return []
+    head = _Head(pronoun.start("word"), pronoun.end("word"), True)
+    heads = sorted([head, *_heads(sentence, grammar, ())], key=lambda item: item.start)
+    found = [item for item in _mentions_of(sentence, grammar, heads) if not item.is_normal]
+    return [replace(mention, is_known=True, count=None, words=last.words) for mention in found]
+
+
+def _phrase_start(text: str, heads: list[_Head], head: _Head) -> int:
+    """Return where the words before a head that belong to it begin."""
+    text = _LENGTH.sub(lambda match: "#" * len(match[0]), text)  # the "to" of "4 to 5 mm" ends no phrase
+    start = max((other.end for other in heads if other.end <= head.start), default=0)
+    for match in _PHRASE_ENDS.finditer(text, start, head.start):
+        joins = match[0].lower() in ("and", "or") and _joins_adjectives(text, match, head.start)
+        if not joins and match[0].lower() not in ("no", "not"):
+            start = match.end()
+    return start
+
+
+def _joins_adjectives(text: str, joint: re.Match[str], end: int) -> bool:
+    """Return whether "and" stands between two known adjectives: "a small and a large polyp"."""
+    before = _WORD.findall(text[: joint.start()])[-1:]
+    after = [word for word in _WORD.findall(text[joint.end() : end]) if word.lower() not in ("a", "an")][:1]
+    return all(word.lower() in _VALUES for word in (*before, *after)) and bool(before) and bool(after)
+
+
+def _counted(text: str, start: int, head: _Head, plural: bool) -> tuple[int, Span] | None:
+    """Return the number of targets and its place: a number word or a figure, or "a" before one target."""
+    times = _TIMES.match(text, head.end)
+    if times:
+        return int(times["number"]), (times.start("number"), times.end("number"))
+    before = text[start : head.start]
+    blank = _LENGTH.sub(lambda match: "#" * len(match[0]), before)
+    if _FURTHER.search(before):
+        return None
+    articles = list(_ARTICLE.finditer(blank))
+    for match in _NUMBER.finditer(blank):
+        word = match["number"].lower()
+        value = int(word) if word.isdecimal() else _COUNTS[word]
+        vague = _VAGUE.search(text[: start + match.end()])
+        if vague or value == 0 or (value == 1 and plural) or (value > 1 and not plural):
+            return None
+        return value, (start + match.start(), start + match.end())
+    if len(articles) == 1 and not plural:
+        return 1, (start + articles[0].start(), start + articles[0].end())
+    return None
+
+
+def _adjectives(text: str, offset: int, start: int, heads: list[_Head], head: _Head) -> list[Stated]:
+    """Return size, colour and shape: words before the target, or after it behind a comma or "is"."""
+    words = list(_WORD.finditer(text, start, head.end))
+    following = [other.start for other in heads if other.start >= head.end]
+    end = following[0] if following else len(text)
+    words += _predicates(text, head.end, end, before_other=bool(following))
+    found = [(match[0].lower(), match.span()) for match in words]
+    found += [
+        (match["word"].lower(), match.span("word"))
+        for match in _WITH_SURFACE.finditer(text, head.end, min(end + 20, len(text)))
+    ]
+    return [
+        Stated(_VALUES[word][0], _VALUES[word][1], (first + offset, last + offset))
+        for word, (first, last) in found
+        if word in _VALUES and word not in _NO_ADJECTIVE
+    ]
+
+
+def _predicates(text: str, start: int, end: int, *, before_other: bool) -> Iterator[re.Match[str]]:
+    """Yield the known adjectives after a target: right behind a comma, a bracket or "is", and joined to such."""
+    allowed = False
+    last = start
+    for match in _WORD.finditer(text, start, end):
+        word = match[0].lower()
+        if re.search(r"[,(]", text[last : match.start()]) or word in _COPULA:
+            allowed = True
+        last = match.end()
+        if word in _VALUES:
+            # An adjective right before another noun is that one's: "white-light images", "red blood".
+            if (
+                allowed
+                and _ENDS_ADJECTIVES.match(text, match.end())
+                and (text[match.end() : end].strip() or not before_other)
+            ):
+                yield match
+        elif word not in _NEUTRAL and word not in _COPULA:
+            allowed = False
+
+
+# --- where --------------------------------------------------------------------------------------------------------
+
+
+def _within(span: Span, outer: Span, offset: int) -> bool:
+    return outer[0] + offset <= span[0] and span[1] <= outer[1] + offset
+
+
+def _covers_all(located: Sequence[Located]) -> bool:
+    """Return whether a denial holds for both lungs or the whole image: it names no place, or both sides alone."""
+    sides = {side for item in located for side in item.sides if not item.thirds and not item.lobe}
+    return not located or sides == set(SIDES)
+
+
+def _located_lungs(sentence: Sentence, heads: list[_Head], taken: list[Span]) -> list[tuple[Located, list[_Head]]]:
+    """Return each group of side and height words with the findings that it belongs to."""
+    text, offset = sentence.text, sentence.start
+    result = []
+    for item, (start, end) in _groups(text, offset):
+        if not any(first <= start and end <= last for first, last in taken):
+            result.append((item, _owners(text, start, end, heads)))
+    return result
+
+
+def _joined(located: tuple[Located, ...]) -> tuple[Located, ...]:
+    """Give heights without a side the sides of the same finding that have no height: "bilateral …, lower zones"."""
+    bare = [item for item in located if item.sides and not item.thirds and not item.lobe]
+    sides = tuple(side for side in SIDES if any(side in item.sides for item in bare))
+    return tuple(replace(item, sides=sides) if item.thirds and not item.sides else item for item in located)
+
+
+def _groups(text: str, offset: int) -> Iterator[tuple[Located, Span]]:
+    """Yield the sides and heights of a sentence, grouped: "right mid and lower zones" is one."""
+    atoms = list(_ATOM.finditer(text))
+    groups: list[list[re.Match[str]]] = []
+    for atom in atoms:
+        if groups and _LINK.fullmatch(text, groups[-1][-1].end(), atom.start()) and _belongs(groups[-1], atom, text):
+            groups[-1].append(atom)
+        else:
+            groups.append([atom])
+    for group in groups:
+        sides, thirds, lobe = _meaning(group)
+        start, end = group[0].start(), group[-1].end()
+        if not any(_is_sided(atom) for atom in group) and _LABEL_END.match(text, end):
+            continue  # "Lung bases:" says where is looked, not where something is
+        if sides or thirds or lobe:
+            of_image = _OF_IMAGE.match(text, end)
+            excepted = _EXCEPTED.search(text, 0, start)
+            noun = _PLACE_NOUN.match(text, end)
+            end = noun.end() if noun else end
+            located = Located(
+                (start + offset, end + offset),
+                sides,
+                thirds,
+                lobe=lobe,
+                is_excepted=excepted is not None,
+                of_image=of_image is not None,
+            )
+            yield located, (start, end)
+
+
+def _belongs(group: list[re.Match[str]], atom: re.Match[str], text: str) -> bool:
+    """Return whether a word goes on with the group before it, or begins another place."""
+    has_side = any(_is_sided(item) for item in group)
+    has_height = any(
+        not _is_sided(item) or item.lastgroup in ("abbreviation", "initials", "bi", "lingula") for item in group
+    )
+    if _is_sided(atom):
+        if not has_side:
+            return True  # "base of the right lung"
+        between = text[group[-1].end() : atom.start()]
+        # "left and right bases" shares the height; "left lung and right base" does not.
+        return (
+            not has_height and atom.lastgroup == "side" and re.fullmatch(r"\s*(?:and|or|&|/)\s*", between) is not None
+        )
+    if _is_sided(group[-1]) and not text[group[-1].end() : atom.start()].strip():
+        return True  # "segment of the right lower lobe"
+    is_postfixed = has_side and has_height and not _is_sided(group[0])
+    return not is_postfixed
+
+
+def _is_sided(atom: re.Match[str]) -> bool:
+    return atom.lastgroup in ("abbreviation", "initials", "initial", "bi", "lingula", "side", "both")
+
+
+def _meaning(group: list[re.Match[str]]) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
+    sides: set[str] = set()
+    thirds: set[str] = set()
+    lobes: set[str] = set()
+    for atom in group:
+        word = atom[0].lower()
+        kind = atom.lastgroup
+        if kind in ("abbreviation", "initials", "initial"):
+            sides.add("right" if word[0] == "r" else "left")
+            lobes |= {word} if kind == "abbreviation" else set()
+            thirds |= {_INITIALS[word[-2]]} if kind == "initials" else set()
+        elif kind == "bi":
+            sides |= set(SIDES)
+            thirds.add("upper" if "apical" in word else "lower")
+        elif kind == "lingula":
+            sides.add("left")
+            lobes.add(word)
+        elif kind == "side":
+            sides.add(word[: 5 if word.startswith("right") else 4])
+        elif kind == "both":
+            sides |= set(SIDES)
+        elif kind == "whole":
+            thirds |= set(THIRDS)
+        elif kind in ("lobe", "segment"):
+            lobes.add(word)
+        else:
+            thirds.add(_HEIGHTS[word])
+            sides |= set(SIDES) if word in ("bases", "apices") and not any(_is_sided(item) for item in group) else set()
+    if lobes and not sides and lobes <= {"mid", "middle"}:
+        sides.add("right")  # only the right lung has a middle lobe
+    ordered = tuple(side for side in SIDES if side in sides)
+    return ordered, tuple(third for third in THIRDS if third in thirds), bool(lobes)
+
+
+def _owners(text: str, start: int, end: int, heads: list[_Head], *, shared: bool = True) -> list[_Head]:
+    """Return the findings that a place belongs to.
+
+    The one that it stands before as an adjective ("right effusion"); else, behind a verb, the next ("the right lung
+    shows …"); else the ones before it, which are joined by "and" where ``shared``; else the next.
+    """
+    following = [head for head in heads if head.start >= end]
+    preceding = [head for head in heads if head.end <= start]
+    if following:
+        between = text[end : following[0].start]
+        if "," not in between and _PHRASE_ENDS.search(between) is None:
+            return _only(following[0])
+        if (_SHOWS.match(between) and not _TURNS.search(between)) or _IS.fullmatch(between):
+            return _only(following[0])
+        if "," not in between and _FREE.match(text, following[0].start):
+            return []
+    if preceding:
+        owners = [preceding[-1]]
+        for head in reversed(preceding[:-1]):
+            joint = text[head.end : owners[-1].start]
+            if not shared or not re.fullmatch(r"\s*(?:/|\b(?:and|or)\b)\s*(?:[\w-]+\s+){0,2}", joint):
+                break
+            owners.append(head)
+        return [head for head in owners if head.is_target]
+    return _only(following[0]) if following else []
+
+
+def _only(head: _Head) -> list[_Head]:
+    return [head] if head.is_target else []
+
+
+def _located_places(sentence: Sentence, heads: list[_Head], grammar: Grammar) -> list[tuple[Located, list[_Head]]]:
+    """Return the places of the image: by words that name the image, by "top" or "bottom", or by the clock."""
+    text, offset = sentence.text, sentence.start
+    heads = [head for head in heads if not _BOWEL.match(text, head.start)]  # that is where a polyp lies
+    result: list[tuple[Located, list[_Head]]] = []
+    matches = list(_PLACE.finditer(text))
+    for number, match in enumerate(matches):
+        joined = _joined_end(text, matches[number:])
+        words = match["place"].lower()
+        lead = re.search(r"\b(?:in|on|at|occup\w+)\s+(?:the\s+)?$", text[: match.start()], re.IGNORECASE)
+        follows = number > 0 and re.fullmatch(
+            r"(?:\s+of\s+the\s+\w+)?\s*(?:,|and|,\s*and)\s+(?:one\s+)?(?:in\s+|at\s+)?(?:the\s+)?",
+            text[matches[number - 1].end() : match.start()],
+            re.IGNORECASE,
+        )
+        anchored = _OF_IMAGE.match(text, joined) is not None
+        named = re.match(r"(?:top|bottom)[\s-]+(?:left|right)$", words) is not None or (
+            grammar == "phantom" and words in ("top", "bottom")
+        )
+        if (lead or follows) and (anchored or named):
+            place = _place_name(words)
+            span = (match.start() + offset, match.end() + offset)
+            result.append(
+                (Located(span, of_image=True, place=place), _owners(text, match.start(), joined, heads, shared=False))
+            )
+    for match in _CLOCK.finditer(text):
+        hour = int(match["hour"])
+        if hour in _CLOCK_PLACES:
+            span = (match.start() + offset, match.end() + offset)
+            owners = _owners(text, match.start(), match.end(), heads, shared=False)
+            result.append((Located(span, of_image=True, place=_CLOCK_PLACES[hour]), owners))
+    return result
+
+
+def _joined_end(text: str, matches: list[re.Match[str]]) -> int:
+    """Return where a list of places ends: "top left, bottom of the image"."""
+    end = matches[0].end()
+    for match in matches[1:]:
+        if not re.fullmatch(r"\s*(?:,|and|,\s*and)\s+(?:in\s+)?(?:the\s+)?", text[end : match.start()], re.IGNORECASE):
+            break
+        end = match.end()
+    return end
+
+
+def _place_name(words: str) -> str:
+    height = "top" if re.search(r"top|upper", words) else "bottom" if re.search(r"bottom|lower", words) else ""
+    side = "left" if "left" in words else "right" if "right" in words else ""
+    return f"{height} {side}".strip() or "center"
+
+
+def names_other(words: str, grammar: Grammar) -> bool:
+    """Return whether words name the target or anything else that the rules know, or deny something."""
+    known = rf"\b(?:{TARGETS[grammar]}|{_OTHERS[grammar]}|no|not|without|normal|clear)\b"
+    return re.search(known, words, re.IGNORECASE) is not None
+
+
+def names_one_more(sentences: Sequence[Sentence]) -> bool:
+    """Return whether a report speaks of "another one" or "a second", so that what it counts are not all."""
+    return any(sentence.section in CURRENT and _ONE_MORE.search(sentence.text) for sentence in sentences)

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tmca.calibration import read_calibration, reliability
+from tmca.calibration.fitting import DIAGRAM_FILE, calibrate_model
+from tmca.data.manifest import Manifest
+from tmca.errors import CheckpointError, DataError
+from tmca.inference import Predictor
+from tmca.models import TMCA
+
+
+@pytest.fixture
+def folder(tiny_model: Callable[..., TMCA], tmp_path: Path) -> Path:
+    tiny_model().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_model_is_calibrated_in_its_folder(folder: Path, phantoms: Manifest):
+    before = Predictor.from_pretrained(folder, "cpu", "32")
+    report = calibrate_model(folder, phantoms, "train", check="test", device="cpu")
+    calibration = read_calibration(folder)
+    assert calibration == report.calibration
+    assert calibration.cases == len(phantoms.split("train").records)
+    counts = report.counts["train"]
+    assert reliability(counts, calibration.temperature).error <= reliability(counts).error
+    assert [row["split"] for row in report.rows()] == ["train", "test"]
+    with Image.open(folder / DIAGRAM_FILE) as diagram:
+        assert diagram.size[0] > 500
+
+    after = Predictor.from_pretrained(folder, "cpu", "32")
+    assert (before.calibrated, after.calibrated) == (False, True)
+    record = phantoms.records[0]
+    answers = []
+    for predictor in (before, after):
+        predictor.set_image(phantoms.image_path(record))
+        answers.append(predictor.ask(record.text))
+    assert answers[0].expected_dice is None
+    assert 0 <= (answers[1].expected_dice or 0) <= 1
+    assert not np.allclose(answers[0].probability, answers[1].probability)
+    np.testing.assert_array_equal(answers[0].probability > 0.5, answers[1].probability > 0.5)
+    assert after.provenance()["models"][0]["temperature"] == calibration.temperature
+
+
+def test_a_damaged_calibration_is_not_used(folder: Path):
+    (folder / "calibration.json").write_text("{")
+    with pytest.raises(CheckpointError, match="damaged"):
+        Predictor.from_pretrained(folder)
+
+
+def test_a_split_that_is_not_there_is_named(folder: Path, phantoms: Manifest):
+    with pytest.raises(DataError, match="validation"):
+        calibrate_model(folder, phantoms, "validation")
+    assert read_calibration(folder) is None

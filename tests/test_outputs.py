@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import highdicom
+import nibabel
+import numpy as np
+import pydicom
+import pytest
+from PIL import Image
+
+from tmca.batch import BatchOptions, predict_batch
+from tmca.errors import ConfigError
+from tmca.imaging.raster import read_mask
+from tmca.imaging.rle import decode_mask
+from tmca.inference import Predictor
+from tmca.jobs import Job, make_jobs, make_series_jobs
+from tmca.models import TMCA
+from tmca.outputs import OUTPUT_TYPES, OutputOptions
+from tmca.prediction import PredictionOptions
+from tmca.reports.prompt import prompt_from_report
+
+PROMPT = "Unilateral pulmonary infection, one infected area, lower left lung."
+DICOM = ("dicom-seg", "dicom-fractional", "dicom-sr", "dicom-sc")
+
+
+@pytest.fixture(scope="module")
+def predictor(tiny_model: Callable[..., TMCA], tmp_path_factory: pytest.TempPathFactory) -> Predictor:
+    folder = tmp_path_factory.mktemp("outputs") / "model"
+    tiny_model().save_pretrained(folder)
+    return Predictor.from_pretrained(folder, "cpu")
+
+
+@pytest.fixture
+def film(draw_dicom: Callable[..., Path], tmp_path: Path) -> Path:
+    pixels = np.random.default_rng(0).integers(0, 4000, (40, 56)).astype(np.uint16)
+    return draw_dicom(tmp_path / "in" / "film.dcm", pixels, "CR", PixelSpacing=[0.5, 0.5])
+
+
+def _options(*types: str, **further: object) -> BatchOptions:
+    return BatchOptions(PredictionOptions(threshold=0.45), OutputOptions(types, **further))  # type: ignore[arg-type]
+
+
+def test_a_film_gives_every_type(predictor: Predictor, film: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    predictor.set_image(film)
+    middle = float(np.median(predictor.probability(PROMPT)))
+    types = tuple(kind for kind in OUTPUT_TYPES if kind != "nifti")
+    options = BatchOptions(PredictionOptions(threshold=middle), OutputOptions(types))
+    (case,) = predict_batch(predictor, make_jobs([film], PROMPT), out, options).cases
+    assert case["outputs"].keys() == {"mask", "rle", *DICOM, "overlay"}
+    mask = read_mask(out / case["outputs"]["mask"])
+    assert 0 < mask.sum() < mask.size
+    np.testing.assert_array_equal(decode_mask(json.loads((out / case["outputs"]["rle"]).read_text())), mask)
+    segmentation = highdicom.seg.segread(out / case["outputs"]["dicom-seg"])
+    np.testing.assert_array_equal(segmentation.pixel_array.reshape(mask.shape), mask)
+    described = segmentation.get_segment_description(1)
+    assert described.segment_label == "Lung infection"
+    assert described.SegmentAlgorithmType == "SEMIAUTOMATIC"
+    assert PROMPT not in str(segmentation)
+    fractional = pydicom.dcmread(out / case["outputs"]["dicom-fractional"])
+    assert fractional.SegmentationType == "FRACTIONAL"
+    report = highdicom.sr.srread(out / case["outputs"]["dicom-sr"])
+    assert report.ContentTemplateSequence[0].TemplateIdentifier == "1500"
+    assert case["square_millimetres"] == pytest.approx(mask.sum() * 0.25)
+    capture = pydicom.dcmread(out / case["outputs"]["dicom-sc"])
+    assert capture.SOPClassUID.name == "Secondary Capture Image Storage"
+    assert predict_batch(predictor, make_jobs([film], PROMPT), out, options).resumed == 1
+
+
+def test_the_sentence_stands_in_dicom_only_if_asked(predictor: Predictor, film: Path, tmp_path: Path):
+    options = _options("dicom-seg", prompt_in_dicom=True, target="lesion")
+    (case,) = predict_batch(predictor, make_jobs([film], PROMPT), tmp_path / "out", options).cases
+    (segment,) = pydicom.dcmread(tmp_path / "out" / case["outputs"]["dicom-seg"]).SegmentSequence
+    assert PROMPT in segment.SegmentDescription
+    assert segment.SegmentLabel == "Lesion"
+
+
+def test_a_sentence_from_a_report_makes_it_automatic(predictor: Predictor, film: Path, tmp_path: Path):
+    report = prompt_from_report("Opacity in the right lower zone. The left lung is clear.", "lung")
+    jobs = make_jobs([film], report.prompt, report)
+    (case,) = predict_batch(predictor, jobs, tmp_path / "out", _options("dicom-seg")).cases
+    (segment,) = pydicom.dcmread(tmp_path / "out" / case["outputs"]["dicom-seg"]).SegmentSequence
+    assert segment.SegmentAlgorithmType == "AUTOMATIC"
+
+
+def test_an_empty_mask_is_a_result(predictor: Predictor, film: Path, tmp_path: Path):
+    options = BatchOptions(PredictionOptions(threshold=0.999), OutputOptions(("rle", *DICOM)))
+    (case,) = predict_batch(predictor, make_jobs([film], None), tmp_path / "out", options).cases
+    assert case["answer"] == "no region found"
+    segmentation = highdicom.seg.segread(tmp_path / "out" / case["outputs"]["dicom-seg"])
+    assert not segmentation.pixel_array.any()
+
+
+def test_a_series_is_one_volume(predictor: Predictor, draw_slices: Callable[..., list[Path]], tmp_path: Path):
+    volume = np.random.default_rng(0).integers(-1000, 1000, (4, 20, 24)).astype(np.int16)
+    draw_slices(tmp_path / "ct", volume)
+    (job,) = make_series_jobs([tmp_path / "ct"], PROMPT)
+    assert (job.name, len(job.slices)) == ("ct_1", 4)
+    out = tmp_path / "out"
+    options = _options("nifti", "png", "dicom-seg", "dicom-sr", probabilities=True)
+    (case,) = predict_batch(predictor, [job], out, options).cases
+    labels = np.asarray(nibabel.load(out / case["outputs"]["nifti"]).dataobj)
+    assert labels.sum() == case["pixels"] > 0
+    assert case["cubic_millimetres"] == pytest.approx(labels.sum() * 0.5 * 0.25 * 2.5)
+    for number, path in enumerate(job.slices):
+        predictor.set_image(path)
+        mask = predictor.predict(PROMPT, threshold=0.45)
+        np.testing.assert_array_equal(read_mask(out / case["outputs"]["mask"] / f"{number:04d}.png"), mask)
+        assert labels[:, :, number].sum() == mask.sum()
+    maps = np.asarray(nibabel.load(out / case["outputs"]["probability"]).dataobj)
+    np.testing.assert_array_equal(maps > 0.45, labels > 0)
+    assert highdicom.seg.segread(out / case["outputs"]["dicom-seg"]).pixel_array.sum() == labels.sum()
+    assert predict_batch(predictor, [job], out, options).resumed == 1
+
+
+def test_a_series_with_a_gap_is_refused_before_anything_is_computed(
+    draw_slices: Callable[..., list[Path]], tmp_path: Path
+):
+    paths = draw_slices(tmp_path / "ct", np.zeros((5, 8, 8), dtype=np.int16))
+    paths[2].unlink()
+    with pytest.raises(Exception, match="gap"):
+        make_series_jobs([tmp_path / "ct"], PROMPT)
+
+
+def test_films_of_a_folder_are_jobs_of_their_own(draw_dicom: Callable[..., Path], tmp_path: Path):
+    for number in range(2):
+        draw_dicom(tmp_path / "study" / f"{number}.dcm", np.zeros((8, 8), dtype=np.uint8), "CR")
+    jobs = make_series_jobs([tmp_path / "study"], None)
+    assert [(job.image.name, job.slices) for job in jobs] == [("0.dcm", ()), ("1.dcm", ())]
+
+
+@pytest.mark.parametrize("kind", [*DICOM, "nifti"])
+def test_a_picture_cannot_become_a_medical_file(predictor: Predictor, tmp_path: Path, kind: str):
+    Image.fromarray(np.zeros((8, 8), dtype=np.uint8)).save(tmp_path / "a.png")
+    report = predict_batch(predictor, [Job(tmp_path / "a.png", None, "a")], tmp_path / "out", _options(kind))
+    (failure,) = report.failures
+    assert "--output-type" in failure["hint"]
+    assert not list((tmp_path / "out").glob("a*"))
+
+
+def test_a_film_without_its_study_is_a_failure_that_leaves_nothing(
+    predictor: Predictor, draw_dicom: Callable[..., Path], tmp_path: Path
+):
+    film = draw_dicom(tmp_path / "film.dcm", np.zeros((8, 8), dtype=np.uint8), "CR", StudyInstanceUID=None)
+    report = predict_batch(predictor, make_jobs([film], None), tmp_path / "out", _options("dicom-seg"))
+    (failure,) = report.failures
+    assert "StudyInstanceUID" in failure["message"]
+    assert not list((tmp_path / "out").glob("*.dcm"))
+
+
+def test_an_unknown_type_or_target_is_refused():
+    with pytest.raises(ConfigError, match="dicom-seg"):
+        OutputOptions(("dicom",))
+    with pytest.raises(ConfigError, match="polyp"):
+        OutputOptions(target="polypp")
