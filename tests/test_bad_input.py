@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -13,6 +14,9 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from PIL import Image
+from pydicom import uid as uids
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.encaps import encapsulate
 
 from tmca import cli
 from tmca.data.manifest import Manifest, Record
@@ -191,6 +195,136 @@ def test_an_image_without_permission(predict: Callable[..., Refusal], data: Mani
     refusal = predict(_image(data))
     assert refusal.code == 3
     assert "No permission" in refusal.err
+
+
+def _write_dicom(path: Path, syntax: str = uids.ExplicitVRLittleEndian, without: str = "") -> Path:
+    """Write a DICOM image; one tag may be left out."""
+    data = FileDataset(str(path), {}, file_meta=FileMetaDataset(), preamble=bytes(128))
+    data.file_meta.TransferSyntaxUID = syntax
+    data.SOPClassUID, data.SOPInstanceUID = uids.DigitalXRayImageStorageForPresentation, "1.2.3"
+    data.Rows, data.Columns, data.SamplesPerPixel, data.PhotometricInterpretation = 40, 56, 1, "MONOCHROME2"
+    data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 8, 8, 7, 0
+    pixels = bytes(range(256)) * 8 + bytes(40 * 56 - 8 * 256)
+    data.PixelData = pixels if syntax == uids.ExplicitVRLittleEndian else encapsulate([pixels])
+    if without:
+        del data[without]
+    data.save_as(path, enforce_file_format=True)
+    return path
+
+
+def test_no_bad_file_ends_a_batch(refused: Callable[..., Refusal], model_folder: Path, tmp_path: Path):
+    """A folder as it comes from an archive: two images among files that are none."""
+    folder = tmp_path / "archive"
+    (folder / "deep").mkdir(parents=True)
+    Image.fromarray(np.arange(48 * 64, dtype=np.uint8).reshape(48, 64)).save(folder / "deep" / "picture.png")
+    good = _write_dicom(folder / "good.dcm")
+    (folder / "cut.dcm").write_bytes(good.read_bytes()[:-900])
+    (folder / "cut-header.dcm").write_bytes(good.read_bytes()[:300])
+    _write_dicom(folder / "no-rows.dcm", without="Rows")
+    _write_dicom(folder / "no-pixels.dcm", without="PixelData")
+    _write_dicom(folder / "video.dcm", syntax=uids.MPEG4HP41)
+    for name in ("empty.png", "empty.dcm", "empty.nii.gz"):
+        (folder / name).write_bytes(b"")
+    (folder / "page.png").write_text("<html>404</html>")
+    Image.new("1", (20_000, 20_000)).save(folder / "bomb.png")
+    (folder / "loop").symlink_to(folder, target_is_directory=True)
+    (folder / "itself.png").symlink_to(folder / "itself.png")
+    (folder / "gone.png").symlink_to(folder / "nowhere.png")
+    refusal = refused("predict", "-i", folder, "-o", tmp_path / "out", "-m", model_folder, "-p", "one lesion")
+    assert refusal.code == 4
+    bad = {
+        "cut.dcm": "cut off",
+        "cut-header.dcm": "",
+        "no-rows.dcm": "lacks Rows",
+        "no-pixels.dcm": "no pixels",
+        "video.dcm": "MPEG-4",
+        "empty.png": "empty",
+        "empty.dcm": "empty",
+        "empty.nii.gz": "empty",
+        "page.png": "not an image",
+        "bomb.png": "too large",
+    }
+    report = json.loads((tmp_path / "out" / "run_report.json").read_text("utf-8"))
+    assert {case["outputs"]["mask"] for case in report["cases"]} == {"good.png", "picture.png"}
+    failures = {Path(failure["image"]).name: failure for failure in report["failures"]}
+    assert failures.keys() == bad.keys()
+    for name, said in bad.items():
+        assert failures[name]["code"] == "invalid_input"
+        assert str(folder / name) in failures[name]["message"]
+        assert said in failures[name]["message"], name
+        assert failures[name]["hint"], name
+        assert failures[name]["message"] in refusal.err
+    written = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*")}
+    assert {name for name in written if not name.startswith("overlays/")} == {
+        "good.png",
+        "picture.png",
+        "run_report.json",
+        "journal.jsonl",
+    }
+    assert not [name for name in written if ".tmp" in name]
+
+
+@pytest.mark.parametrize("name", ["itself.png", "gone.png", "loop/loop/nothing.png"])
+def test_a_link_that_leads_nowhere(predict: Callable[..., Refusal], tmp_path: Path, name: str):
+    (tmp_path / "itself.png").symlink_to(tmp_path / "itself.png")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "loop").symlink_to(tmp_path, target_is_directory=True)
+    refusal = predict(tmp_path / name)
+    assert refusal.code == 3
+    assert str(tmp_path / name) in refusal.line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["../../escaped", "/escaped", "..", "a/../../escaped"])
+def test_no_name_leads_out_of_the_output_folder(
+    refused: Callable[..., Refusal], model_folder: Path, data: Manifest, tmp_path: Path, name: str
+):
+    """Names of outputs are made from names of inputs, and a prompts file can name inputs only."""
+    (tmp_path / "prompts.csv").write_text(f"image,text\n{name},one lesion\n")
+    before = {path for path in tmp_path.rglob("*") if "home" not in path.parts}
+    refusal = refused(
+        "predict", "-i", _image(data), "-o", tmp_path / "out", "-m", model_folder, "--prompts", tmp_path / "prompts.csv"
+    )
+    assert refusal.code == 3
+    assert f"line 2: image {name!r} is not among the inputs" in refusal.line
+    assert {path for path in tmp_path.rglob("*") if "home" not in path.parts} == before
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "lesion " * 15_000,
+        "ᛚ" * 100_000,
+        "左上的一个小息肉",
+        "ورم صغير في أعلى اليسار",
+        "\x1b[31mred\x1b[0m \x00 \u202e",
+        "../../etc/passwd; rm -rf /",
+        "🩺🫁",
+    ],
+)
+@pytest.mark.parametrize("by_file", [False, True])
+def test_whatever_a_sentence_is_it_gives_a_mask(
+    model_folder: Path, data: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, by_file: bool
+):
+    out = tmp_path / "out"
+    if by_file:
+        rows = [{"image": str(_image(data)), "text": sentence} for sentence in (text, "one lesion")]
+        (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        flags = ["--prompts", str(tmp_path / "prompts.jsonl")]
+    else:
+        flags = ["-p", text]
+    assert cli.run(["predict", "-i", str(_image(data)), "-o", str(out), "-m", str(model_folder), *flags]) == 0
+    captured = capsys.readouterr()
+    assert "\x1b" not in captured.out + captured.err
+    report = json.loads((out / "run_report.json").read_text("utf-8"))
+    assert report["failures"] == []
+    assert report["cases"][0]["prompt"] == text.strip() if by_file else text
+    masks = {path.name for path in out.glob("*.png")}
+    assert len(masks) == 1 + by_file
+    assert {path.parent for path in tmp_path.rglob("*.png") if path.name in masks} <= {out, out / "overlays"} | {
+        _image(data).parent,
+        _mask(data).parent,
+    }
 
 
 # Masks -----------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from tmca import files
-from tmca.batch import BatchOptions, predict_batch, segment_job
+from tmca.batch import BatchOptions, CaseRunner, predict_batch
 from tmca.data.manifest import Manifest
 from tmca.errors import StorageError
 from tmca.files import sha256_of
@@ -252,13 +252,24 @@ def test_shares_write_to_one_folder(predictor: Predictor, jobs: list[Job], tmp_p
     assert len(computed) == 5
 
 
-def test_one_job_alone_gives_what_the_batch_gives(predictor: Predictor, jobs: list[Job], tmp_path: Path):
-    (expected,) = predict_batch(predictor, jobs[:1], tmp_path / "batch").cases
-    found = segment_job(predictor, jobs[0], tmp_path / "alone", BatchOptions())
-    for entry in (expected, found):
+def test_a_runner_and_an_engine_give_what_the_batch_gives(predictor: Predictor, jobs: list[Job], tmp_path: Path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no image")
+    asked = [*jobs[:2], Job(broken, None, "broken")]
+    expected = predict_batch(predictor, asked, tmp_path / "batch")
+
+    def backwards(jobs: Sequence[Job], folder: Path, options: BatchOptions) -> Iterator[tuple[Job, dict[str, object]]]:
+        run = CaseRunner(predictor, folder, options, "-worker-1")
+        for job in reversed(jobs):
+            yield job, run(job)
+
+    found = predict_batch(predictor, asked, tmp_path / "alone", engine=backwards)
+    for entry in (*expected.cases, *found.cases):
         del entry["seconds"]
-    assert found == expected
+    assert (found.cases, found.failures) == (expected.cases, expected.failures)
     assert _content(tmp_path / "alone") == _content(tmp_path / "batch")
+    assert (tmp_path / "alone" / "journal-worker-1.jsonl").exists()
+    assert predict_batch(predictor, asked, tmp_path / "alone").resumed == 2
 
 
 def test_a_fault_of_ours_does_not_end_the_batch(

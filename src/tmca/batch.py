@@ -9,7 +9,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -106,8 +106,17 @@ class BatchReport:
         }
 
 
+Engine = Callable[[Sequence[Job], Path, BatchOptions], Iterable[tuple[Job, dict[str, Any]]]]
+"""Works jobs off elsewhere: yields each with what a :class:`CaseRunner` makes of it, in any order."""
+
+
 def predict_batch(
-    predictor: Predictor, jobs: Sequence[Job], folder: Path, options: BatchOptions | None = None
+    predictor: Predictor,
+    jobs: Sequence[Job],
+    folder: Path,
+    options: BatchOptions | None = None,
+    *,
+    engine: Engine | None = None,
 ) -> BatchReport:
     """Segment every job and write masks, overlays and ``run_report.json``.
 
@@ -121,6 +130,7 @@ def predict_batch(
         jobs: Images and sentences.
         folder: Where to write.
         options: How, and what.
+        engine: Works the jobs off elsewhere, with the same models; ``None`` does it here.
 
     Raises:
         StorageError: The folder cannot be written, or holds a mask that this batch would replace.
@@ -131,7 +141,7 @@ def predict_batch(
     if not options.overwrite:
         run.resume(jobs)
         run.refuse_to_replace(jobs)
-    run.work([job for job in jobs if job.name not in run.done])
+    run.work([job for job in jobs if job.name not in run.done], engine)
     report = BatchReport([run.done[job.name] for job in jobs if job.name in run.done], run.failures, run.resumed)
     report.seconds = time.monotonic() - started
     write_json(folder / f"run_report{options.suffix}.json", report.as_dict(predictor))
@@ -145,7 +155,7 @@ class _Run:
         self.predictor = predictor
         self.folder = folder
         self.options = options
-        self.journal = _Journal(folder, options, predictor)
+        self.journal = _Journal(folder, options, predictor, options.suffix)
         self.done: dict[str, dict[str, Any]] = {}
         self.failures: list[dict[str, str]] = []
         self.resumed = 0
@@ -175,8 +185,15 @@ class _Run:
                 hint="it is of another model, sentence or option: use --overwrite, or choose another folder",
             )
 
-    def work(self, jobs: Sequence[Job]) -> None:
+    def work(self, jobs: Sequence[Job], engine: Engine | None = None) -> None:
         """Segment the jobs."""
+        if engine is not None:
+            for job, result in engine(jobs, self.folder, self.options):
+                if "case" in result:
+                    self.done[job.name] = result["case"]
+                else:
+                    self.failures.append(result["failure"])
+            return
         groups = [list(group) for _, group in itertools.groupby(jobs, key=lambda job: (job.image, job.slices))]
         with ThreadPoolExecutor(2, "read") as readers, ThreadPoolExecutor(2, "write") as writers:
             try:
@@ -188,7 +205,6 @@ class _Run:
             finally:
                 for _, written in self._writes:
                     written.cancel()
-                self.journal.close()
 
     def _segment(self, group: Sequence[Job], read: Future[tuple[Images, float]]) -> list[_Case]:
         silent = [job for job in group if job.report is not None and job.report.prompt is None]
@@ -217,14 +233,38 @@ class _Run:
                 self.failures.append(_failure(job, error))
 
 
-def segment_job(predictor: Predictor, job: Job, folder: Path, options: BatchOptions) -> dict[str, Any]:
-    """Segment one job, write its files and return its entry in the report, one step after the other.
+class CaseRunner:
+    """Segments one job after the other, for an engine's worker.
 
-    Raises:
-        TMCAError: The case failed.
+    Args:
+        predictor: The model.
+        folder: Where to write.
+        options: How, and what.
+        journal: Ending of the name of this worker's own journal; others may write to the folder at the same time.
     """
-    (case,) = _segment(predictor, _read([job]), [job], folder, options)
-    return case.finish(_Journal(folder, options, predictor).key)
+
+    def __init__(self, predictor: Predictor, folder: Path, options: BatchOptions, journal: str) -> None:
+        self.predictor = predictor
+        self.folder = folder
+        self.options = options
+        self.journal = _Journal(folder, options, predictor, journal)
+
+    def __call__(self, job: Job) -> dict[str, Any]:
+        """Return ``case``, the job's entry in the report, or ``failure``.
+
+        Raises:
+            StorageError: The folder cannot be written.
+        """
+        try:
+            if job.report is not None and job.report.prompt is None:
+                raise _names_nothing(job)
+            self.journal.begin(job)
+            (case,) = _segment(self.predictor, _read([job]), [job], self.folder, self.options)
+            return {"case": self.journal.note(case.finish(self.journal.key))}
+        except StorageError:
+            raise
+        except Exception as error:
+            return {"failure": _failure(job, error)}
 
 
 @dataclass
@@ -345,15 +385,14 @@ class _Journal:
     taken for the same work. Files of a case that is begun and not finished are ours to replace.
     """
 
-    def __init__(self, folder: Path, options: BatchOptions, predictor: Predictor) -> None:
+    def __init__(self, folder: Path, options: BatchOptions, predictor: Predictor, suffix: str) -> None:
         self.folder = folder
-        self.path = folder / f"journal{options.suffix}.jsonl"
+        self.path = folder / f"journal{suffix}.jsonl"
         source = predictor.provenance()
         source["models"] = [model | {"id": ""} for model in source["models"]]  # the same weights in another folder
         settings = [asdict(options.prediction), asdict(options.outputs), source]
         self._settings = json.dumps(settings, sort_keys=True, default=str)
         self._entries: dict[str, dict[str, Any]] = {}
-        self._stream: Any = None
 
     def key(self, job: Job) -> str:
         """Return the hash of a case.
@@ -394,19 +433,12 @@ class _Journal:
     def note(self, entry: dict[str, Any]) -> dict[str, Any]:
         """Add a finished case, and return it."""
         try:
-            if self._stream is None:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                self._stream = self.path.open("a", encoding="utf-8")
-            self._stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
-            self._stream.flush()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
         except OSError as error:
             raise storage_error(self.path, error) from error
         return entry
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._stream is not None:
-            self._stream.close()
 
 
 def _content_hash(job: Job) -> str:

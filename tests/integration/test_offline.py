@@ -1,89 +1,185 @@
-"""Nothing but this machine is asked: training, scoring and predicting open no connection."""
+"""Nothing but this machine is asked: whatever is done with files that are here opens no connection.
+
+Each test starts a Python of its own, in which, and in whose children, every attempt to leave the machine is recorded.
+"""
 
 from __future__ import annotations
 
-import socket
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import pytest
+from safetensors.torch import save_file
+from transformers import ConvNextConfig, ConvNextModel
 
-from tmca import cli
-from tmca.config import Experiment
 from tmca.data.manifest import Manifest
+
+GUARD = Path(__file__).with_name("guard")
+SOURCE = Path(__file__).parents[2] / "src"
+SET_BY_TMCA = (
+    "TMCA_OFFLINE", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK", "GRADIO_ANALYTICS_ENABLED",
+    "RAY_USAGE_STATS_ENABLED",
+)  # fmt: skip
+PROMPT = "one small bright round lesion, located in top left of the image"
+
+VERBS = """
+import json, sys
+from tmca import cli
+for command in json.load(sys.stdin):
+    code = cli.run(command)
+    print(f"exit code {code}: {command}", file=sys.stderr)
+"""
+
+
+class Guarded(NamedTuple):
+    attempts: list[str]
+    """What would have left this machine."""
+    codes: list[int]
+    """Exit codes of the commands."""
+    err: str
+
+
+@pytest.fixture
+def guarded(tmp_path: Path) -> Callable[..., Guarded]:
+    """Return a function that runs a program, or commands of tmca in one process, behind the guard."""
+
+    def run(program: str = VERBS, *, commands: list[list[str]] | None = None, **variables: str) -> Guarded:
+        log = tmp_path / "attempts.txt"
+        log.write_text("")
+        environment = {name: value for name, value in os.environ.items() if name not in SET_BY_TMCA}
+        environment |= {"PYTHONPATH": f"{GUARD}{os.pathsep}{SOURCE}", "GUARD_LOG": str(log), "OMP_NUM_THREADS": "1"}
+        process = subprocess.run(
+            [sys.executable, "-c", program],
+            input=json.dumps(commands),
+            env=environment | variables,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert process.returncode == 0, process.stderr
+        said = [line for line in process.stderr.splitlines() if line.startswith("exit code ")]
+        codes = [int(line.split()[2].rstrip(":")) for line in said]
+        return Guarded(log.read_text("utf-8").splitlines(), codes, process.stderr)
+
+    return run
+
+
+def test_the_guard_sees_every_way_out(guarded: Callable[..., Guarded]):
+    found = guarded("""
+import asyncio, socket, subprocess, sys, threading, urllib.request
+
+def tried(attempt, *arguments, **options):
+    try:
+        attempt(*arguments, **options)
+    except OSError as error:
+        assert "blocked" in str(error), error
+
+far = ("192.0.2.1", 80)
+tried(socket.socket().connect, far)
+tried(socket.socket().connect_ex, far)
+tried(socket.create_connection, far, timeout=1)
+tried(socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto, b"x", far)
+tried(socket.getaddrinfo, "example.org", 443)
+tried(socket.gethostbyname, "example.org")
+tried(urllib.request.urlopen, "http://192.0.2.1", timeout=1)
+tried(asyncio.run, asyncio.wait_for(asyncio.open_connection(*far), 1))
+thread = threading.Thread(target=tried, args=(socket.create_connection, far))
+thread.start(); thread.join()
+child = "import socket; socket.create_connection(('192.0.2.1', 80), timeout=1)"
+assert b"blocked" in subprocess.run([sys.executable, "-c", child], stderr=subprocess.PIPE).stderr
+
+with socket.create_server(("127.0.0.1", 0)) as server:
+    socket.create_connection(server.getsockname()).close()
+    socket.getaddrinfo("localhost", 80)
+""")
+    assert len(found.attempts) == 10, found.attempts
+
+
+def test_no_verb_asks_anybody(guarded: Callable[..., Guarded], phantoms: Manifest, tmp_path: Path):
+    """Train on an encoder of the Hugging Face cache, score, segment, compare, look: offline mode is off."""
+    _cached_encoder(tmp_path / "huggingface" / "hub", "someone/encoder")
+    data, images = str(phantoms.root), str(phantoms.image_path(phantoms.records[0]))
+    train = ["train", "tiny", "--data", data, "--trainer.max-epochs", "1", "--trainer.num-workers", "1"]
+    evaluate = ["evaluate", "-m", "run", "--data", data]
+    commands = [
+        ["data", "audit", data],
+        [*train, "-o", "run", "--model.image-encoder.weights", "someone/encoder"],
+        [*evaluate, "-o", "first", "--surface"],
+        [*evaluate, "-o", "second", "--seed", "1"],
+        ["compare", "first", "second", "-o", "comparison"],
+        ["predict", "-i", images, "-o", "masks", "-m", "run", "-p", PROMPT],
+        ["bench", "-m", "run", "--batch-sizes", "1", "--training-batch", "2"],
+        ["models", "list"],
+        ["info", "--json"],
+        ["doctor"],
+    ]
+    found = guarded(commands=commands, HF_HOME=str(tmp_path / "huggingface"))
+    faulty = {"data audit": 3}  # the drawn data have cases of one lesion that look alike
+    expected = [faulty.get(" ".join(command[:2]), 0) for command in commands]
+    assert found.codes == expected, found.err
+    assert found.attempts == []
+    for written in ("first/report.html", "comparison/comparison.html", "masks/run_report.json"):
+        assert (tmp_path / written).is_file()
+
+
+def test_the_package_asks_nobody_either(guarded: Callable[..., Guarded]):
+    """Without the command line nothing has switched telemetry off."""
+    found = guarded("""
+from pathlib import Path
 from tmca.demo import run_demo
-from tmca.evaluation import evaluate
-from tmca.evaluation.writing import write_evaluation
-from tmca.inference import Predictor
-from tmca.presets import change
-from tmca.report import write_report
-from tmca.training import fit
-
-LOOPBACK = ("127.0.0.1", "::1", "localhost", "", None)
+from tmca.presets import change, get_preset
+experiment = change(get_preset("tiny"), "tiny", trainer={"max_epochs": 1})
+run_demo(Path("demo"), counts={"train": 8, "val": 2, "test": 2}, experiment=experiment)
+""")
+    assert found.attempts == []
 
 
-@pytest.fixture(autouse=True)
-def attempts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Block and record every connection that leaves this machine, and every look-up of a name."""
-    for name in ("TMCA_OFFLINE", "HF_HUB_OFFLINE"):  # not needed: nothing is asked in the first place
-        monkeypatch.delenv(name, raising=False)
-    recorded: list[str] = []
-
-    def guarded(function: Callable[..., Any], place: int) -> Callable[..., Any]:
-        def call(*arguments: Any, **options: Any) -> Any:
-            address = arguments[place]
-            host = address[0] if isinstance(address, tuple) else address
-            is_path = isinstance(address, str | bytes) and function.__name__.startswith("connect")
-            if host not in LOOPBACK and not is_path:
-                recorded.append(f"{function.__name__} {address}")
-                raise OSError(f"the network is blocked in this test: {address}")
-            return function(*arguments, **options)
-
-        return call
-
-    for name in ("connect", "connect_ex"):
-        monkeypatch.setattr(socket.socket, name, guarded(getattr(socket.socket, name), 1))
-    monkeypatch.setattr(socket, "getaddrinfo", guarded(socket.getaddrinfo, 0))
-    monkeypatch.setattr(socket, "create_connection", guarded(socket.create_connection, 0))
-    return recorded
-
-
-def test_the_block_works(attempts: list[str]):
-    with pytest.raises(OSError, match="blocked"):
-        socket.create_connection(("192.0.2.1", 80), timeout=1)
-    with pytest.raises(OSError, match="blocked"):
-        socket.getaddrinfo("example.org", 443)
-    with socket.socket() as connection, pytest.raises(OSError, match="blocked"):
-        connection.connect(("192.0.2.1", 80))
-    assert len(attempts) == 3
-
-
-def test_fit_evaluate_and_predict_ask_nobody(
-    phantoms: Manifest, tiny_experiment: Experiment, tmp_path: Path, attempts: list[str]
+@pytest.mark.parametrize("variable", ["TMCA_OFFLINE", "HF_HUB_OFFLINE"])
+def test_what_is_missing_is_not_asked_for_offline(
+    guarded: Callable[..., Guarded], phantoms: Manifest, tmp_path: Path, variable: str
 ):
-    experiment = change(tiny_experiment, "tiny", trainer={"max_epochs": 1})
-    fit(experiment, phantoms, tmp_path / "run")
-    predictor = Predictor.from_pretrained(tmp_path / "run")
-    evaluation = evaluate(predictor.model, phantoms)
-    write_evaluation(evaluation, tmp_path / "run", phantoms, tmp_path / "out")
-    write_report(evaluation, predictor, phantoms, tmp_path / "out", model="tiny", examples=1)
-    predictor.set_image(phantoms.image_path(phantoms.records[0]))
-    assert predictor.predict(phantoms.records[0].text).shape == (64, 64)
-    assert attempts == []
+    home, data = tmp_path / "home", str(phantoms.root)
+    commands = [
+        ["train", "tmca", "--data", data, "-o", "run", "--model.image-encoder.weights", "nobody/no-such-model"],
+        ["predict", "-i", data, "-o", "masks", "-m", "nobody/no-such-model"],
+        ["evaluate", "-m", "nobody/no-such-model", "--data", data],
+        ["models", "install", "nnunet"],
+    ]
+    found = guarded(commands=commands, TMCA_HOME=str(home), HF_HOME=str(tmp_path / "empty"), **{variable: "1"})
+    assert found.codes == [5] * 4, found.err
+    assert found.attempts == []
+    errors = [line for line in found.err.splitlines() if line.startswith("error: ")]
+    for line in errors[:3]:
+        assert "offline mode is on" in line
+        assert f"put them into {home / 'models' / 'nobody' / 'no-such-model'}" in line
+    assert "tmca models install nnunet --wheels" in errors[3]
+    assert {path.name for path in tmp_path.iterdir()} <= {"attempts.txt", "home", "empty"}
 
 
-def test_the_demo_asks_nobody(tiny_experiment: Experiment, tmp_path: Path, attempts: list[str]):
-    experiment = change(tiny_experiment, "tiny", trainer={"max_epochs": 1})
-    run_demo(tmp_path / "demo", counts={"train": 4, "val": 2, "test": 2}, experiment=experiment)
-    assert attempts == []
+def test_what_is_missing_is_asked_for_otherwise(guarded: Callable[..., Guarded], phantoms: Manifest, tmp_path: Path):
+    """The guard would see it if a model were asked for."""
+    command = ["train", "tmca", "--data", str(phantoms.root), "-o", "run"]
+    found = guarded(commands=[command], HF_HOME=str(tmp_path / "empty"), HF_ENDPOINT="http://192.0.2.1")
+    assert found.codes == [5], found.err
+    assert found.attempts
+    assert all("192.0.2.1" in attempt for attempt in found.attempts)
 
 
-def test_weights_that_are_missing_are_not_asked_for_offline(
-    phantoms: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attempts: list[str]
-):
-    for name in ("TMCA_OFFLINE", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "TOKENIZERS_PARALLELISM"):
-        monkeypatch.setenv(name, "")  # so that what the command line sets is taken back
-    arguments = ["train", "tmca", "--data", str(phantoms.root), "-o", str(tmp_path / "run"), "--offline", "-q"]
-    assert cli.run([*arguments, "--model.image-encoder.weights", "nobody/no-such-model"]) == 5
-    assert attempts == []
+def _cached_encoder(cache: Path, name: str) -> None:
+    """Write an encoder into a Hugging Face cache, as a download leaves it."""
+    commit = "0" * 40
+    repository = cache / f"models--{name.replace('/', '--')}"
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    config = ConvNextConfig(hidden_sizes=[16, 32, 64, 128], depths=[1, 1, 1, 1])
+    model = ConvNextModel(config)
+    (snapshot / "config.json").write_text(config.to_json_string())
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, snapshot / "model.safetensors")

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from tmca.cli.catalogue import ModelsConvert, ModelsInstall, ModelsList, PresetsList, PresetsShow
 from tmca.cli.data import DataAudit, DataDescribe, DataImport, DataPhantom, DataSplit
+from tmca.cli.health import Doctor, Info
 from tmca.cli.options import show
 from tmca.cli.reports import ReportToPrompt
 from tmca.cli.reproduction import Reproduce
@@ -50,7 +51,17 @@ VERBS: dict[str, Any] = {
     "models list": ModelsList,
     "models convert": ModelsConvert,
     "models install": ModelsInstall,
+    "info": Info,
+    "doctor": Doctor,
 }
+
+NO_TELEMETRY = {
+    "DO_NOT_TRACK": "1",
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+"""Variables by which libraries are told to report nothing home; a value that the user set stays."""
 
 OPTIONS_FLAG = "--model.options"
 
@@ -186,8 +197,8 @@ def _split_preset(rest: list[str]) -> tuple[str, list[str]]:
 
 def _prepare_environment(*, offline: bool) -> None:
     """Switch telemetry off and honour offline mode before any library reads its environment."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name, value in {**NO_TELEMETRY, "TOKENIZERS_PARALLELISM": "false"}.items():
+        os.environ.setdefault(name, value)
     if offline or os.environ.get("TMCA_OFFLINE", "").lower() in ("1", "true", "yes"):
         os.environ["TMCA_OFFLINE"] = os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 from rich.measure import Measurement
+from rich.text import Text
 
 Model = Annotated[str, tyro.conf.arg(aliases=["-m"], metavar="RUN")]
 Models = Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-m"], metavar="RUN …")]
@@ -26,7 +27,7 @@ def show(content: Any, *, whole: bool = False) -> None:  # noqa: ANN401
         content: Text, or a table, which is fitted to the terminal.
         whole: Leave a table as wide as it is, so that no number is cut.
     """
-    console = Console(highlight=False, soft_wrap=isinstance(content, str))
+    console = Console(highlight=False, soft_wrap=isinstance(content, str | Text))
     if whole:
         natural = Measurement.get(console, console.options.update(max_width=WIDEST), content).maximum
         console.width = max(console.width, natural)

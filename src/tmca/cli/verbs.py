@@ -15,6 +15,7 @@ from tmca.errors import ConfigError, DataError, PartialFailureError
 from tmca.progress import say
 
 if TYPE_CHECKING:
+    from tmca.batch import Engine
     from tmca.inference import Predictor
     from tmca.jobs import Job
 
@@ -217,6 +218,10 @@ class Predict:
     """Split the work into so many equal shares, for as many machines; all may write to one folder."""
     part_id: int = 0
     """Which share this is, from 0."""
+    engine: Literal["local", "ray"] = "local"
+    """ray: work on the Ray cluster that RAY_ADDRESS names, or this machine belongs to."""
+    workers: int | None = None
+    """With --engine ray, at most so many at a time; by default as many as the cluster has cards, or else processors."""
     overwrite: bool = False
     """Compute everything again; by default, what is finished in the output folder is kept."""
     device: Device = "auto"
@@ -249,7 +254,7 @@ class Predict:
         jobs = part_of(self._jobs(), self.num_parts, self.part_id)
         predictor = Predictor.from_pretrained(self.model, self.device, self.precision, mirrored=self.mirrored)
         _warn_of_prompt(predictor, [job.text for job in jobs])
-        report = predict_batch(predictor, jobs, self.output, options)
+        report = predict_batch(predictor, jobs, self.output, options, engine=self._engine())
         empty = sum(not case["region_found"] for case in report.cases)
         conflicts = sum(bool(case.get("conflicts")) for case in report.cases)
         found = f"; no region found in {empty}" if empty else ""
@@ -264,6 +269,15 @@ class Predict:
             raise PartialFailureError(
                 f"{len(report.failures)} of {len(jobs)} cases failed, the others are done", hint=f"see {details}"
             )
+
+    def _engine(self) -> Engine | None:
+        if self.engine == "local":
+            if self.workers is not None:
+                raise ConfigError("--workers needs --engine ray", hint="leave it out")
+            return None
+        from tmca.cluster import Cluster
+
+        return Cluster(self.model, self.device, self.precision, mirrored=self.mirrored, workers=self.workers)
 
     def _jobs(self) -> list[Job]:
         from tmca.jobs import find_images, make_jobs, make_series_jobs, read_jobs, read_prompt

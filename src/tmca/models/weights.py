@@ -5,6 +5,7 @@ Nothing is unpickled: safetensors are preferred, ``pytorch_model.bin`` is read w
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -19,14 +20,15 @@ from tmca.errors import WeightsError
 from tmca.files import home
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-FILE_PATTERNS = ["*.json", "*.txt", "model.safetensors", "pytorch_model.bin"]
+FILE_PATTERNS = ["*.json", "*.txt", "model.safetensors", "text_encoder.safetensors", "pytorch_model.bin"]
 
 
 def locate(name: str) -> Path:
     """Return the folder that holds the files of a model.
 
     Looked for, in this order: a folder of that path; ``$TMCA_HOME/models/<name>``; the Hugging Face cache; the hub,
-    unless ``TMCA_OFFLINE`` or ``HF_HUB_OFFLINE`` is set.
+    unless ``TMCA_OFFLINE`` or ``HF_HUB_OFFLINE`` is set. What is on this machine is used as it is: the hub is not asked
+    whether it has a newer version.
 
     Args:
         name: Local folder or hub id (``organisation/model``).
@@ -34,12 +36,10 @@ def locate(name: str) -> Path:
     Raises:
         WeightsError: Nothing was found; says what to download and where to put it.
     """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
+    found = find_local(name)
+    if found is not None:
+        return found
     own = home() / "models" / name
-    if own.is_dir():
-        return own
     advice = f"download the files of {name!r} on a connected machine and put them into {own}, or give a local folder"
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise WeightsError(f"No model folder {name!r}", hint="give a folder in Hugging Face layout or a hub id")
@@ -57,6 +57,24 @@ def locate(name: str) -> Path:
         why = "offline mode is on" if offline else "the hub cannot be reached"
         raise WeightsError(f"Weights {name!r} are not on this machine and {why}", hint=advice) from error
     return Path(path)
+
+
+def find_local(name: str) -> Path | None:
+    """Return the folder of a model whose files are on this machine, without asking the hub; see :func:`locate`."""
+    for folder in (Path(name).expanduser(), home() / "models" / name):
+        if folder.is_dir():
+            return folder
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    with contextlib.suppress(HFValidationError):
+        for file in WEIGHT_FILES:  # a download that was cut short has none yet
+            path = try_to_load_from_cache(name, file)
+            if isinstance(path, str):
+                return Path(path).parent
+    return None
 
 
 def is_offline() -> bool:
