@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tmca.models import TMCA, SegmentationModel
-from tmca.models.prediction import prepare_for_prediction
+from tmca.models.preparation import prepare_for_prediction
 from tmca.types import ImageFeatures, TextFeatures, TextTokens
 
 MULTIPLE = 32
@@ -166,12 +166,12 @@ def cut_graphs(model: SegmentationModel) -> list[Graph]:
     image_features, text_features = _read_features(network, images, tokens)
 
     batch, rows, cols, length = (torch.export.Dim(name) for name in ("batch", "rows", "cols", "tokens"))
-    of_images: Dimensions = {"images": {0: batch, 2: MULTIPLE * rows, 3: MULTIPLE * cols}}
+    of_images: Dimensions = {"images": {0: batch, 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}}
     of_tokens: Dimensions = {name: {0: batch, 1: length} for name in tokens}
     of_features: Dimensions = {name: {0: batch} for name in image_features | text_features}
     for name, tensor in image_features.items():
         if tensor.ndim == 4:
-            of_features[name] |= {2: tensor.shape[2] // _ROWS * rows, 3: tensor.shape[3] // _COLS * cols}
+            of_features[name] |= {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
 
     encoded, told, read = tuple(image_features), tuple(text_features), image_features | text_features
     graphs = [Graph("image_encoder", ImageEncoderGraph(network, encoded), {"images": images}, encoded, of_images)]
