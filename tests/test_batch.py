@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tmca import files
@@ -375,3 +376,48 @@ def test_a_report_is_asked_and_shown(predictor: Predictor, jobs: list[Job], tmp_
     (failure,) = batch.failures
     assert "names no finding" in failure["message"]
     assert not (tmp_path / "out" / "b.png").exists()
+
+
+def test_the_latest_journal_counts(predictor: Predictor, jobs: list[Job], tmp_path: Path):
+    out = tmp_path / "out"
+    predict_batch(predictor, jobs[:2], out)
+    other = PredictionOptions(threshold=0.3)
+    for number in range(2):  # whose journals come first by name
+        share = part_of(jobs[:2], 2, number)
+        predict_batch(predictor, share, out, BatchOptions(other, overwrite=True, part=(number, 2)))
+    assert predict_batch(predictor, jobs[:2], out, BatchOptions(other)).resumed == 2
+    with pytest.raises(StorageError):
+        predict_batch(predictor, jobs[:2], out)
+
+
+def test_models_that_came_as_objects_are_told_apart(tiny_model: Callable[..., TMCA], jobs: list[Job], tmp_path: Path):
+    first, second = tiny_model(), tiny_model()
+    with torch.no_grad():
+        second.head.classify.bias += 1.0
+    predict_batch(Predictor(first, "cpu"), jobs[:1], tmp_path / "out")
+    assert predict_batch(Predictor(tiny_model(), "cpu"), jobs[:1], tmp_path / "out").resumed == 1
+    with pytest.raises(StorageError, match="already"):
+        predict_batch(Predictor(second, "cpu"), jobs[:1], tmp_path / "out")
+
+
+def test_pictures_of_a_volume_are_not_replaced(predictor: Predictor, tmp_path: Path):
+    nibabel = pytest.importorskip("nibabel")
+    values = np.random.default_rng(0).integers(0, 200, (20, 24, 2)).astype(np.int16)
+    nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), tmp_path / "scan.nii.gz")
+    job, out = Job(tmp_path / "scan.nii.gz", PROMPT, "scan"), tmp_path / "out"
+    first = BatchOptions(PredictionOptions(threshold=0.05), OutputOptions(("png",)))
+    predict_batch(predictor, [job], out, first)
+    assert len(list((out / "overlays" / "scan").iterdir())) == 2
+    nothing = BatchOptions(PredictionOptions(threshold=0.97), OutputOptions(("png",)))
+    with pytest.raises(StorageError, match="scan"):
+        predict_batch(predictor, [job], out, nothing)
+    predict_batch(predictor, [job], out, BatchOptions(nothing.prediction, nothing.outputs, overwrite=True))
+    assert not list((out / "overlays" / "scan").iterdir())
+
+
+def test_a_file_name_that_is_no_text_does_not_end_the_batch(predictor: Predictor, jobs: list[Job], tmp_path: Path):
+    odd = tmp_path / os.fsdecode(b"\xe9.png")
+    odd.write_bytes(jobs[0].image.read_bytes())
+    report = predict_batch(predictor, [Job(odd, None, "odd"), jobs[1]], tmp_path / "out")
+    assert len(report.cases) == 2
+    assert len(json.loads((tmp_path / "out" / "run_report.json").read_text("utf-8"))["cases"]) == 2

@@ -21,7 +21,7 @@ from tmca.errors import DataError, StorageError, TMCAError
 from tmca.files import storage_error, write_json
 from tmca.imaging.dicom_results import INTENDED_USE
 from tmca.imaging.frames import Frame, Frames
-from tmca.imaging.reading import read_frames, split_frame
+from tmca.imaging.reading import read_frames
 from tmca.inference import Predictor
 from tmca.jobs import Job
 from tmca.outputs import CaseWriter, OutputOptions, output_paths
@@ -177,7 +177,12 @@ class _Run:
         outputs = self.options.outputs
         left = [job for job in jobs if job.name not in self.done]
         paths = [(job, path) for job in left for path in output_paths(job, outputs).values()]
-        existing = [(job, path) for job, path in paths if os.path.lexists(self.folder / path)]
+        # The pictures of a volume lie in a folder of that name.
+        existing = [
+            (job, path)
+            for job, path in paths
+            if any(os.path.lexists(self.folder / name) for name in (path, path.removesuffix(".png")))
+        ]
         foreign = [path for job, path in existing if not self.journal.has_begun(job)]
         if foreign:
             raise StorageError(
@@ -389,6 +394,7 @@ class _Journal:
         self.folder = folder
         self.path = folder / f"journal{suffix}.jsonl"
         source = predictor.provenance()
+        del source["device"], source["precision"]  # they change no mask that anybody would see
         source["models"] = [model | {"id": ""} for model in source["models"]]  # the same weights in another folder
         settings = [asdict(options.prediction), asdict(options.outputs), source]
         self._settings = json.dumps(settings, sort_keys=True, default=str)
@@ -406,19 +412,28 @@ class _Journal:
     def finished(self, jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
         """Return the entries of the jobs that any share of an earlier run finished, whose files are still there."""
         for path in sorted(self.folder.glob("journal*.jsonl")):
-            for line in path.read_text("utf-8", errors="replace").splitlines():
+            try:
+                lines = path.read_text("utf-8", errors="replace").splitlines()
+            except OSError as error:
+                raise storage_error(path, error) from error
+            for line in lines:
                 try:
                     entry = json.loads(line)
-                    self._entries[entry["name"]] = entry
+                    known = self._entries.get(entry["name"], {"at": 0})
+                    if entry["at"] >= known["at"]:  # several shares, and runs, have a journal each
+                        self._entries[entry["name"]] = entry
                 except (ValueError, KeyError, TypeError):
                     continue  # cut off in the middle
-        return {job.name: self._entries[job.name] for job in jobs if self._is_finished(job)}
+        done = {job.name: self._entries[job.name] for job in jobs if self._is_finished(job)}
+        return {name: {key: value for key, value in entry.items() if key != "at"} for name, entry in done.items()}
 
     def has_begun(self, job: Job) -> bool:
         """Whether an earlier run began this very case."""
         entry = self._entries.get(job.name)
-        there = all(split_frame(file)[0].is_file() for file in job.slices or (job.image,))
-        return entry is not None and there and bool(entry["key"] == self.key(job))
+        try:
+            return entry is not None and bool(entry["key"] == self.key(job))
+        except DataError:  # it cannot be read any more, which is that case's own failure
+            return False
 
     def _is_finished(self, job: Job) -> bool:
         outputs = self._entries.get(job.name, {}).get("outputs")
@@ -435,7 +450,7 @@ class _Journal:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
+                stream.write(json.dumps(entry | {"at": time.time_ns()}) + "\n")
         except OSError as error:
             raise storage_error(self.path, error) from error
         return entry

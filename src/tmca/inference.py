@@ -5,10 +5,12 @@ The masks come back at the image's own size, through the same preprocessing the 
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from jaxtyping import UInt8
 from numpy.typing import NDArray
 
 from tmca.calibration import Calibration, read_calibration
-from tmca.checkpoints import file_hashes, load_checkpoint, resolve_checkpoint
+from tmca.checkpoints import MODEL_FILE, file_hashes, load_checkpoint, resolve_checkpoint
 from tmca.config import PreprocessingConfig
 from tmca.data.preprocessing import ImageArray, prepare_image, restore
 from tmca.devices import Precision, resolve_device, uses_bfloat16
@@ -108,6 +110,7 @@ class Predictor:
             network = prepare_for_prediction(model.to(self.device).eval(), self.device, half=half)
             network = MirrorAveraged(network) if mirrored else network
             self._members.append(_Member(network, experiment.preprocessing))
+        self._models = chosen
         self.model = chosen[0]
         self.experiment = experiments[0]
         self._features: list[ImageFeatures] = []
@@ -133,6 +136,7 @@ class Predictor:
         listed = [names] if isinstance(names, str | Path) else list(names)
         predictor = cls([load_checkpoint(name) for name in listed], device, precision, mirrored=mirrored)
         predictor.names = tuple(str(name) for name in listed)
+        predictor._hashes = [file_hashes(resolve_checkpoint(name)) for name in listed]
         found = [read_calibration(resolve_checkpoint(name)) for name in listed]
         predictor.calibrated = all(calibration is not None for calibration in found)
         predictor._members = [
@@ -140,6 +144,11 @@ class Predictor:
             for member, calibration in zip(predictor._members, found, strict=True)
         ]
         return predictor
+
+    @cached_property
+    def _hashes(self) -> list[dict[str, str]]:
+        """The SHA-256 of each model's files when it was loaded; of a model that came as an object, of its weights."""
+        return [{MODEL_FILE: _state_hash(model)} for model in self._models]
 
     @property
     def reads_text(self) -> bool:
@@ -150,12 +159,10 @@ class Predictor:
         """Return what the masks come from, for a report: models with the hashes of their files, device, precision."""
         return {
             "models": [
-                {
-                    "id": name,
-                    "sha256": file_hashes(resolve_checkpoint(name)),
-                    "temperature": member.calibration.temperature,
-                }
-                for name, member in zip(self.names, self._members, strict=False)
+                {"id": name, "sha256": hashes, "temperature": member.calibration.temperature}
+                for name, hashes, member in zip(
+                    self.names or ("in memory",) * len(self._members), self._hashes, self._members, strict=True
+                )
             ],
             "preset": self.experiment.name,
             "reads_text": self.reads_text,
@@ -178,6 +185,7 @@ class Predictor:
             DataError: The file cannot be read, or the array is no image.
             OutOfMemoryError: The image does not fit the device's memory.
         """
+        self._features = []  # whatever happens, nobody is told of the image before
         started = time.perf_counter()
         frame = _frame(image)
         read = time.perf_counter()
@@ -230,7 +238,7 @@ class Predictor:
                     truncated=truncated,
                     effects={name: differences.get(name) for name in options.effects} if is_guided else {},
                     conflicts=find_conflicts(text, mask) if is_guided else (),
-                    expected_dice=self._expected_dice(probability, mask),
+                    expected_dice=self._expected_dice(probability, mask, options),
                     seconds=seconds,
                 )
             )
@@ -333,9 +341,9 @@ class Predictor:
         truncated, count = max(counts, default=(False, 0))
         return count, truncated
 
-    def _expected_dice(self, probability: Probability, mask: Mask) -> float | None:
-        """Return the mean of the models' estimates, which were fitted for masks at the threshold 0.5."""
-        if not self.calibrated:
+    def _expected_dice(self, probability: Probability, mask: Mask, options: PredictionOptions) -> float | None:
+        """Return the mean of the models' estimates; they were fitted for masks of something at the threshold 0.5."""
+        if not self.calibrated or options.threshold != DEFAULTS.threshold or options.min_region > 1 or not mask.any():
             return None
         return float(np.mean([member.calibration.expected_dice(probability, mask) for member in self._members]))
 
@@ -368,6 +376,14 @@ class Predictor:
         except torch.cuda.OutOfMemoryError as error:
             hint = "lower the batch size, or use --device cpu"
             raise OutOfMemoryError("The device ran out of memory", hint=hint) from error
+
+
+def _state_hash(model: SegmentationModel) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _frame(image: ImageSource) -> Frame:

@@ -152,7 +152,9 @@ class CaseWriter:
                 write_mask(place, prediction.mask)
             elif kind == _PROBABILITY and NIFTI not in self.paths:
                 write_probability(place, prediction.probability)
-            elif kind == _OVERLAY and (not self.several or prediction.regions):
+            elif kind == _OVERLAY and self.several and not prediction.regions:
+                place.unlink(missing_ok=True)  # of an earlier mask
+            elif kind == _OVERLAY:
                 write_image(place, draw_overlay(frame.pixels, prediction.mask))
         if self.paths.keys() & {NIFTI, RLE, *_DICOM}:
             self._planes.masks[number] = prediction.mask

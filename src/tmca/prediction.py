@@ -91,7 +91,8 @@ class Prediction:
         effects: Wrong sentence → 1 − Dice of its mask and this one: 0 where the mask is the same, 1 where they share
             nothing; ``None`` where there is no such sentence.
         conflicts: What the sentence states and the mask denies.
-        expected_dice: Estimated Dice of the mask and the truth; ``None`` of a model that is not calibrated.
+        expected_dice: Estimated Dice of the mask and the truth; ``None`` of a model that is not calibrated, of an empty
+            mask, and with another threshold or a smallest region, for which nothing was fitted.
         seconds: Stage → duration.
     """
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tmca.calibration import read_calibration, reliability
@@ -13,11 +14,15 @@ from tmca.data.manifest import Manifest
 from tmca.errors import CheckpointError, DataError
 from tmca.inference import Predictor
 from tmca.models import TMCA
+from tmca.prediction import PredictionOptions
 
 
 @pytest.fixture
 def folder(tiny_model: Callable[..., TMCA], tmp_path: Path) -> Path:
-    tiny_model().save_pretrained(tmp_path / "model")
+    model = tiny_model()
+    with torch.no_grad():
+        model.head.classify.bias += 0.3  # so that it marks something
+    model.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -41,7 +46,9 @@ def test_a_model_is_calibrated_in_its_folder(folder: Path, phantoms: Manifest):
         predictor.set_image(phantoms.image_path(record))
         answers.append(predictor.ask(record.text))
     assert answers[0].expected_dice is None
-    assert 0 <= (answers[1].expected_dice or 0) <= 1
+    assert answers[1].expected_dice is not None
+    assert 0 <= answers[1].expected_dice <= 1
+    assert after.ask(record.text, PredictionOptions(threshold=0.4)).expected_dice is None
     assert not np.allclose(answers[0].probability, answers[1].probability)
     np.testing.assert_array_equal(answers[0].probability > 0.5, answers[1].probability > 0.5)
     assert after.provenance()["models"][0]["temperature"] == calibration.temperature

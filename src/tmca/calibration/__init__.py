@@ -180,7 +180,7 @@ def fit_calibration(counts: LogitCounts, dataset: str = "", split: str = "") -> 
     """Fit temperature and quality estimate.
 
     The temperature is the one of least cross-entropy over all pixels. The line from expected to true Dice is fitted by
-    least squares over the cases that have a truth or a mask.
+    least squares over the cases in which the model marks something.
 
     Args:
         counts: Of data that the model was not trained on.
@@ -203,11 +203,17 @@ def fit_calibration(counts: LogitCounts, dataset: str = "", split: str = "") -> 
 
     found = optimize.minimize_scalar(cross_entropy, bounds=LOG_TEMPERATURES, method="bounded")
     temperature = math.exp(float(found.x))
-    expected, true = counts.expected_dice(temperature), counts.dice()
+    marked = slice(LOGIT_BINS // 2, None)
+    shown = (counts.inside[:, marked] + counts.outside[:, marked]).sum(1) > 0
+    if shown.sum() < LEAST_CASES or not inside.any():
+        raise DataError(
+            f"The model marks something in {shown.sum()} of {cases} cases", hint=f"at least {LEAST_CASES} are needed"
+        )
+    expected, true = counts.expected_dice(temperature)[shown], counts.dice()[shown]
     intercept, slope = _line(expected, true)
     left_out = []
-    for case in range(cases):
-        others = np.arange(cases) != case
+    for case in range(len(true)):
+        others = np.arange(len(true)) != case
         a, b = _line(expected[others], true[others])
         left_out.append(abs(float(np.clip(a + b * expected[case], 0, 1)) - true[case]))
     return Calibration(temperature, intercept, slope, float(np.mean(left_out)), cases, dataset, split)

@@ -52,12 +52,12 @@ _OTHERS: dict[Grammar, str] = {
 _OF = r"(?:(?:areas?|foc(?:us|i)|patch(?:es)?|regions?|zones?)\s+of\s+(?:[\w-]+\s+){0,2}?)?"
 _ATTRIBUTED = re.compile(
     r"\b(?:consistent|compatible|in\s+keeping)\s+with\b|\brepresent(?:s|ing)?\b|\bdue\s+to\b|\bsuggest(?:s|ing|ive\s+of)\b"
-    r"|\blikely\b|\bfavou?r\w*\b|\breflect(?:s|ing)?\b|\brelated\s+to\b|\battributable\s+to\b|\bfrom\b|\bprobably\b",
+    r"|\blikely\b|\bfavou?r\w*\b|\breflect(?:s|ing)?\b|\brelated\s+to\b|\battributable\s+to\b|\bfrom\b|\bprobably\b|\bmay\s+be\b",
     re.IGNORECASE,
 )
 _NOT_INFECTED = re.compile(
     r"\b(?:scar\w*|fibro\w+|atelecta\w+|o?edema|effusion|mass|tumou?r|neoplas\w+|malignan\w+|carcinoma|metasta\w+|granuloma"
-    r"|contusion|ha?emorrhage|nipple|artefact|artifact|skin\s+fold|overlap\w*|vessel|calcif\w+)\b",
+    r"|contusion|ha?emorrhage|nipple|artefact\w*|artifact\w*|electrodes?|buttons?|clothing|skin\s+fold|overlap\w*|vessel|calcif\w+)\b",
     re.IGNORECASE,
 )
 _INFECTED = re.compile(r"\b(?:\w*pneumon\w*|infect\w*|covid\S*|aspiration|viral|bacterial)\b", re.IGNORECASE)
@@ -242,7 +242,7 @@ _TURNS = re.compile(r"[,;]|\b(?:but|while|whereas|although)\b", re.IGNORECASE)
 _PLACE_NOUN = re.compile(rf"[\s-]*(?:{_ZONES}|lobes?|hemithorax|sided?)\b", re.IGNORECASE)
 _LABEL_END = re.compile(r"[\s\w-]{0,20}:")
 _EXCEPTED = re.compile(
-    r"\b(?:not|except(?:\s+for)?|excluding|never|nor|sparing|rather\s+than|instead\s+of)\s+(?:\w+ly\s+)?(?:(?:in|on|at|of|involving|within)\s+)?(?:(?:the|its)\s+)?$",
+    r"\b(?:not|except(?:\s+for)?|excluding|never|nor|sparing|previously|formerly|no\s+longer|rather\s+than|instead\s+of)\s+(?:\w+ly\s+)?(?:(?:in|on|at|of|involving|within)\s+)?(?:(?:the|its)\s+)?$",
     re.IGNORECASE,
 )
 _IS = re.compile(

@@ -39,7 +39,7 @@ _LOOKS_LIKE = re.compile(
     rf"|\b(?:compared|comparison|relative|since|than|versus|vs)\b[^,;]{{0,25}}?\b{_EARLIER}\b(?:\s+{_STUDY})?"
     rf"|\bfrom\s+(?:the\s+|an?\s+)?{_EARLIER}\b(?:\s+{_STUDY})?"
     r"|\b(?:compared|comparison|relative|since|than)\b[^,;]{0,25}?\b(?:ago|yesterday|(?:19|20)\d\d)\b"
-    rf"|\bnot\s+{_SEEN}\s+(?:on|in)\s+(?:the\s+|an?\s+)?{_EARLIER}\b(?:\s+{_STUDY})?"
+    rf"|\bnot\s+{_SEEN}(?:\s+\w+){{0,4}}?\s+(?:on|in)\s+(?:the\s+|an?\s+)?{_EARLIER}\b(?:\s+{_STUDY})?"
     r"|\bnot\s+only\b|\bno\s+doubt\b",
     re.IGNORECASE,
 )
@@ -105,7 +105,7 @@ _BEFORE = (
     ),
     _cue(
         "historical",
-        rf"\b(?:history\s+of|h/o|hx\s+of|status\s+post|s/p|treated\s+for|previous(?:ly)?|prior|(?<!-)(?<!years\s)old|former(?:ly)?"
+        rf"\b(?:history\s+of|h/o|hx\s+of|status\s+post|s/p|treated(?:\s+for)?|previous(?:ly)?|prior|(?<!-)(?<!years\s)old|former(?:ly)?"
         rf"|remote|past|post-?\s?polypectomy|{_REMOVED}\s+{_WHEN})\b",
         to_comma=True,
     ),

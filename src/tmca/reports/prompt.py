@@ -52,7 +52,7 @@ _ABOUT_LUNGS = re.compile(
     re.IGNORECASE,
 )
 _ABOUT_BOWEL = re.compile(
-    r"\b(?:polyps?|colon\w*|rect\w+|sigmoid|c(?:a?e)cum|endoscop\w+|adenomas?|bowel|ileum)\b", re.IGNORECASE
+    r"\b(?:polyp\w*|colon\w*|rect\w+|sigmoid|c(?:a?e)cum|endoscop\w+|adenomas?|bowel|ileum)\b", re.IGNORECASE
 )
 _ABOUT_PHANTOMS = re.compile(r"\b(?:lesions?|bright|dark)\b", re.IGNORECASE)
 
