@@ -24,6 +24,7 @@ from tmca.types import ImageFeatures, TextFeatures, TextTokens
 MULTIPLE = 32
 """Sides of the images are multiples of this: the deepest stride of the encoders."""
 MAP, SKIP, EMBEDDING = "feature_map_", "encoded_skip_", "image_embedding"
+WORDS, WORD_MASK, SENTENCE = "word_features", "word_mask", "sentence_embedding"
 LOGITS = "mask_logits"
 Dimensions = dict[str, dict[int, Any]]
 _ROWS, _COLS = 2, 3
@@ -74,7 +75,7 @@ class TextEncoderGraph(nn.Module):
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Encode the sentences."""
-        named = vars(encode_tokens(self.network, *inputs))
+        named = name_words(encode_tokens(self.network, *inputs))
         return tuple(named[name] for name in self.outputs)
 
 
@@ -114,7 +115,7 @@ def encode_tokens(network: SegmentationModel, input_ids: Tensor, attention_mask:
         raise TypeError("the network reads no text")
     limit = encoder.max_tokens
     if encoder.config.mask_padding:
-        features: TextFeatures = encoder(TextTokens(input_ids, attention_mask, (limit,)))
+        features: TextFeatures = encoder(TextTokens(input_ids, attention_mask, (input_ids.shape[1],)))
         words = nn.functional.pad(features.word_features, (0, 0, 0, limit))[:, :limit]
         return TextFeatures(words, _padded(attention_mask, limit), features.sentence_embedding)
     # What the encoder gives at padding is read as words are.
@@ -133,6 +134,12 @@ def name_features(features: ImageFeatures) -> dict[str, Tensor]:
     return named if features.image_embedding is None else {**named, EMBEDDING: features.image_embedding}
 
 
+def name_words(features: TextFeatures) -> dict[str, Tensor]:
+    """Return the features of sentences by name."""
+    named = (features.word_features, features.attention_mask, features.sentence_embedding)
+    return dict(zip((WORDS, WORD_MASK, SENTENCE), named, strict=True))
+
+
 def features_of_images(named: Mapping[str, Tensor]) -> ImageFeatures:
     """Return the features of images from their names; the images are as large as their finest map says."""
     maps = {int(name.removeprefix(MAP)): named[name] for name in named if name.startswith(MAP)}
@@ -147,9 +154,12 @@ def features_of_text(network: SegmentationModel, named: Mapping[str, Tensor]) ->
     """Return the features of sentences from their names; what the network does not read is left empty."""
     if network.text_encoder is None:
         return None
-    mask, words = named["attention_mask"], named["word_features"]
-    sentence = named.get("sentence_embedding", words.new_zeros(words.shape[0], network.text_encoder.sentence_dim))
-    return TextFeatures(words, mask, sentence)
+    mask = named[WORD_MASK]
+    nothing = torch.zeros(1, 1, 1).expand(mask.shape[0], mask.shape[1], network.text_encoder.text_dim)
+    sentence = named.get(SENTENCE)
+    if sentence is None:
+        sentence = nothing[:, 0, :1].expand(-1, network.text_encoder.sentence_dim)
+    return TextFeatures(named.get(WORDS, nothing), mask, sentence)
 
 
 def cut_graphs(model: SegmentationModel) -> list[Graph]:
@@ -160,18 +170,22 @@ def cut_graphs(model: SegmentationModel) -> list[Graph]:
     """
     network = prepare_for_prediction(model, torch.device("cpu"), half=False)
     if isinstance(network, TMCA) and network.alignment is not None:
-        network.alignment.aligned = ()  # of use in training only
+        network.alignment.aligned = ()  # of use in training only, as are the heads that serve no enhancement
+        for level in set(network.alignment.heads) - set(network.enhancement):
+            del network.alignment.heads[level]
+    _write_padding_out(network)
     images = torch.rand(2, 3, _ROWS * MULTIPLE, _COLS * MULTIPLE)
     tokens = _example_tokens(network)
     image_features, text_features = _read_features(network, images, tokens)
 
-    batch, rows, cols, length = (torch.export.Dim(name) for name in ("batch", "rows", "cols", "tokens"))
-    of_images: Dimensions = {"images": {0: batch, 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}}
+    batch, rows, cols = (torch.export.Dim(name) for name in ("batch", "rows", "cols"))
+    length = torch.export.Dim("tokens", max=1 if network.text_encoder is None else network.text_encoder.max_tokens)
+    of_images: Dimensions = {"images": {0: batch, 2: MULTIPLE * rows, 3: MULTIPLE * cols}}
     of_tokens: Dimensions = {name: {0: batch, 1: length} for name in tokens}
     of_features: Dimensions = {name: {0: batch} for name in image_features | text_features}
     for name, tensor in image_features.items():
         if tensor.ndim == 4:
-            of_features[name] |= {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
+            of_features[name] |= {2: tensor.shape[2] // _ROWS * rows, 3: tensor.shape[3] // _COLS * cols}
 
     encoded, told, read = tuple(image_features), tuple(text_features), image_features | text_features
     graphs = [Graph("image_encoder", ImageEncoderGraph(network, encoded), {"images": images}, encoded, of_images)]
@@ -183,6 +197,25 @@ def cut_graphs(model: SegmentationModel) -> list[Graph]:
     for graph in graphs:
         graph.module.eval()
     return graphs
+
+
+def _write_padding_out(network: SegmentationModel) -> None:
+    """Pad by constants where transformers computes TensorFlow's padding from the size of the map.
+
+    With sides that are multiples of :data:`MULTIPLE` it is the same at every size, and only so can the size stay free.
+    """
+    padding = [layer for layer in network.modules() if getattr(getattr(layer, "config", None), "tf_padding", False)]
+    for layer in padding:
+        convolution = getattr(layer, "convolution", None)
+        if isinstance(convolution, nn.Conv2d):
+            sides = zip(convolution.kernel_size, convolution.stride, convolution.dilation, strict=True)
+            amounts = [(max(kernel - stride, 0), dilation) for kernel, stride, dilation in sides]
+            (top, bottom), (left, right) = [
+                (total // 2 * dilation, (total - total // 2) * dilation) for total, dilation in amounts
+            ]
+            layer.convolution = nn.Sequential(nn.ZeroPad2d((left, right, top, bottom)), convolution)
+    for layer in padding:
+        layer.config.tf_padding = False  # type: ignore[union-attr]
 
 
 def _example_tokens(network: SegmentationModel) -> dict[str, Tensor]:
@@ -200,11 +233,12 @@ def _read_features(
     """Return those features of images and of sentences that the decoder reads: on which its logits depend."""
     with torch.no_grad():
         of_images = name_features(network.encode_image(images))
-        of_text = dict(vars(encode_tokens(network, *tokens.values()))) if tokens else {}
+        of_text = name_words(encode_tokens(network, *tokens.values())) if tokens else {}
     named = {name: value.detach().clone() for name, value in (of_images | of_text).items()}
     differentiable = {name: value.requires_grad_() for name, value in named.items() if value.is_floating_point()}
     logits = network.segment(features_of_images(named), features_of_text(network, named)).mask_logits
     gradients = torch.autograd.grad(logits.sum(), list(differentiable.values()), allow_unused=True)
     read = {name for name, gradient in zip(differentiable, gradients, strict=True) if gradient is not None}
-    read.add("attention_mask")
-    return tuple({name: value for name, value in part.items() if name in read} for part in (of_images, of_text))  # type: ignore[return-value]
+    read.add(WORD_MASK)
+    chosen = [{name: value for name, value in part.items() if name in read} for part in (of_images, of_text)]
+    return chosen[0], chosen[1]
