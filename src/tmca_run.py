@@ -171,11 +171,15 @@ class WordPieces:
         """Return the ids of a sentence between those of [CLS] and [SEP]."""
         ids = [self.pieces["[CLS]"]]
         for part in self.pattern.split(sentence):
-            ids += [self.special[part]] if part in self.special else [i for w in self._words(part) for i in self._spell(w)]
+            ids += (
+                [self.special[part]] if part in self.special else [i for w in self._words(part) for i in self._spell(w)]
+            )
         return [*ids, self.pieces["[SEP]"]]
 
     def _words(self, text: str) -> list[str]:
-        kept = (c for c in text if c in "\t\n\r" or (unicodedata.category(c)[0] != "C" and c != "\ufffd"))
+        kept = (
+            c for c in text if c in "\t\n\r" or (unicodedata.category(c) not in ("Cc", "Cf", "Co") and c != "\ufffd")
+        )
         text = "".join(kept)
         if self.lowercase:
             stripped = (c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn")
@@ -252,7 +256,8 @@ class Segmenter:
 
     def probability(self, text: str | None = None) -> Array:
         """Return the probability of each pixel of the image to belong to what the sentence names."""
-        return restore(0.5 + 0.5 * np.tanh(self.logits(text) / 2), *self.size)
+        halved = self.logits(text) / np.float32(2 * self.manifest["postprocessing"]["temperature"])
+        return restore(0.5 + 0.5 * np.tanh(halved), *self.size)
 
 
 def onnx_graph(model: bytes | str) -> Callable[[dict[str, Array]], dict[str, Array]]:
@@ -269,7 +274,9 @@ def write_mask(path: Path | str, mask: Array) -> None:
     lines = np.pad(np.where(mask, 255, 0).astype(np.uint8), ((0, 0), (1, 0)))  # each line begins with its filter: none
     header = struct.pack(">IIBBBBB", mask.shape[1], mask.shape[0], 8, 0, 0, 0, 0)
     chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(lines.tobytes())), (b"IEND", b"")]
-    packed = [struct.pack(">I", len(part)) + kind + part + struct.pack(">I", zlib.crc32(kind + part)) for kind, part in chunks]
+    packed = [
+        struct.pack(">I", len(part)) + kind + part + struct.pack(">I", zlib.crc32(kind + part)) for kind, part in chunks
+    ]
     Path(path).write_bytes(PNG + b"".join(packed))
 
 

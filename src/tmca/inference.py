@@ -295,23 +295,6 @@ class Predictor:
                 found += self._decode(features, chosen, [self._geometry.size] * len(chosen))
         return found
 
-    def logits(self, text: str | None = None) -> Probability:
-        """Return what :meth:`probability` is computed from: the logits at the size the network sees.
-
-        Returns:
-            float32 ``(size, size)``.
-
-        Raises:
-            ConfigError: No image was set.
-            OutOfMemoryError: It does not fit the device's memory.
-        """
-        if self._features is None:
-            raise ConfigError("There is no image to segment yet", hint="call set_image first")
-        with self._computing():
-            logits = self._network.segment(self._features, self._network.encode_text([text])).mask_logits
-            found: Probability = logits[0, 0].float().cpu().numpy()
-        return found
-
     def segment(
         self, pairs: Iterable[tuple[ImageSource, str | None]], batch_size: int = BATCH_SIZE
     ) -> Iterator[Probability]:

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from tmca.errors import CheckpointError
-from tmca.files import sha256_of, write_bytes
+from tmca.files import sha256_of
 from tmca_run import DIGEST, RefusedError, read_bundle
 
 MANIFEST = "manifest.json"
-SUFFIX = ".tmca"
+TOKENIZER = "tokenizer.json"
 FORMAT = "tmca-bundle"
 FORMAT_VERSION = 1
 ALWAYS = ("README.md", "licences/README.md", "licences/tmca.txt", "sbom.cdx.json", "tmca_run.py")
@@ -47,24 +47,13 @@ class Bundle:
     files: dict[str, bytes]
 
 
-def write_bundle(path: Path, manifest: dict[str, Any], files: Mapping[str, bytes]) -> str:
-    """Write a bundle in one step and return the SHA-256 of the file.
+def pack(manifest: dict[str, Any], files: Mapping[str, bytes]) -> bytes:
+    """Return the bytes of a bundle.
 
     Args:
-        path: Where to.
-        manifest: What the bundle says of itself; the hashes of its files are added.
+        manifest: What it says of itself; format, version and the hashes of its files are added.
         files: Name → content.
-
-    Raises:
-        StorageError: The file cannot be written.
     """
-    content = pack(manifest, files)
-    write_bytes(path, content)
-    return hashlib.sha256(content).hexdigest()
-
-
-def pack(manifest: dict[str, Any], files: Mapping[str, bytes]) -> bytes:
-    """Return the bytes of a bundle; see :func:`write_bundle`."""
     names = sorted(files)
     hashes = {name: hashlib.sha256(files[name]).hexdigest() for name in names}
     stated = {"format": FORMAT, "format_version": FORMAT_VERSION, **manifest, "files": hashes}
@@ -93,7 +82,7 @@ def open_bundle(path: Path) -> Bundle:
         files = read_bundle(path)
         manifest = json.loads(files[MANIFEST])
         needed = [*ALWAYS, *(graph["file"] for graph in manifest["graphs"].values())]
-        needed += ["tokenizer.json"] if manifest["text"] is not None else []
+        needed += [TOKENIZER] if manifest["text"] is not None else []
     except RefusedError as error:
         raise CheckpointError(str(error.args[0]), hint="copy it again from where it was made") from error
     except Exception as error:  # whatever zipfile and json make of bytes that were made to look like a bundle

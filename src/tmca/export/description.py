@@ -10,34 +10,33 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tmca.batch import INTENDED_USE
+from tmca.calibration import Calibration, read_calibration
 from tmca.checkpoints import file_hashes
 from tmca.config import Experiment, config_hash
-from tmca.errors import ConfigError
 from tmca.export.graphs import MULTIPLE, Graph
+from tmca.imaging.dicom_results import INTENDED_USE
+from tmca.inference import Predictor
 from tmca.models import SegmentationModel
 
 MAKERS = ("tmca", "torch", "transformers", "tokenizers", "onnx", "onnxscript", "onnxruntime", "openvino")
 """Packages that made an export."""
 RUNNERS = ("numpy", "onnxruntime")
 """Packages that the runner needs."""
-_DIMENSIONS = {"images": ["batch", 3, "height", "width"], "input_ids": ["batch", "tokens"]}
-_FREE = {0: "batch"}
 
 
-def describe_export(model: SegmentationModel, checkpoint: Path, graphs: Iterable[Graph], suffix: str) -> dict[str, Any]:
+def describe_export(predictor: Predictor, checkpoint: Path, graphs: Iterable[Graph], suffix: str) -> dict[str, Any]:
     """Return what a machine needs to know to use the graphs, and a person to trust them.
 
     Args:
-        model: With its ``experiment`` set.
+        predictor: Of the model.
         checkpoint: The folder it was read from.
         graphs: Its graphs.
         suffix: Of the graphs' files.
     """
-    experiment = experiment_of(model)
+    model, experiment = predictor.model, predictor.experiment
     return {
         "name": experiment.name,
-        "intended_use": INTENDED_USE,
+        "intended_use": INTENDED_USE.lower(),
         "model": {
             "method": experiment.model.method,
             "reads_text": model.reads_text,
@@ -46,7 +45,7 @@ def describe_export(model: SegmentationModel, checkpoint: Path, graphs: Iterable
             "sha256": file_hashes(checkpoint),
         },
         "graphs": {graph.name: describe_graph(graph, suffix) for graph in graphs},
-        **describe_processing(model),
+        **describe_processing(model, experiment, read_calibration(checkpoint)),
         "made_with": versions(MAKERS),
     }
 
@@ -56,14 +55,16 @@ def describe_graph(graph: Graph, suffix: str) -> dict[str, Any]:
     inputs = {}
     for name, example in graph.inputs.items():
         free = graph.dynamic[name]
-        shape = [_words(str(free[axis])) if axis in free else size for axis, size in enumerate(example.shape)]
+        shape = [_dimension(free[axis]) if axis in free else size for axis, size in enumerate(example.shape)]
         inputs[name] = {"type": str(example.dtype).removeprefix("torch."), "shape": shape}
     return {"file": f"graphs/{graph.name}{suffix}", "inputs": inputs, "outputs": list(graph.outputs)}
 
 
-def describe_processing(model: SegmentationModel) -> dict[str, Any]:
+def describe_processing(
+    model: SegmentationModel, experiment: Experiment, calibration: Calibration | None
+) -> dict[str, Any]:
     """Return preprocessing, tokenizing and postprocessing: the numbers the runner reads, and the steps in words."""
-    experiment = experiment_of(model)
+    temperature = 1.0 if calibration is None else calibration.temperature
     config = experiment.preprocessing
     size, fixed = config.image_size, config.normalisation == "fixed"
     normalise = (
@@ -100,26 +101,17 @@ def describe_processing(model: SegmentationModel) -> dict[str, Any]:
             ],
         }
     postprocessing = {
+        "calibrated": calibration is not None,
+        "temperature": temperature,
         "threshold": 0.5,
         "steps": [
             f"cut the logits to {size} x {size} pixels",
-            "probability = 1 / (1 + exp(-logit))",
+            f"probability = 1 / (1 + exp(-logit / {temperature}))",
             "resize the probabilities to the image's size, bilinear, without antialiasing, pixel centres at halves",
             "a pixel belongs to the mask where its probability is above the threshold",
         ],
     }
     return {"preprocessing": preprocessing, "text": text, "postprocessing": postprocessing}
-
-
-def experiment_of(model: SegmentationModel) -> Experiment:
-    """Return what a model was trained with.
-
-    Raises:
-        ConfigError: It does not know.
-    """
-    if model.experiment is None:
-        raise ConfigError("This model does not know its preprocessing", hint="load it with from_pretrained")
-    return model.experiment
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
@@ -140,16 +132,19 @@ def licence_of(package: str) -> str:
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
     stated = metadata.get("License-Expression") or metadata.get("License") or ""
-    classified = [value.rpartition(" :: ")[2] for value in metadata.get_all("Classifier", []) if value.startswith("License")]
-    return stated.strip().splitlines()[0] if stated.strip() else ", ".join(classified) or "see the package"
+    if stated.strip():
+        return stated.strip().splitlines()[0]
+    classifiers = metadata.get_all("Classifier") or []
+    classified = [value.rpartition(" :: ")[2] for value in classifiers if value.startswith("License")]
+    return ", ".join(classified) or "see the package"
 
 
 def describe_licences(experiment: Experiment, packages: Mapping[str, str]) -> str:
     """Return the licences page: of the code, of what the weights were learned from, of the packages."""
     config = experiment.model
-    origins = [f"- image encoder: started from `{config.image_encoder.weights}`"]
+    origins = [f"- image encoder: started from `{_public(config.image_encoder.weights)}`"]
     if config.guidance:
-        origins.append(f"- text encoder: `{config.text_encoder.weights}`")
+        origins.append(f"- text encoder: `{_public(config.text_encoder.weights)}`")
     rows = [f"| {name} | {version} | {licence_of(name)} |" for name, version in packages.items()]
     return "\n".join(
         [
@@ -216,11 +211,19 @@ def bill_of_materials(manifest: Mapping[str, Any], files: Mapping[str, bytes]) -
     return json.dumps(document, indent=2) + "\n"
 
 
+def _public(weights: str) -> str:
+    """Return a hub id as it is, and of a folder on this machine its name only."""
+    path = Path(weights)
+    return path.name if path.is_absolute() or path.exists() or weights.startswith(".") else weights
+
+
 def _package(name: str, version: str, **more: str) -> dict[str, Any]:
     address = f"pkg:pypi/{name}@{version}"
     licences = [{"license": {"name": licence_of(name)}}]
-    return {"type": "library", "bom-ref": address, "name": name, "version": version, "purl": address, "licenses": licences} | more
+    described = {"type": "library", "bom-ref": address, "name": name, "version": version, "purl": address}
+    return {**described, "licenses": licences, **more}
 
 
-def _words(dimension: str) -> str:
-    return dimension
+def _dimension(free: Any) -> str:  # noqa: ANN401
+    """Return the name of a free size, such as ``batch`` or ``32*rows``."""
+    return str(free.__name__)

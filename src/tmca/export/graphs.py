@@ -26,6 +26,8 @@ MULTIPLE = 32
 MAP, SKIP, EMBEDDING = "feature_map_", "encoded_skip_", "image_embedding"
 WORDS, WORD_MASK, SENTENCE = "word_features", "word_mask", "sentence_embedding"
 LOGITS = "mask_logits"
+WHOLE = "model"
+"""Name of the graph that is one piece."""
 Dimensions = dict[str, dict[int, Any]]
 _ROWS, _COLS = 2, 3
 """Height and width of the images that are traced, in multiples of :data:`MULTIPLE`."""
@@ -193,7 +195,7 @@ def cut_graphs(model: SegmentationModel) -> list[Graph]:
         graphs.append(Graph("text_encoder", TextEncoderGraph(network, told), tokens, told, of_tokens))
     graphs.append(Graph("decoder", DecoderGraph(network, tuple(read)), read, (LOGITS,), of_features))
     everything = {"images": images, **tokens}
-    graphs.append(Graph("model", WholeGraph(network), everything, (LOGITS,), of_images | of_tokens))
+    graphs.append(Graph(WHOLE, WholeGraph(network), everything, (LOGITS,), of_images | of_tokens))
     for graph in graphs:
         graph.module.eval()
     return graphs

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tmca.errors import ConfigError
-from tmca.export.graphs import Graph, cut_graphs
-from tmca.models import SegmentationModel
+from tmca.export.graphs import Graph
 
 if TYPE_CHECKING:
     import onnx
@@ -21,22 +20,14 @@ OPSET = 18
 """The oldest that the exporter writes without converting: runtimes of several years read it."""
 
 
-def to_onnx(model: SegmentationModel) -> dict[str, bytes]:
-    """Return the graphs of a model as ONNX files: name → bytes, weights included.
-
-    The same model gives the same bytes.
-
-    Args:
-        model: On the CPU.
+def to_onnx(graph: Graph) -> bytes:
+    """Return a graph as an ONNX file, weights included; the same model gives the same bytes.
 
     Raises:
         ConfigError: The method does something that a graph cannot hold.
     """
-    return {graph.name: _export(graph) for graph in cut_graphs(model)}
-
-
-def _export(graph: Graph) -> bytes:
     import onnx
+    import onnxscript  # noqa: F401  # which torch would only miss half-way
 
     inputs = tuple(graph.inputs.values())
     dimensions = tuple(graph.dynamic[name] for name in graph.inputs)
