@@ -128,7 +128,8 @@ def _resize_rows(image: Array, size: int) -> Array:
     total = np.full((size, *image.shape[1:]), 2**21)
     for tap, weight in zip(np.minimum(taps, len(image) - 1).T, fixed.T, strict=True):
         total += image[tap] * weight[:, None, None]
-    return np.clip(total >> 22, 0, 255).astype(np.uint8)
+    resized: Array = np.clip(total >> 22, 0, 255).astype(np.uint8)
+    return resized
 
 
 def normalise(image: Array, preprocessing: dict[str, Any]) -> Array:

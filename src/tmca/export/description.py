@@ -70,7 +70,7 @@ def describe_processing(
     normalise = (
         "each channel: divide by 255, subtract its mean, divide by its std"
         if fixed
-        else "each channel of each image: subtract its mean and divide by its standard deviation; a constant channel is 0"
+        else "each channel of each image: subtract its mean, divide by its standard deviation; a constant channel is 0"
     )
     preprocessing = {
         "image_size": size,
@@ -131,9 +131,9 @@ def licence_of(package: str) -> str:
         metadata = importlib.metadata.metadata(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-    stated = metadata.get("License-Expression") or metadata.get("License") or ""
-    if stated.strip():
-        return stated.strip().splitlines()[0]
+    for field in ("License-Expression", "License"):
+        if field in metadata and metadata[field].strip():
+            return metadata[field].strip().splitlines()[0]
     classifiers = metadata.get_all("Classifier") or []
     classified = [value.rpartition(" :: ")[2] for value in classifiers if value.startswith("License")]
     return ", ".join(classified) or "see the package"
@@ -156,9 +156,9 @@ def describe_licences(experiment: Experiment, packages: Mapping[str, str]) -> st
             "",
             *origins,
             "",
-            "(`none` and `scratch` mean random values) on a data set whose owners decide on what is learned from it. The",
-            "licences of those weights and of that data set hold for this model too; they are not known to tmca. Whoever",
-            "passes this bundle on has to name and to keep them.",
+            "(`none` and `scratch` mean random values) on a data set whose owners decide on what is learned from it.",
+            "The licences of those weights and of that data set hold for this model too; they are not known to tmca.",
+            "Whoever passes this bundle on has to name and to keep them.",
             "",
             "Packages that made this bundle or that the runner needs; none of them is contained in it.",
             "",
@@ -187,7 +187,7 @@ def bill_of_materials(manifest: Mapping[str, Any], files: Mapping[str, bytes]) -
         "type": "machine-learning-model",
         "bom-ref": "model",
         "name": manifest["name"],
-        "description": f"Language-guided segmentation, method {manifest['model']['method']}; {manifest['intended_use']}",
+        "description": f"Segmentation, method {manifest['model']['method']}; {manifest['intended_use']}",
         "hashes": [{"alg": "SHA-256", "content": digest} for digest in manifest["model"]["sha256"].values()],
     }
     members = [

@@ -1,8 +1,8 @@
 """A model cut into graphs of named tensors, the form in which other runtimes take it.
 
 ``image_encoder``: images → what the decoder reads of them. ``text_encoder``: token ids → what the decoder reads of the
-sentence. ``decoder``: both → logits. ``model``: the three in one. An image is encoded once and then takes many sentences
-at the decoder's cost, as in :class:`~tmca.inference.Predictor`.
+sentence. ``decoder``: both → logits. ``model``: the three in one. An image is encoded once and then takes many
+sentences at the decoder's cost, as in :class:`~tmca.inference.Predictor`.
 
 Images have any height and width that are multiples of :data:`MULTIPLE`; batch and number of tokens are free as well. A
 row without a real token stands for "no sentence".

@@ -25,7 +25,7 @@ def to_openvino(graphs: Mapping[str, bytes]) -> dict[str, bytes]:
     """
     import openvino
 
-    files = {}
+    files: dict[str, bytes] = {}
     with tempfile.TemporaryDirectory() as temporary:
         for name, content in graphs.items():
             source, target = Path(temporary) / f"{name}.onnx", Path(temporary) / f"{name}.xml"

@@ -91,8 +91,8 @@ class Parity:
         """Return the figures as one line."""
         kind = "drawn" if self.drawn else "real"
         line = (
-            f"Dice {self.dice:.5f} against torch on {self.masks} masks of {self.images} {kind} images ({self.data}), least "
-            f"{self.least_dice:.4f}; largest logit error {self.logit_error:.2g}"
+            f"Dice {self.dice:.5f} against torch on {self.masks} masks of {self.images} {kind} images ({self.data}), "
+            f"least {self.least_dice:.4f}; largest logit error {self.logit_error:.2g}"
         )
         if self.model_score is not None and self.export_score is not None:
             line += f"; Dice against the true masks {self.export_score:.4f}, torch {self.model_score:.4f}"

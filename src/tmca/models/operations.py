@@ -139,8 +139,8 @@ def attend(
     """Return what an attention layer returns, without weights of its dropout and without masks.
 
     On a CPU a moderate number of scores is written out: PyTorch's fused kernel is made for long sequences, and takes
-    two to six times as long, gradients included, where images attend to the few tokens of a sentence. In an export, where
-    their number is not known yet, they always are.
+    two to six times as long, gradients included, where images attend to the few tokens of a sentence. In an export,
+    where their number is not known yet, they always are.
 
     Args:
         attention: The layer, ``batch_first``.
