@@ -57,20 +57,22 @@ def read_bundle(path: Path | str) -> dict[str, bytes]:
 
 
 def read_image(path: Path | str) -> Array:
-    """Return a picture as uint8 (height, width, 3)."""
+    """Return a picture as uint8 (height, width, 3), upright."""
     data = Path(path).read_bytes()
-    pixels = read_png(data) if data.startswith(PNG) else None
-    if data.startswith(b"\x93NUMPY"):
-        pixels = np.load(io.BytesIO(data), allow_pickle=False)
-    elif pixels is None:
-        try:
+    try:
+        pixels = read_png(data) if data.startswith(PNG) else None
+        if data.startswith(b"\x93NUMPY"):
+            pixels = np.load(io.BytesIO(data), allow_pickle=False)
+        elif pixels is None:
             from PIL import Image, ImageOps
-        except ImportError:
-            raise RefusedError(f"{path} is no PNG of 8 bits: convert it, or install Pillow", BAD_IMAGE) from None
-        with Image.open(io.BytesIO(data)) as image:
-            if image.mode.startswith(("I", "F")):
-                raise RefusedError(f"{path} has more than 8 bits a channel: convert it", BAD_IMAGE)
-            pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGBA"))
+
+            with Image.open(io.BytesIO(data)) as image:
+                wide = image.mode.startswith(("I", "F"))  # refused below, as its numbers are no uint8
+                pixels = np.asarray(image if wide else ImageOps.exif_transpose(image).convert("RGBA"))
+    except ImportError:
+        raise RefusedError(f"{path} is no PNG of 8 bits: convert it, or install Pillow", BAD_IMAGE) from None
+    except (ValueError, LookupError, OSError, struct.error, zlib.error) as error:
+        raise RefusedError(f"{path} cannot be read: {error}", BAD_IMAGE) from error
     if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] not in (1, 3, 4)):
         raise RefusedError(f"{path} is {pixels.dtype} {pixels.shape}, expected uint8 (height, width, 3)", BAD_IMAGE)
     pixels = pixels.reshape(*pixels.shape[:2], -1)[:, :, :3]
@@ -82,9 +84,11 @@ def read_png(data: bytes) -> Array | None:
     chunks: list[tuple[bytes, bytes]] = []
     position = len(PNG)
     while position < len(data):
-        length, kind = struct.unpack(">I4s", data[position : position + 8])
-        chunks.append((kind, data[position + 8 : position + 8 + length]))
-        position += length + 12
+        end = position + 8 + int.from_bytes(data[position : position + 4])
+        if zlib.crc32(data[position + 4 : end]) != int.from_bytes(data[end : end + 4]):
+            raise ValueError("it is damaged")
+        chunks.append((data[position + 4 : position + 8], data[position + 8 : end]))
+        position = end + 4
     width, height, depth, colour, *_, interlaced = struct.unpack(">IIBBBBB", dict(chunks)[b"IHDR"])
     if depth != 8 or colour not in PNG_CHANNELS or interlaced or b"eXIf" in dict(chunks) or width * height > MAX_PIXELS:
         return None
@@ -293,11 +297,14 @@ def main() -> None:
     try:
         segmenter = Segmenter.from_bundle(given.bundle)
         segmenter.set_image(read_image(given.image))
+        mask = segmenter.probability(given.prompt) > given.threshold
+        write_mask(given.output, mask)
     except RefusedError as error:
         print(f"error: {error.args[0]}", file=sys.stderr)
         sys.exit(error.args[1])
-    mask = segmenter.probability(given.prompt) > given.threshold
-    write_mask(given.output, mask)
+    except OSError as error:
+        print(f"error: {error.strerror or error}: {error.filename or given.image}", file=sys.stderr)
+        sys.exit(1)
     print(f"{given.output}: {mask.mean():.1%} of the image is marked. Research only; not a medical device.")
 
 

@@ -21,7 +21,7 @@ DRAWN = "Compared on drawn images, which say less than real ones: give --data"
 
 @dataclass(frozen=True)
 class ExportONNX:
-    """Write a model as ONNX if its masks stay what they are: `tmca export onnx -m RUN -o FOLDER --data DATA`."""
+    """Write a model as ONNX if its masks stay the same: `tmca export onnx -m RUN -o FOLDER --data DATA`."""
 
     model: Model
     """Run folder, checkpoint folder or hub id."""
@@ -48,7 +48,7 @@ class ExportONNX:
 
 @dataclass(frozen=True)
 class ExportOpenVINO:
-    """Write a model for OpenVINO if its masks stay what they are: `tmca export openvino -m RUN -o FOLDER --data DATA`."""
+    """Write a model for OpenVINO if its masks stay the same: `tmca export openvino -m RUN -o FOLDER --data DATA`."""
 
     model: Model
     """Run folder, checkpoint folder or hub id."""

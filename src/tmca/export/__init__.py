@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from numpy.typing import NDArray
 
 import tmca_run
 from tmca.checkpoints import resolve_checkpoint
@@ -52,7 +52,7 @@ ODD_SENTENCES = (
 )
 """Sentences on which the runner's tokenizer is compared besides those of the data."""
 
-Function = Callable[[dict[str, np.ndarray[Any, Any]]], dict[str, np.ndarray[Any, Any]]]
+Function = Callable[[dict[str, NDArray[Any]]], dict[str, NDArray[Any]]]
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,12 @@ class Exported:
 class WholeSegmenter(Segmenter):
     """The same runner over the graph that is one piece."""
 
-    def set_image(self, image: np.ndarray[Any, Any]) -> None:
+    def set_image(self, image: NDArray[Any]) -> None:
         """Keep an image, uint8 ``(height, width, 3)``; it is encoded anew for every sentence."""
         self.size = image.shape[:2]
         self.features = {"images": self.prepare_image(image)}
 
-    def logits(self, text: str | None = None) -> np.ndarray[Any, Any]:
+    def logits(self, text: str | None = None) -> NDArray[Any]:
         """Return the logits at the size the network sees."""
         side = self.manifest["preprocessing"]["image_size"]
         found = self.graphs[WHOLE](self.features | self.prepare_text(text))[LOGITS]

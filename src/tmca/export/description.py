@@ -18,8 +18,8 @@ from tmca.imaging.dicom_results import INTENDED_USE
 from tmca.inference import Predictor
 from tmca.models import SegmentationModel
 
-MAKERS = ("tmca", "torch", "transformers", "tokenizers", "onnx", "onnxscript", "onnxruntime", "openvino")
-"""Packages that made an export."""
+MAKERS = ("tmca", "torch", "transformers", "tokenizers", "onnx", "onnxscript")
+"""Packages that make an export."""
 RUNNERS = ("numpy", "onnxruntime")
 """Packages that the runner needs."""
 

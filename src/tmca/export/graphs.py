@@ -232,14 +232,16 @@ def _example_tokens(network: SegmentationModel) -> dict[str, Tensor]:
 def _read_features(
     network: SegmentationModel, images: Tensor, tokens: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return those features of images and of sentences that the decoder reads: on which its logits depend."""
+    """Return those features of images and of sentences that the decoder reads: on which what it returns depends."""
     with torch.no_grad():
         of_images = name_features(network.encode_image(images))
         of_text = name_words(encode_tokens(network, *tokens.values())) if tokens else {}
     named = {name: value.detach().clone() for name, value in (of_images | of_text).items()}
     differentiable = {name: value.requires_grad_() for name, value in named.items() if value.is_floating_point()}
-    logits = network.segment(features_of_images(named), features_of_text(network, named)).mask_logits
-    gradients = torch.autograd.grad(logits.sum(), list(differentiable.values()), allow_unused=True)
+    output = network.segment(features_of_images(named), features_of_text(network, named))
+    returned = [output.mask_logits, *output.side_logits, *output.class_logits.values()]
+    total = torch.stack([logits.sum() for logits in returned]).sum()
+    gradients = torch.autograd.grad(total, list(differentiable.values()), allow_unused=True)
     read = {name for name, gradient in zip(differentiable, gradients, strict=True) if gradient is not None}
     read.add(WORD_MASK)
     chosen = [{name: value for name, value in part.items() if name in read} for part in (of_images, of_text)]

@@ -45,9 +45,10 @@ def to_onnx(graph: Graph) -> bytes:
     except ModuleNotFoundError:
         raise
     except Exception as error:  # whatever the exporter makes of Python that it cannot follow
-        problem = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        problem = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"The {graph.name} of this method cannot be exported: {problem}", hint="use `tmca predict` instead"
+            f"The {graph.name} of this method cannot be exported ({problem})",
+            hint="use `tmca predict`; tmca with its ablations, tganet and the U-Nets can be exported",
         ) from error
     if program is None:
         raise TypeError("the exporter returned nothing")

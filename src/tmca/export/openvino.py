@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from numpy.typing import NDArray
 
 COMPILE_WITH = {"INFERENCE_PRECISION_HINT": "f32"}
 """What to compile the graphs with on every device."""
@@ -35,9 +35,7 @@ def to_openvino(graphs: Mapping[str, bytes]) -> dict[str, bytes]:
     return files
 
 
-def openvino_graph(
-    structure: bytes, weights: bytes
-) -> Callable[[dict[str, np.ndarray[Any, Any]]], dict[str, np.ndarray[Any, Any]]]:
+def openvino_graph(structure: bytes, weights: bytes) -> Callable[[dict[str, NDArray[Any]]], dict[str, NDArray[Any]]]:
     """Return a graph as a function from named arrays to named arrays.
 
     Args:
@@ -51,7 +49,7 @@ def openvino_graph(
     given = [value.any_name for value in compiled.inputs]
     wanted = [value.any_name for value in compiled.outputs]
 
-    def compute(inputs: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+    def compute(inputs: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         found = compiled({name: inputs[name] for name in given})
         return {name: found[name] for name in wanted}
 

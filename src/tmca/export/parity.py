@@ -170,8 +170,8 @@ def require_parity(parity: Mapping[str, Parity], least: float = LEAST_DICE) -> N
     for form, figures in parity.items():
         if not figures.dice >= least or not np.isfinite(figures.logit_error):
             raise ParityError(
-                f"Nothing was written: {form} does not give the model's masks. {figures.in_words()}; expected a Dice of at "
-                f"least {least}",
+                f"Nothing was written: {form} does not give the model's masks. {figures.in_words()}; expected a "
+                f"Dice of at least {least}",
                 hint="`tmca predict` is not affected; for int8, leave --int8 out",
             )
 
