@@ -81,6 +81,12 @@ class OutOfMemoryError(TMCAError):
     code = "out_of_memory"
 
 
+class ParityError(TMCAError):
+    """An exported model whose masks are not those of the model; it is not written."""
+
+    code = "masks_differ"
+
+
 class StorageError(TMCAError):
     """A file could not be written: disk full, no permission, or it exists already."""
 

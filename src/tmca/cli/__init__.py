@@ -17,8 +17,9 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from tmca.cli.catalogue import ModelsConvert, ModelsInstall, ModelsList, PresetsList, PresetsShow
+from tmca.cli.catalogue import ModelsConvert, ModelsInstall, ModelsList, ModelsVerify, PresetsList, PresetsShow
 from tmca.cli.data import DataAudit, DataDescribe, DataImport, DataPhantom, DataSplit
+from tmca.cli.export import ExportBundle, ExportONNX, ExportOpenVINO
 from tmca.cli.health import Doctor, Info
 from tmca.cli.options import show
 from tmca.cli.reports import ReportToPrompt
@@ -51,6 +52,10 @@ VERBS: dict[str, Any] = {
     "models list": ModelsList,
     "models convert": ModelsConvert,
     "models install": ModelsInstall,
+    "models verify": ModelsVerify,
+    "export onnx": ExportONNX,
+    "export openvino": ExportOpenVINO,
+    "export bundle": ExportBundle,
     "info": Info,
     "doctor": Doctor,
 }
@@ -62,6 +67,8 @@ NO_TELEMETRY = {
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 """Variables by which libraries are told to report nothing home; a value that the user set stays."""
+
+EXPORT_PACKAGES = ("onnx", "onnxruntime", "onnxscript", "openvino")
 
 OPTIONS_FLAG = "--model.options"
 
@@ -122,7 +129,8 @@ def _explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, TMCAError):
         return str(error), error.exit_code
     if isinstance(error, ModuleNotFoundError):
-        return f"This verb needs the package {error.name!r} (pip install 'tmca[train]')", TMCAError.exit_code
+        extra = "export" if (error.name or "").partition(".")[0] in EXPORT_PACKAGES else "train"
+        return f"This verb needs the package {error.name!r} (pip install 'tmca[{extra}]')", TMCAError.exit_code
     if isinstance(error, OSError):
         what = f"{error.strerror or error}: {error.filename or ''}"
         return f"{what} (check the path, its permissions and the free space)", TMCAError.exit_code

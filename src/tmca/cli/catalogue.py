@@ -77,6 +77,21 @@ class ModelsConvert:
 
 
 @dataclass(frozen=True)
+class ModelsVerify:
+    """Check that a bundle or model folder is complete and unchanged, and say what it is: `tmca models verify PATH`."""
+
+    path: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="BUNDLE|FOLDER")]]
+    """A bundle of `tmca export bundle`, or a run or checkpoint folder."""
+
+    def run(self) -> None:
+        """Check it and print a line a fact."""
+        from tmca.export.verification import verify
+
+        for line in verify(self.path):
+            show(line)
+
+
+@dataclass(frozen=True)
 class ModelsInstall:
     """Install the engine of a method that is a program of its own: `tmca models install nnunet`."""
 

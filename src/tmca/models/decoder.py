@@ -26,10 +26,8 @@ def sinusoidal_positions(length: int, dim: int, *, device: torch.device | None =
     """
     positions = torch.arange(length, dtype=torch.float32, device=device)[:, None]
     rates = torch.exp(torch.arange(0, dim, 2, dtype=torch.float32, device=device) * (-math.log(10_000.0) / dim))
-    encoding = torch.zeros(length, dim, device=device)
-    encoding[:, 0::2] = torch.sin(positions * rates)
-    encoding[:, 1::2] = torch.cos(positions * rates)
-    return encoding
+    angles = positions * rates
+    return torch.stack([torch.sin(angles), torch.cos(angles)], dim=2).flatten(1)
 
 
 def image_positions(

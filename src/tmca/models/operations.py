@@ -139,7 +139,8 @@ def attend(
     """Return what an attention layer returns, without weights of its dropout and without masks.
 
     On a CPU a moderate number of scores is written out: PyTorch's fused kernel is made for long sequences, and takes
-    two to six times as long, gradients included, where images attend to the few tokens of a sentence.
+    two to six times as long, gradients included, where images attend to the few tokens of a sentence. In an export,
+    where their number is not known yet, they always are.
 
     Args:
         attention: The layer, ``batch_first``.
@@ -153,7 +154,7 @@ def attend(
         for tokens, weight, bias in zip((queries, keys, values), weights, biases, strict=True)
     )
     scores = query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
-    if query.device.type == "cpu" and scores <= EXPLICIT_SCORES:
+    if query.device.type == "cpu" and (torch.compiler.is_exporting() or scores <= EXPLICIT_SCORES):
         attended = (query @ key.transpose(2, 3) * query.shape[3] ** -0.5).softmax(dim=3).to(value.dtype) @ value
     else:
         attended = nn.functional.scaled_dot_product_attention(query, key, value)
