@@ -74,7 +74,7 @@ def test_the_files_say_nothing_of_this_machine(exported: Exported):
     manifest = json.loads((exported.path / "manifest.json").read_text("utf-8"))
     for name, graph in manifest["graphs"].items():
         content = (exported.path / graph["file"]).read_bytes()
-        for word in (b"site-packages", b"/home", b"/root", b"File \"", str(Path(__file__).parents[2]).encode()):
+        for word in (b"site-packages", b"/home", b"/root", b'File "', str(Path(__file__).parents[2]).encode()):
             assert word not in content, name
         proto = onnx.load_from_string(content)
         onnx.checker.check_model(proto, full_check=True)

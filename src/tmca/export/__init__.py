@@ -168,6 +168,7 @@ def export_openvino(
     with open_cases(data, images) as cases:
         files = to_openvino({graph.name: to_onnx(graph) for graph in source.graphs})
         manifest = source.manifest(source.graphs, ".xml") | {"precision": "float32", "compile_with": COMPILE_WITH}
+        manifest["made_with"] |= versions(["openvino"])
         functions = {
             graph.name: openvino_graph(files[f"{graph.name}.xml"], files[f"{graph.name}.bin"])
             for graph in source.graphs
@@ -214,7 +215,7 @@ def export_bundle(
         graphs, parity = _checked_onnx(source, manifest, graphs, cases, tokenize, int8=int8)
     files = {manifest["graphs"][name]["file"]: content for name, content in graphs.items()} | source.tokenizer_file()
     files["README.md"] = (source.checkpoint / "README.md").read_bytes()
-    files["licences/README.md"] = describe_licences(source.predictor.experiment, versions({*MAKERS, *RUNNERS})).encode()
+    files["licences/README.md"] = describe_licences(source.predictor.experiment, versions((*MAKERS, *RUNNERS))).encode()
     files["licences/tmca.txt"] = tmca_licence().encode()
     files["tmca_run.py"] = Path(tmca_run.__file__).read_bytes()
     manifest["parity"] = {form: figures.as_dict() for form, figures in parity.items()}

@@ -60,6 +60,7 @@ class Parity:
         least_dice: Of the mask that differs most.
         marked: Share of the pixels that the model marks; with none, the Dice says nothing.
         logit_error: Largest difference between logits.
+        probability_error: Largest difference between calibrated probabilities, at the images' own sizes.
         model_score: Dice of the model's masks with sentences against the true ones, pixels taken together; ``None``
             where no true masks are known.
         export_score: The same of the export.
@@ -73,6 +74,7 @@ class Parity:
     least_dice: float
     marked: float
     logit_error: float
+    probability_error: float
     model_score: float | None
     export_score: float | None
 
@@ -151,13 +153,12 @@ def measure_parity(predictor: Predictor, forms: Mapping[str, Segmenter], cases: 
             segmenter.set_image(image)
         for text in dict.fromkeys((record.text, None)) if predictor.reads_text else (None,):
             logits = network.segment(features, network.encode_text([text])).mask_logits[0, 0].numpy()
-            mask = predictor.predict(text, threshold=THRESHOLD)
+            expected = predictor.probability(text)
             for name, segmenter in forms.items():
-                error = float(np.abs(segmenter.logits(text) - logits).max())
-                found = segmenter.probability(text) > THRESHOLD
-                tallies[name].add(
-                    found, mask, error, truth if text == record.text or not predictor.reads_text else None
-                )
+                found = segmenter.probability(text)
+                errors = (np.abs(segmenter.logits(text) - logits).max(), np.abs(found - expected).max())
+                known = truth if text == record.text or not predictor.reads_text else None
+                tallies[name].add(found > THRESHOLD, expected > THRESHOLD, errors, known)
     return {name: tally.parity(cases) for name, tally in tallies.items()}
 
 
@@ -181,16 +182,16 @@ class _Tally:
 
     def __init__(self) -> None:
         self.dices: list[float] = []
-        self.errors: list[float] = []
+        self.errors: list[tuple[float, float]] = []
         self.overlap = self.area = self.marked = self.pixels = 0
         self.truth: list[tuple[int, int, int, int]] = []
 
-    def add(self, found: np.ndarray, mask: np.ndarray, error: float, truth: np.ndarray | None) -> None:
+    def add(self, found: np.ndarray, mask: np.ndarray, errors: tuple[float, float], truth: np.ndarray | None) -> None:
         overlap, area = 2 * int((found & mask).sum()), int(found.sum()) + int(mask.sum())
         self.overlap, self.area = self.overlap + overlap, self.area + area
         self.marked, self.pixels = self.marked + int(mask.sum()), self.pixels + mask.size
         self.dices.append(overlap / area if area else 1.0)
-        self.errors.append(error)
+        self.errors.append(errors)
         if truth is not None:
             sums = [(2 * int((each & truth).sum()), int(each.sum()) + int(truth.sum())) for each in (mask, found)]
             self.truth.append((*sums[0], *sums[1]))
@@ -200,6 +201,7 @@ class _Tally:
         if self.truth:
             sums = np.sum(self.truth, axis=0)
             scores = [float(sums[place] / sums[place + 1]) if sums[place + 1] else 1.0 for place in (0, 2)]
+        logit_error, probability_error = np.max(self.errors, axis=0)
         return Parity(
             data=cases.manifest.name,
             drawn=cases.drawn,
@@ -208,7 +210,8 @@ class _Tally:
             dice=self.overlap / self.area if self.area else 1.0,
             least_dice=min(self.dices),
             marked=self.marked / self.pixels,
-            logit_error=max(self.errors),
+            logit_error=float(logit_error),
+            probability_error=float(probability_error),
             model_score=scores[0],
             export_score=scores[1],
         )
