@@ -47,7 +47,7 @@ def _signed(content: bytes) -> bytes:
 
 def test_a_bundle_holds_all_that_a_machine_needs(bundle_file: Path):
     bundle = open_bundle(bundle_file)
-    expected = {"README.md", "licences/README.md", "licences/tmca.txt", "manifest.json", "sbom.cdx.json"}
+    expected = {"README.md", "licences/README.md", "licences/Apache-2.0.txt", "manifest.json", "sbom.cdx.json"}
     expected |= {"tmca_run.py", "tokenizer.json"}
     expected |= {f"graphs/{name}.onnx" for name in ("image_encoder", "text_encoder", "decoder")}
     assert set(bundle.files) == expected
@@ -61,7 +61,7 @@ def test_a_bundle_holds_all_that_a_machine_needs(bundle_file: Path):
     listed = {part["name"]: part["hashes"][0]["content"] for part in materials["components"] if part["type"] == "file"}
     assert listed["tmca_run.py"] == hashlib.sha256(bundle.files["tmca_run.py"]).hexdigest()
     assert {"numpy", "onnxruntime"} <= {part["name"] for part in materials["components"]}
-    assert "Apache License" in bundle.files["licences/tmca.txt"].decode()
+    assert "Apache License" in bundle.files["licences/Apache-2.0.txt"].decode()
 
 
 def test_the_same_model_gives_the_same_file(bundle_file: Path, checkpoint: Path, phantoms: Manifest, tmp_path: Path):

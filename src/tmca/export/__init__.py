@@ -216,7 +216,7 @@ def export_bundle(
     files = {manifest["graphs"][name]["file"]: content for name, content in graphs.items()} | source.tokenizer_file()
     files["README.md"] = (source.checkpoint / "README.md").read_bytes()
     files["licences/README.md"] = describe_licences(source.predictor.experiment, versions((*MAKERS, *RUNNERS))).encode()
-    files["licences/tmca.txt"] = tmca_licence().encode()
+    files["licences/Apache-2.0.txt"] = tmca_licence().encode()
     files["tmca_run.py"] = Path(tmca_run.__file__).read_bytes()
     manifest["parity"] = {form: figures.as_dict() for form, figures in parity.items()}
     files["sbom.cdx.json"] = bill_of_materials(manifest, files).encode()

@@ -24,7 +24,7 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 FORMAT = "tmca-bundle"
 FORMAT_VERSION = 1
-ALWAYS = ("README.md", "licences/README.md", "licences/tmca.txt", "sbom.cdx.json", "tmca_run.py")
+ALWAYS = ("README.md", "licences/README.md", "licences/Apache-2.0.txt", "sbom.cdx.json", "tmca_run.py")
 """Members of every bundle besides the manifest, the graphs and the tokenizer."""
 _EARLIEST = (1980, 1, 1, 0, 0, 0)
 _READABLE = 0o100644 << 16

@@ -2,7 +2,7 @@
 
 The weights of text encoder and decoder (and of transformer-like image encoders) are rounded to int8, channel by
 channel; the values they are multiplied with are rounded when they are there, so that no calibration images are needed.
-Convolutions stay in float32: in int8 they cost a hundredth of the Dice and gained no time (``benchmarks/export.py``).
+Convolutions stay in float32 (``benchmarks/export.py`` has what this gains and costs).
 """
 
 from __future__ import annotations
