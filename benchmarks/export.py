@@ -1,8 +1,8 @@
 """How long does a mask take in each form of an export, how large is it, and how far are its masks from torch's?
 
-One image and one sentence that was never seen before, then a further sentence on the same image; pixels in, probabilities
-at the image's own size out. Each form has a process of its own; they take turns. The Dice is of its masks against those
-of the model in float32, on the images of ``--data``, as the gate of ``tmca export`` measures it.
+One image and one sentence that was never seen before, then a further sentence on the same image; pixels in,
+probabilities at the image's own size out. Each form has a process of its own; they take turns. The Dice is of its masks
+against those of the model in float32, on the images of ``--data``, as the gate of ``tmca export`` measures it.
 
     python benchmarks/export.py -m RUN --data FOLDER [--images 64] [--rounds 20]
 
@@ -39,7 +39,7 @@ TORCH, BFLOAT, ONNX, INT8, OPENVINO = (
 HEIGHT, WIDTH = 384, 512
 
 
-def build(form: str, model: str, folder: Path, further: bool) -> Callable[[], object]:  # noqa: FBT001
+def build(form: str, model: str, folder: Path, further: bool) -> Callable[[], object]:
     """Return what gives a probability map in a form; ``further``: of another sentence on the image already set."""
     keep_freed_memory()
     segmenter: Predictor | Segmenter
@@ -83,7 +83,7 @@ def main() -> None:
         timed = {}
         for further in (False, True):
             builds = {form: partial(build, form, given.model, folder, further) for form in forms}
-            timed[further], memory = isolated(builds, given.rounds)
+            timed[further], _ = isolated(builds, given.rounds, settle=0.3)
         megabytes = {
             ONNX: plain.path.stat().st_size / 1e6,
             INT8: small.path.stat().st_size / 1e6,
@@ -99,7 +99,6 @@ def main() -> None:
             "first mask, ms": f"{1000 * first[form]:.0f}",
             "× torch": f"{gain[form]:.2f}",
             "further sentence, ms": f"{1000 * second[form]:.0f}",
-            "memory, GB": f"{memory[form]:.2f}",
             "file, MB": f"{megabytes[form]:.1f}" if form in megabytes else "",
             "Dice to torch": f"{figures[form].dice:.5f}" if form in figures else "",
             "largest logit error": f"{figures[form].logit_error:.1e}" if form in figures else "",

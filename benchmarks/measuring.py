@@ -39,7 +39,7 @@ Build = Callable[[], Callable[[], object]]
 
 
 def isolated(
-    builds: Mapping[str, Build], rounds: int, *, together: bool = False
+    builds: Mapping[str, Build], rounds: int, *, together: bool = False, settle: float = 0.0
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Return the seconds of each work in each round, and the peak memory of each in GB; every work has a process.
 
@@ -49,6 +49,8 @@ def isolated(
         builds: What is timed.
         rounds: How often.
         together: Make all ready at once, for a machine with many cores and a GPU that is lent for minutes.
+        settle: Seconds to wait before each turn, and a turn that is not timed before the timed one: for runtimes whose
+            threads go on asking for work when there is none, which slows whoever comes next.
     """
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
@@ -65,8 +67,11 @@ def isolated(
     seconds: dict[str, list[float]] = {name: [] for name in builds}
     for _ in range(rounds):
         for name, pipe in pipes.items():
-            pipe.send(True)
-            seconds[name].append(pipe.recv())
+            for timed in (False, True) if settle else (True,):
+                time.sleep(0 if timed else settle)
+                pipe.send(True)
+                taken = pipe.recv()
+            seconds[name].append(taken)
     peaks = {}
     for name, pipe in pipes.items():
         pipe.send(False)

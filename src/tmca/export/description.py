@@ -150,7 +150,7 @@ def describe_licences(experiment: Experiment, packages: Mapping[str, str]) -> st
         [
             "# Licences",
             "",
-            "The runner `tmca_run.py` and the description files are part of tmca, under Apache-2.0: see `Apache-2.0.txt`.",
+            "Runner and descriptions are part of tmca, under Apache-2.0: see `Apache-2.0.txt`.",
             "",
             "The weights in `graphs/` were trained from",
             "",
