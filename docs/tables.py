@@ -21,7 +21,7 @@ from tmca.reproduction.printing import markdown_table, table_lines
 from tmca.reproduction.tables import TABLES, get_table
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/index.md", "docs/findings.md", "docs/concepts/speed.md")
+PAGES = ("docs/how-to/export.md", "README.md", "docs/index.md", "docs/findings.md", "docs/concepts/speed.md")
 BLOCK = re.compile(r"(<!-- results:begin ([^>]+) -->\n).*?(<!-- results:end -->)", re.DOTALL)
 NOTHING = "No run is recorded in `results/` yet."
 ABSENT = "n/a"
