@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from PIL import Image
 from tmca import files
 from tmca.batch import BatchOptions, CaseRunner, predict_batch
 from tmca.data.manifest import Manifest
-from tmca.errors import StorageError
+from tmca.errors import DataError, StorageError
 from tmca.files import sha256_of
 from tmca.imaging.raster import read_mask
 from tmca.inference import Predictor
@@ -421,3 +422,106 @@ def test_a_file_name_that_is_no_text_does_not_end_the_batch(predictor: Predictor
     report = predict_batch(predictor, [Job(odd, None, "odd"), jobs[1]], tmp_path / "out")
     assert len(report.cases) == 2
     assert len(json.loads((tmp_path / "out" / "run_report.json").read_text("utf-8"))["cases"]) == 2
+
+
+# Names, repeats and what is left over ----------------------------------------------------------------------------
+
+
+def test_names_whose_files_would_meet_are_told_apart(predictor: Predictor, tmp_path: Path):
+    names = ("a.png", "a_prob.png", "A.png", "overlays.png", "run_report.png")
+    images = [_picture(tmp_path / "in" / str(number) / name, seed=number) for number, name in enumerate(names)]
+    jobs = [Job(image, None, image.stem) for image in images]
+    options = BatchOptions(outputs=OutputOptions(("png", "rle"), probabilities=True))
+    report = predict_batch(predictor, jobs, tmp_path / "out", options)
+    assert [case["name"] for case in report.cases] == ["a", "a_prob_2", "A_2", "overlays_2", "run_report_2"]
+    written = [path.casefold() for case in report.cases for path in case["outputs"].values()]
+    assert len(set(written)) == len(written) == 5 * 4
+    assert predict_batch(predictor, jobs, tmp_path / "out", options).resumed == 5
+    report_file = json.loads((tmp_path / "out" / "run_report.json").read_text("utf-8"))
+    assert len(report_file["cases"]) == 5
+
+
+def test_one_bad_sentence_does_not_spoil_the_others_on_its_image(
+    predictor: Predictor, jobs: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    real = Predictor.ask_all
+
+    def faulty(chosen: Predictor, texts: Sequence[str | None], *arguments: object) -> object:
+        if "bad" in texts:
+            raise ValueError("no such word")
+        return real(chosen, texts, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Predictor, "ask_all", faulty)
+    asked = [Job(jobs[0].image, text, name) for name, text in (("one", PROMPT), ("two", "bad"), ("three", None))]
+    report = predict_batch(predictor, asked, tmp_path / "out")
+    assert [case["name"] for case in report.cases] == ["one", "three"]
+    (failure,) = report.failures
+    assert "no such word" in failure["message"]
+
+
+def test_hundreds_of_sentences_on_one_image_are_not_held_together(
+    predictor: Predictor, jobs: list[Job], tmp_path: Path, computed: list[object], monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[int] = []
+    real = Predictor.ask_all
+
+    def counted(chosen: Predictor, texts: Sequence[str | None], *arguments: object) -> object:
+        asked.append(len(texts))
+        return real(chosen, texts, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Predictor, "ask_all", counted)
+    many = [Job(jobs[0].image, f"lesion {number}", f"a_{number}") for number in range(20)]
+    report = predict_batch(predictor, many, tmp_path / "out")
+    assert len(report.cases) == 20
+    assert asked == [8, 8, 4]
+    assert len(computed) == 1
+
+
+def test_a_replacement_that_was_interrupted_goes_on_where_it_was(
+    predictor: Predictor, jobs: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    out = tmp_path / "out"
+    predict_batch(predictor, jobs, out)
+    other = BatchOptions(PredictionOptions(threshold=0.3), overwrite=True)
+    real = Predictor.ask_all
+    asked: list[int] = []
+
+    def interrupted(chosen: Predictor, *arguments: object) -> object:
+        asked.append(1)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return real(chosen, *arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tmca.batch.WRITE_BEHIND", 0)
+        patch.setattr(Predictor, "ask_all", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            predict_batch(predictor, jobs, out, other)
+    going_on = predict_batch(predictor, jobs, out, BatchOptions(other.prediction))
+    assert going_on.resumed == 2
+    assert {case["threshold"] for case in going_on.cases} == {0.3}
+    with pytest.raises(StorageError, match="already"):  # what was there before is of another question again
+        predict_batch(predictor, jobs, out)
+    predict_batch(predictor, jobs, out, BatchOptions(overwrite=True))
+    with pytest.raises(StorageError, match="already"):  # the order to replace was given before these were written
+        predict_batch(predictor, jobs, out, BatchOptions(other.prediction))
+
+
+def test_what_is_not_asked_for_any_more_is_removed(predictor: Predictor, jobs: list[Job], tmp_path: Path):
+    out = tmp_path / "out"
+    predict_batch(predictor, jobs[:2], out, OPTIONS)
+    (out / "a_prob_mine.png").write_text("another's")
+    assert (out / "a_prob.png").exists()
+    predict_batch(predictor, jobs[:1], out, BatchOptions(overwrite=True))
+    assert not (out / "a_prob.png").exists()
+    assert (out / "b_prob.png").exists()
+    assert (out / "a_prob_mine.png").exists()
+
+
+def test_a_job_known_to_be_impossible_is_a_failure(predictor: Predictor, jobs: list[Job], tmp_path: Path):
+    broken = replace(jobs[1], problem=DataError("a slice is missing", hint="send it again"))
+    report = predict_batch(predictor, [jobs[0], broken], tmp_path / "out")
+    assert [case["name"] for case in report.cases] == ["a"]
+    assert report.failures[0]["message"] == "a slice is missing"
+    runner = CaseRunner(predictor, tmp_path / "other", BatchOptions(), "-x")
+    assert runner(broken)["failure"]["message"] == "a slice is missing"

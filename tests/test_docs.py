@@ -445,7 +445,7 @@ def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     for page in module.PAGES:
-        (tmp_path / page).parent.mkdir(exist_ok=True)
+        (tmp_path / page).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / page, tmp_path / page)
     (tmp_path / "results").mkdir()
     monkeypatch.setattr(module, "ROOT", tmp_path)

@@ -13,6 +13,7 @@ TABLE = {
     "CheckpointError": (5, 503, "invalid_checkpoint"),
     "WeightsError": (5, 503, "weights_missing"),
     "OutOfMemoryError": (6, 503, "out_of_memory"),
+    "ParityError": (1, 500, "masks_differ"),
     "StorageError": (1, 507, "cannot_write"),
 }
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -249,3 +250,29 @@ def test_shares_are_disjoint_complete_and_keep_an_image_together(images: list[in
 def test_a_share_that_is_not_there_is_refused(count: int, number: int):
     with pytest.raises(ConfigError, match=f"Part {number} of {count}"):
         part_of([], count, number)
+
+
+def test_earlier_results_are_no_images(tmp_path: Path):
+    _touch(*(tmp_path / name for name in ("a.png", "out/a.png", "out/overlays/a.png", "output.png")))
+    assert find_images([tmp_path], tmp_path / "out") == [tmp_path / "a.png", tmp_path / "output.png"]
+    assert find_images([tmp_path / "out"], tmp_path / "out") == [
+        tmp_path / "out/a.png",
+        tmp_path / "out/overlays/a.png",
+    ]
+    assert len(find_images([tmp_path / "out" / "a.png"], tmp_path / "out")) == 1
+
+
+@pytest.mark.parametrize(("on_disk", "written"), [("NFD", "NFC"), ("NFC", "NFD")])
+def test_accents_may_be_written_apart_from_their_letters(tmp_path: Path, on_disk: str, written: str):
+    image = _picture(tmp_path / unicodedata.normalize(on_disk, "Köhler/é.png"))
+    name = unicodedata.normalize(written, "Köhler/é.png")
+    (tmp_path / "jobs.jsonl").write_text(json.dumps({"image": name, "text": PROMPT}, ensure_ascii=False), "utf-8")
+    assert [job.image for job in read_jobs(tmp_path / "jobs.jsonl", [image])] == [image]
+    assert [job.image for job in read_jobs(tmp_path / "jobs.jsonl")] == [image]
+
+
+def test_half_of_a_character_is_no_sentence_to_fail_on(tmp_path: Path):
+    image = _picture(tmp_path / "a.png")
+    (tmp_path / "jobs.jsonl").write_text('{"image": "a.png", "text": "one polyp \\ud83d left"}', "utf-8")
+    (job,) = read_jobs(tmp_path / "jobs.jsonl", [image])
+    assert job.text == "one polyp ? left"

@@ -121,8 +121,22 @@ def test_a_series_with_a_gap_is_refused_before_anything_is_computed(
 ):
     paths = draw_slices(tmp_path / "ct", np.zeros((5, 8, 8), dtype=np.int16))
     paths[2].unlink()
-    with pytest.raises(Exception, match="gap"):
-        make_series_jobs([tmp_path / "ct"], PROMPT)
+    draw_slices(tmp_path / "whole", np.zeros((3, 8, 8), dtype=np.int16))
+    gap, whole = make_series_jobs([tmp_path / "ct", tmp_path / "whole"], PROMPT)
+    assert "gap" in str(gap.problem)
+    assert whole.problem is None
+
+
+def test_a_damaged_file_refuses_what_it_may_be_a_slice_of(draw_slices: Callable[..., list[Path]], tmp_path: Path):
+    for name, uid in (("ct", "1.2.3"), ("whole", "1.2.4")):
+        draw_slices(tmp_path / "study" / name, np.zeros((3, 8, 8), dtype=np.int16), SeriesInstanceUID=uid)
+    (tmp_path / "study" / "ct" / "last.dcm").write_bytes(b"")
+    damaged, *series = make_series_jobs([tmp_path / "study"], PROMPT)
+    assert damaged.image.name == "last.dcm"
+    assert damaged.problem is not None
+    problems = {job.slices[0].parent.name: job.problem for job in series}
+    assert "last.dcm beside its slices is damaged" in str(problems["ct"])
+    assert problems["whole"] is None
 
 
 def test_films_of_a_folder_are_jobs_of_their_own(draw_dicom: Callable[..., Path], tmp_path: Path):

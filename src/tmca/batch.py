@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -12,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,9 +24,9 @@ from tmca.files import storage_error, write_json
 from tmca.imaging.dicom_results import INTENDED_USE
 from tmca.imaging.frames import Frame, Frames
 from tmca.imaging.reading import read_frames
-from tmca.inference import Predictor
+from tmca.inference import BATCH_SIZE, Predictor
 from tmca.jobs import Job
-from tmca.outputs import CaseWriter, OutputOptions, output_paths
+from tmca.outputs import CaseWriter, OutputOptions, output_paths, tell_apart
 from tmca.prediction import Prediction, PredictionOptions
 from tmca.progress import say, track
 
@@ -122,8 +124,9 @@ def predict_batch(
 
     Images are decoded ahead and files are written behind, while the model computes. An image that stands in several
     jobs one after the other is encoded once. Cases that an earlier run finished in this folder, with the same image,
-    sentence, model and options, are not computed again. A case that fails is reported and the batch goes on; only a
-    folder that cannot be written ends it.
+    sentence, model and options, are not computed again; nor, without ``overwrite``, those that an interrupted run with
+    ``overwrite`` had finished. A case that fails is reported and the batch goes on; only a folder that cannot be
+    written ends it.
 
     Args:
         predictor: The model.
@@ -137,8 +140,11 @@ def predict_batch(
     """
     started = time.monotonic()
     options = options or BatchOptions()
+    jobs = tell_apart(jobs, options.outputs)
     run = _Run(predictor, folder, options)
-    if not options.overwrite:
+    if options.overwrite:
+        run.journal.replace_all(jobs)
+    else:
         run.resume(jobs)
         run.refuse_to_replace(jobs)
     run.work([job for job in jobs if job.name not in run.done], engine)
@@ -183,7 +189,8 @@ class _Run:
             for job, path in paths
             if any(os.path.lexists(self.folder / name) for name in (path, path.removesuffix(".png")))
         ]
-        foreign = [path for job, path in existing if not self.journal.has_begun(job)]
+        since = self.journal.replaced_since(jobs)
+        foreign = [path for job, path in existing if not self.journal.may_replace(job, since)]
         if foreign:
             raise StorageError(
                 f"{self.folder} holds {foreign[0]} already" + (f" and {len(foreign) - 1} more" if foreign[1:] else ""),
@@ -205,26 +212,32 @@ class _Run:
                 for group, read in track(_ahead(_read, groups, readers), "Segmenting", len(groups)):
                     for case in self._segment(group, read):
                         self._writes.append((case.job, writers.submit(case.finish, self.journal.key)))
-                    self._finish(WRITE_BEHIND)
+                        self._finish(WRITE_BEHIND)
                 self._finish(0)
             finally:
                 for _, written in self._writes:
                     written.cancel()
 
-    def _segment(self, group: Sequence[Job], read: Future[tuple[Images, float]]) -> list[_Case]:
-        silent = [job for job in group if job.report is not None and job.report.prompt is None]
-        self.failures += [_failure(job, _names_nothing(job)) for job in silent]
-        group = [job for job in group if job not in silent]
+    def _segment(self, group: Sequence[Job], read: Future[tuple[Images, float]]) -> Iterator[_Case]:
+        """Yield what several jobs ask of one image; if that fails, each is tried by itself."""
+        problems = [(job, _problem(job)) for job in group]
+        self.failures += [_failure(job, problem) for job, problem in problems if problem is not None]
+        left = {job.name: job for job, problem in problems if problem is None}
         try:
-            images = read.result()
-            for job in group:
+            images = read.result() if left else None
+            for job in left.values():
                 self.journal.begin(job)
-            return _segment(self.predictor, images, group, self.folder, self.options)
+            for case in _segment(self.predictor, images, list(left.values()), self.folder, self.options):
+                del left[case.job.name]
+                yield case
         except StorageError:
             raise
         except Exception as error:
-            self.failures += [_failure(job, error) for job in group]
-            return []
+            if len(left) == 1:
+                self.failures += [_failure(job, error) for job in left.values()]
+                return
+            for job in left.values():
+                yield from self._segment([job], read)
 
     def _finish(self, waiting: int) -> None:
         """Wait until no more than so many cases wait to be written."""
@@ -261,8 +274,9 @@ class CaseRunner:
             StorageError: The folder cannot be written.
         """
         try:
-            if job.report is not None and job.report.prompt is None:
-                raise _names_nothing(job)
+            problem = _problem(job)
+            if problem is not None:
+                raise problem
             self.journal.begin(job)
             (case,) = _segment(self.predictor, _read([job]), [job], self.folder, self.options)
             return {"case": self.journal.note(case.finish(self.journal.key))}
@@ -331,25 +345,29 @@ def _read(jobs: Sequence[Job]) -> tuple[Images, float]:
 
 def _segment(
     predictor: Predictor,
-    read: tuple[Images, float],
+    read: tuple[Images, float] | None,
     jobs: Sequence[Job],
     folder: Path,
     options: BatchOptions,
-) -> list[_Case]:
-    """Segment what several jobs ask of one image; it is encoded once."""
+) -> Iterator[_Case]:
+    """Yield what several jobs ask of one image, which is encoded once; few of them are held at a time."""
+    if read is None:
+        return
     frames, seconds = read
     several = len(frames) > 1
     source = predictor.provenance()
-    cases = [_Case(job, CaseWriter(folder, job, options.outputs, source, several=several)) for job in jobs]
-    for frame in frames:
-        predictor.set_image(frame)
-        for case, prediction in zip(
-            cases, predictor.ask_all([job.text for job in jobs], options.prediction), strict=True
-        ):
-            case.add(frame, prediction)
-    for case in cases:
-        case.spend("read", seconds)
-    return cases
+    for start in range(0, len(jobs), BATCH_SIZE):
+        chosen = jobs[start : start + BATCH_SIZE]
+        cases = [_Case(job, CaseWriter(folder, job, options.outputs, source, several=several)) for job in chosen]
+        for frame in frames:
+            if several or start == 0:
+                predictor.set_image(frame)
+            predictions = predictor.ask_all([job.text for job in chosen], options.prediction)
+            for case, prediction in zip(cases, predictions, strict=True):
+                case.add(frame, prediction)
+        for case in cases:
+            case.spend("read", seconds)
+            yield case
 
 
 def _summary(entries: Sequence[dict[str, Any]], voxel_volume: float | None) -> dict[str, Any]:
@@ -396,9 +414,13 @@ class _Journal:
         source = predictor.provenance()
         del source["device"], source["precision"]  # they change no mask that anybody would see
         source["models"] = [model | {"id": ""} for model in source["models"]]  # the same weights in another folder
-        settings = [asdict(options.prediction), asdict(options.outputs), source]
+        settings = [asdict(options.prediction), asdict(options.outputs), source, version("tmca")]
+        if options.outputs.codes is not None:
+            settings.append(file_hash(options.outputs.codes))
         self._settings = json.dumps(settings, sort_keys=True, default=str)
         self._entries: dict[str, dict[str, Any]] = {}
+        self._replaced: dict[str, int] = {}
+        self._read()
 
     def key(self, job: Job) -> str:
         """Return the hash of a case.
@@ -411,6 +433,10 @@ class _Journal:
 
     def finished(self, jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
         """Return the entries of the jobs that any share of an earlier run finished, whose files are still there."""
+        done = {job.name: self._entries[job.name] for job in jobs if self._is_finished(job)}
+        return {name: {key: value for key, value in entry.items() if key != "at"} for name, entry in done.items()}
+
+    def _read(self) -> None:
         for path in sorted(self.folder.glob("journal*.jsonl")):
             try:
                 lines = path.read_text("utf-8", errors="replace").splitlines()
@@ -419,13 +445,30 @@ class _Journal:
             for line in lines:
                 try:
                     entry = json.loads(line)
+                    if "replaces" in entry:
+                        self._replaced[entry["replaces"]] = entry["at"]
+                        continue
                     known = self._entries.get(entry["name"], {"at": 0})
                     if entry["at"] >= known["at"]:  # several shares, and runs, have a journal each
                         self._entries[entry["name"]] = entry
                 except (ValueError, KeyError, TypeError):
                     continue  # cut off in the middle
-        done = {job.name: self._entries[job.name] for job in jobs if self._is_finished(job)}
-        return {name: {key: value for key, value in entry.items() if key != "at"} for name, entry in done.items()}
+
+    def replaced_since(self, jobs: Sequence[Job]) -> int:
+        """Return when a run of these very jobs was asked to replace what is in the folder; 0: never."""
+        return self._replaced.get(self._of_all(jobs), 0)
+
+    def may_replace(self, job: Job, since: int) -> bool:
+        """Whether the files of a job are ours to replace: it was begun, or nobody wrote them since the order to."""
+        return self.has_begun(job) or bool(self._entries.get(job.name, {"at": 0})["at"] < since)
+
+    def replace_all(self, jobs: Sequence[Job]) -> None:
+        """Note that whatever lies under the names of these jobs is to be replaced, and forget what was finished."""
+        self._append({"replaces": self._of_all(jobs)})
+
+    def _of_all(self, jobs: Sequence[Job]) -> str:
+        asked = [[job.name, str(job.image), job.text] for job in jobs]
+        return hashlib.sha256(json.dumps([asked, self._settings]).encode()).hexdigest()[:16]
 
     def has_begun(self, job: Job) -> bool:
         """Whether an earlier run began this very case."""
@@ -446,14 +489,35 @@ class _Journal:
         self.note({"name": job.name, "key": self.key(job)})
 
     def note(self, entry: dict[str, Any]) -> dict[str, Any]:
-        """Add a finished case, and return it."""
+        """Add a finished case, remove what an earlier one of its name had and it has not, and return it."""
+        before = self._entries.get(entry["name"], {}).get("outputs") or {}
+        for path in before.values() if "outputs" in entry else ():
+            if path not in entry["outputs"].values():
+                _remove(self.folder, path)
+        self._append(entry)
+        return entry
+
+    def _append(self, entry: dict[str, Any]) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(entry | {"at": time.time_ns()}) + "\n")
         except OSError as error:
             raise storage_error(self.path, error) from error
-        return entry
+
+
+def _remove(folder: Path, name: str) -> None:
+    """Remove a file, or a folder of a volume's pictures, that an earlier run wrote."""
+    path = (folder / name).resolve()
+    if folder.resolve() not in path.parents:
+        return
+    with contextlib.suppress(OSError):
+        if path.is_dir():
+            for picture in path.glob("*.png"):
+                picture.unlink()
+            path.rmdir()
+        else:
+            path.unlink()
 
 
 def _content_hash(job: Job) -> str:
@@ -463,7 +527,10 @@ def _content_hash(job: Job) -> str:
     return hashlib.sha256("".join(file_hash(file) for file in job.slices).encode()).hexdigest()
 
 
-def _names_nothing(job: Job) -> DataError:
+def _problem(job: Job) -> DataError | None:
+    """Return why a job cannot be segmented, where that is known without looking at the image."""
+    if job.problem is not None or job.report is None or job.report.prompt is not None:
+        return job.problem
     return DataError(
         f"{job.image}: its report names no finding, so that there is nothing to segment",
         hint="`tmca report-to-prompt` shows how it was read; give a sentence in `text` to segment all the same",

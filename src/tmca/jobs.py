@@ -7,15 +7,16 @@ import hashlib
 import itertools
 import os
 import re
+import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tmca.data.tables import read_rows
 from tmca.errors import ConfigError, DataError
 from tmca.imaging.reading import IMAGE_SUFFIXES, case_name, is_image, split_frame
-from tmca.imaging.series import find_series, refuse
+from tmca.imaging.series import problem_of, survey_series
 from tmca.reports.prompt import ReportPrompt, check_report, grammar_of_report, prompt_from_report
 from tmca.reports.reading import read_report
 
@@ -30,6 +31,7 @@ class Job:
         name: Name of the output files, without ending.
         report: The clinical report that the sentence was taken from.
         slices: The files of a DICOM series in their order through the body; empty where the image is a file.
+        problem: Why it cannot be segmented, known beforehand: it becomes a failure of the batch, and the others go on.
     """
 
     image: Path
@@ -37,19 +39,27 @@ class Job:
     name: str
     report: ReportPrompt | None = None
     slices: tuple[Path, ...] = ()
+    problem: DataError | None = None
 
 
-def find_images(inputs: Sequence[str | Path]) -> list[Path]:
+def find_images(inputs: Sequence[str | Path], leave_out: Path | None = None) -> list[Path]:
     """Return the image files behind files, folders (searched through and through) and globs, sorted, each once.
+
+    Args:
+        inputs: Files, folders, globs.
+        leave_out: A folder that is not searched where it lies in one of the inputs: that of the results.
 
     Raises:
         DataError: An input does not exist, or nothing was found.
     """
     found: dict[Path, Path] = {}
+    results = None if leave_out is None else leave_out.resolve()
     for item in inputs:
         path = Path(item)
+        inner = results if results is not None and path.resolve() in results.parents else None
         if path.is_dir():
             files = sorted(file for file in path.rglob("*") if file.is_file() and is_image(file))
+            files = [file for file in files if inner is None or inner not in file.resolve().parents]
             if not files:
                 raise DataError(f"Folder {path} holds no image", hint=f"known endings: {', '.join(IMAGE_SUFFIXES)}")
         elif path.exists() or split_frame(path)[0].is_file():
@@ -73,24 +83,29 @@ def make_jobs(images: Iterable[Path], text: str | None, report: ReportPrompt | N
 def make_series_jobs(folders: Sequence[str | Path], text: str | None, report: ReportPrompt | None = None) -> list[Job]:
     """Return one job a DICOM series in some folders: the slices of a stack are one volume, other images one each.
 
-    A series whose slices are not all there, or do not fit each other, is refused before anything is computed.
+    A series whose slices are not all there, or do not fit each other, gets a job that fails before anything of it is
+    computed; so does a damaged file, and every series beside it, since it may be a slice of that.
 
     Raises:
-        DataError: A folder does not exist or holds no DICOM image, a file is damaged, or slices are missing.
+        DataError: A folder does not exist or holds no DICOM image.
     """
     jobs: dict[str, Job] = {}
     for folder in map(Path, folders):
-        for number, series in enumerate(find_series(folder), start=1):
-            refuse(f"{folder}, series {series.uid}", series.problems)
-            if series.is_stack:
+        surveyed, damaged = survey_series(folder)
+        found = [Job(path, text, case_name(path), report, problem=error) for path, error in damaged.items()]
+        for number, series in enumerate(surveyed, start=1):
+            beside = [path for path in damaged if any(path.parent == slice_.parent for slice_ in series.paths)]
+            problems = [*series.problems, *(f"{path.name} beside its slices is damaged" for path in beside)]
+            if series.is_stack or series.problems:
                 name = f"{folder.name or 'series'}_{number}"
-                found = [Job(folder, text, name, report, series.paths)]
+                problem = problem_of(f"{folder}, series {series.uid}", problems)
+                found.append(Job(folder, text, name, report, series.paths, problem))
             else:
-                found = make_jobs(series.paths, text, report)
-            for job in found:
-                names = itertools.chain([job.name], (f"{job.name}_{count}" for count in itertools.count(2)))
-                free = next(name for name in names if name not in jobs)
-                jobs[free] = replace(job, name=free)
+                found += make_jobs(series.paths, text, report)
+        for job in found:
+            names = itertools.chain([job.name], (f"{job.name}_{count}" for count in itertools.count(2)))
+            free = next(name for name in names if name not in jobs)
+            jobs[free] = replace(job, name=free)
     return list(jobs.values())
 
 
@@ -125,8 +140,9 @@ def read_jobs(path: Path, images: Sequence[Path] | None = None) -> list[Job]:
     asked: dict[tuple[Path, str | None], ReportPrompt | None] = {}
     for line, row in read_rows(path, required=("image",)):
         text = (row.get("text") or row.get("prompt") or "").strip()
+        text = text.encode("utf-8", "replace").decode()  # half of a character, which JSON can hold, means nothing
         name = row["image"]
-        image = path.parent / name if known is None else known.meant(name, path, line)
+        image = _as_on_disk(path.parent / name) if known is None else known.meant(name, path, line)
         report = None
         if not text and row.get("report"):
             report = read_prompt(path.parent / row["report"])
@@ -145,20 +161,17 @@ class _Images:
     """Images by their paths and by how their paths end."""
 
     def __init__(self, images: Sequence[Path]) -> None:
-        self.by_path = _collected((key, image) for image in images for key in {str(image), str(image.resolve())})
-        self.by_name = _collected((image.name, image) for image in images)
-        self.by_stem = _collected((case_name(image), image) for image in images)
+        paths = ((key, image) for image in images for key in {str(image), str(image.resolve())})
+        self.by_path = _collected((_composed(key), image) for key, image in paths)
+        self.parts = [(image, Path(_composed(str(image.absolute()))).parts) for image in images]
+        self.by_end: dict[int, tuple[dict[Hashable, list[Path]], ...]] = {}
 
     def meant(self, name: str, path: Path, line: int) -> Path:
         """Return the image that a line of a file means: by its path, else by how its path ends."""
-        folders, last = Path(name).parts[:-1], Path(name).name
-        keys = (name, str((path.parent / name).resolve()))
+        end = Path(_composed(name)).parts
+        keys = (_composed(name), _composed(str((path.parent / name).resolve())))
         by_path = dict.fromkeys(image for key in keys for image in self.by_path.get(key, ()))
-        by_end = (
-            [image for image in known.get(last, ()) if _lies_in(image, folders)]
-            for known in (self.by_name, self.by_stem)
-        )
-        for found in (list(by_path), *by_end):
+        for found in (list(by_path), *(known.get(end, []) for known in self._ends(len(end)))):
             if len(found) > 1:
                 raise DataError(
                     f"{path}, line {line}: image {name!r} could be {found[0]} or {found[1]}", hint="write its path"
@@ -167,16 +180,31 @@ class _Images:
                 return found[0]
         raise DataError(f"{path}, line {line}: image {name!r} is not among the inputs", hint="check --input")
 
+    def _ends(self, depth: int) -> tuple[dict[Hashable, list[Path]], ...]:
+        """Return the images by the last parts of their paths, with and without the file's ending."""
+        if depth not in self.by_end:
+            ends = [(parts[-depth:], image) for image, parts in self.parts]
+            stems = (((*end[:-1], _composed(case_name(image))), image) for end, image in ends)
+            self.by_end[depth] = (_collected(ends), _collected(stems))
+        return self.by_end[depth]
 
-def _collected(pairs: Iterable[tuple[str, Path]]) -> dict[str, list[Path]]:
-    found: dict[str, list[Path]] = {}
+
+def _collected(pairs: Iterable[tuple[Hashable, Path]]) -> dict[Hashable, list[Path]]:
+    found: dict[Hashable, list[Path]] = {}
     for key, image in pairs:
         found.setdefault(key, []).append(image)
     return found
 
 
-def _lies_in(image: Path, folders: tuple[str, ...]) -> bool:
-    return not folders or image.absolute().parent.parts[-len(folders) :] == folders
+def _composed(text: str) -> str:
+    """Return text in the form in which an accent belongs to its letter: file systems and tables differ in it."""
+    return unicodedata.normalize("NFC", text)
+
+
+def _as_on_disk(path: Path) -> Path:
+    """Return a path with its accents written as the file system has them."""
+    forms = [path, *(Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD"))]
+    return next((form for form in forms if split_frame(form)[0].exists()), path)
 
 
 def slug(text: str | None) -> str:

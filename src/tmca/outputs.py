@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import itertools
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +50,9 @@ _SUFFIXES = {
 _DICOM = (SEGMENTATION, FRACTIONAL, REPORT, CAPTURE)
 DEFAULT_TARGET = "lesion"
 _MASK, _OVERLAY, _PROBABILITY = "mask", "overlay", "probability"
+_OVERLAYS = "overlays"
+_BATCH_FILES = re.compile(r"run_report(-part-\d+-of-\d+)?\.json|journal(-part-\d+-of-\d+)?\.jsonl")
+"""A batch's own files: :class:`tmca.batch.BatchOptions`."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +96,32 @@ def output_paths(job: Job, options: OutputOptions) -> dict[str, str]:
     if options.probabilities:
         paths[_PROBABILITY] = f"{job.name}_prob{_SUFFIXES[NIFTI] if NIFTI in types else _SUFFIXES[PNG]}"
     if options.overlays:
-        paths[_OVERLAY] = f"overlays/{job.name}.png"
+        paths[_OVERLAY] = f"{_OVERLAYS}/{job.name}.png"
     return paths
+
+
+def tell_apart(jobs: Sequence[Job], options: OutputOptions) -> list[Job]:
+    """Return the jobs under names whose files never meet, on no disk, whatever it makes of case and accents.
+
+    ``a.png`` with its probability map and ``a_prob.png`` would, and so would a case called ``overlays``. Of two that
+    meet the later one gets a number.
+    """
+    taken = {_folded(_OVERLAYS)}
+    found = []
+    for job in jobs:
+        for number in itertools.count(1):
+            candidate = job if number == 1 else replace(job, name=f"{job.name}_{number}")
+            paths = {_folded(path) for path in output_paths(candidate, options).values()}
+            paths |= {path.removesuffix(".png") for path in paths}  # the folder of a volume's pictures
+            if not paths & taken and not any(_BATCH_FILES.fullmatch(path) for path in paths):
+                break
+        taken |= paths
+        found.append(candidate)
+    return found
+
+
+def _folded(path: str) -> str:
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", path).casefold())
 
 
 @dataclass

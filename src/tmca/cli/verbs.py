@@ -234,7 +234,7 @@ class Predict:
         from tmca.batch import BatchOptions, predict_batch
         from tmca.inference import Predictor
         from tmca.jobs import part_of
-        from tmca.outputs import OutputOptions
+        from tmca.outputs import OutputOptions, tell_apart
         from tmca.prediction import ALL_EFFECTS, PredictionOptions
 
         options = BatchOptions(
@@ -251,7 +251,7 @@ class Predict:
             overwrite=self.overwrite,
             part=(self.part_id, self.num_parts),
         )
-        jobs = part_of(self._jobs(), self.num_parts, self.part_id)
+        jobs = part_of(tell_apart(self._jobs(), options.outputs), self.num_parts, self.part_id)
         predictor = Predictor.from_pretrained(self.model, self.device, self.precision, mirrored=self.mirrored)
         _warn_of_prompt(predictor, [job.text for job in jobs])
         report = predict_batch(predictor, jobs, self.output, options, engine=self._engine())
@@ -302,7 +302,7 @@ class Predict:
                     "--series and --prompts were given", hint="name the slices' folders one by one with -p"
                 )
             return make_series_jobs(self.input, text, report)
-        images = find_images(self.input)
+        images = find_images(self.input, self.output)
         if self.prompts is None:
             return make_jobs(images, text, report)
         jobs = read_jobs(self.prompts, images)

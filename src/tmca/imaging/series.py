@@ -93,18 +93,37 @@ def find_series(folder: Path | str) -> list[Series]:
     Raises:
         DataError: The folder does not exist or holds no DICOM image, or a file of it is damaged or lacks a tag.
     """
+    found, damaged = survey_series(folder)
+    for error in damaged.values():
+        raise error
+    return found
+
+
+def survey_series(folder: Path | str) -> tuple[list[Series], dict[Path, DataError]]:
+    """Return :func:`find_series` of what can be read, and what cannot: file → why.
+
+    Raises:
+        DataError: The folder does not exist or holds no DICOM image.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"There is no folder {folder}", hint="check the path")
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and is_dicom(path))
-    sources = [source for source in map(find_source, files) if source is not None]
-    if not sources:
+    sources: list[Source] = []
+    damaged: dict[Path, DataError] = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and is_dicom(path)):
+        try:
+            source = find_source(path)
+        except DataError as error:
+            damaged[path] = error
+            continue
+        sources += [] if source is None else [source]
+    if not sources and not damaged:
         raise DataError(f"Folder {folder} holds no DICOM image", hint="export the series again, or check the path")
     groups: dict[str, list[Source]] = {}
     for source in sources:
         groups.setdefault(str(source.header.get("SeriesInstanceUID") or ""), []).append(source)
     ordered = sorted(groups.items(), key=lambda item: (_number(item[1][0], "SeriesNumber"), item[0]))
-    return [_series(uid, members) for uid, members in ordered]
+    return [_series(uid, members) for uid, members in ordered], damaged
 
 
 def read_stack(folder: Path | str) -> Series:
@@ -134,11 +153,19 @@ def refuse(name: str, problems: Sequence[str]) -> None:
     Raises:
         DataError: There are problems.
     """
-    if problems:
-        raise DataError(
-            f"{name} is not one stack of slices: {'; '.join(problems)}",
-            hint="send the series again from the archive, or move what does not belong to it into another folder",
-        )
+    problem = problem_of(name, problems)
+    if problem is not None:
+        raise problem
+
+
+def problem_of(name: str, problems: Sequence[str]) -> DataError | None:
+    """Return the error that slices with problems are no stack, or ``None`` without problems."""
+    if not problems:
+        return None
+    return DataError(
+        f"{name} is not one stack of slices: {'; '.join(problems)}",
+        hint="send the series again from the archive, or move what does not belong to it into another folder",
+    )
 
 
 def order_planes(planes: Sequence[Plane]) -> Stack:
