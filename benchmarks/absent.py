@@ -6,7 +6,7 @@ trained with ``augmentation.no_lesion_share`` with one trained without.
 
     python benchmarks/absent.py --data FOLDER -m RUN RUN
 
-Prints a table and writes ``benchmarks/results/absent.json``.
+Prints a table and writes ``benchmarks/results/absent-DATASET.json``.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def main() -> None:
         }
         for row in found
     ]
-    report("absent", __doc__, rows, data=manifest.name, models=found)
+    report(f"absent-{manifest.name}", __doc__, rows, data=manifest.name, models=found)
 
 
 if __name__ == "__main__":

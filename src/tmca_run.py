@@ -111,7 +111,7 @@ def read_png(data: bytes) -> Array | None:
 
 
 def resize(image: Array, size: int) -> Array:
-    """Resize to a square, bicubic with antialiasing, in the whole numbers and the order of Pillow 13."""
+    """Resize to a square, bicubic with antialiasing, in the whole numbers of Pillow and the order of tmca."""
     height, width = image.shape[:2]
     if height > size and height + size > 2 * width:  # down first: the fewer rows, the less to do across
         return _resize_rows(_resize_rows(image, size).swapaxes(0, 1), size).swapaxes(0, 1)

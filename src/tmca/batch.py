@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from tmca.data.manifest import file_hash
 from tmca.environment import describe_environment
 from tmca.errors import DataError, StorageError, TMCAError
-from tmca.files import storage_error, write_json
+from tmca.files import real_path, storage_error, write_json
 from tmca.imaging.dicom_results import INTENDED_USE
 from tmca.imaging.frames import Frame, Frames
 from tmca.imaging.reading import read_frames
@@ -508,8 +508,8 @@ class _Journal:
 
 def _remove(folder: Path, name: str) -> None:
     """Remove a file, or a folder of a volume's pictures, that an earlier run wrote."""
-    path = (folder / name).resolve()
-    if folder.resolve() not in path.parents:
+    path = real_path(folder / name)
+    if real_path(folder) not in path.parents:
         return
     with contextlib.suppress(OSError):
         if path.is_dir():

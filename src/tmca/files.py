@@ -95,7 +95,7 @@ def replace_folder(path: Path | str) -> Iterator[Path]:
     Raises:
         StorageError: ``path`` is a file, or the folder could not be written.
     """
-    target = Path(path).resolve()
+    target = real_path(path)
     if target.exists() and not target.is_dir():
         raise StorageError(f"{target} is a file, expected a folder", hint="choose another folder")
     temporary = _sibling(target)
@@ -112,6 +112,11 @@ def replace_folder(path: Path | str) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def real_path(path: Path | str) -> Path:
+    """Return the absolute path without links; a link that leads to itself stays (``Path.resolve`` raises there)."""
+    return Path(os.path.realpath(path))
 
 
 def sha256_of(path: Path | str) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tmca.data.tables import read_rows
 from tmca.errors import ConfigError, DataError
+from tmca.files import real_path
 from tmca.imaging.reading import IMAGE_SUFFIXES, case_name, is_image, split_frame
 from tmca.imaging.series import problem_of, survey_series
 from tmca.reports.prompt import ReportPrompt, check_report, grammar_of_report, prompt_from_report
@@ -53,13 +54,13 @@ def find_images(inputs: Sequence[str | Path], leave_out: Path | None = None) -> 
         DataError: An input does not exist, or nothing was found.
     """
     found: dict[Path, Path] = {}
-    results = None if leave_out is None else leave_out.resolve()
+    results = None if leave_out is None else real_path(leave_out)
     for item in inputs:
         path = Path(item)
-        inner = results if results is not None and path.resolve() in results.parents else None
+        inner = results if results is not None and real_path(path) in results.parents else None
         if path.is_dir():
             files = sorted(file for file in path.rglob("*") if file.is_file() and is_image(file))
-            files = [file for file in files if inner is None or inner not in file.resolve().parents]
+            files = [file for file in files if inner is None or inner not in real_path(file).parents]
             if not files:
                 raise DataError(f"Folder {path} holds no image", hint=f"known endings: {', '.join(IMAGE_SUFFIXES)}")
         elif path.exists() or split_frame(path)[0].is_file():
@@ -70,7 +71,7 @@ def find_images(inputs: Sequence[str | Path], leave_out: Path | None = None) -> 
             if not files:
                 raise DataError(f"There is no file, folder or match for {str(item)!r}", hint="check the path")
         for file in files:
-            found.setdefault(file.resolve(), file)
+            found.setdefault(real_path(file), file)
     return list(found.values())
 
 
@@ -161,7 +162,7 @@ class _Images:
     """Images by their paths and by how their paths end."""
 
     def __init__(self, images: Sequence[Path]) -> None:
-        paths = ((key, image) for image in images for key in {str(image), str(image.resolve())})
+        paths = ((key, image) for image in images for key in {str(image), str(real_path(image))})
         self.by_path = _collected((_composed(key), image) for key, image in paths)
         self.parts = [(image, Path(_composed(str(image.absolute()))).parts) for image in images]
         self.by_end: dict[int, tuple[dict[Hashable, list[Path]], ...]] = {}
@@ -169,7 +170,7 @@ class _Images:
     def meant(self, name: str, path: Path, line: int) -> Path:
         """Return the image that a line of a file means: by its path, else by how its path ends."""
         end = Path(_composed(name)).parts
-        keys = (_composed(name), _composed(str((path.parent / name).resolve())))
+        keys = (_composed(name), _composed(str(real_path(path.parent / name))))
         by_path = dict.fromkeys(image for key in keys for image in self.by_path.get(key, ()))
         for found in (list(by_path), *(known.get(end, []) for known in self._ends(len(end)))):
             if len(found) > 1:

@@ -37,8 +37,15 @@ def prepare_image(image: ImageArray, config: PreprocessingConfig) -> Float[Tenso
 
 
 def resize_image(image: ImageArray, size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """Resize to a square, bicubic with antialiasing; the aspect ratio is not kept (as in the paper)."""
-    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
+    """Resize to a square, bicubic with antialiasing; the aspect ratio is not kept (as in the paper).
+
+    Rows and columns one after the other, each order rounds differently: ours is fixed, Pillow's depends on its version.
+    """
+    height, width = image.shape[:2]
+    down_first = height > size and height + size > 2 * width  # the fewer rows, the less to do across
+    between = (width, size) if down_first else (size, height)
+    resized = Image.fromarray(image).resize(between, Image.Resampling.BICUBIC)
+    return np.asarray(resized.resize((size, size), Image.Resampling.BICUBIC))
 
 
 def resize_mask(mask: MaskArray, height: int, width: int) -> Bool[np.ndarray, "rows cols"]:
