@@ -12,7 +12,7 @@ from PIL import ExifTags, Image
 from tmca.data.manifest import Manifest
 from tmca.errors import CheckpointError, ConfigError, DataError
 from tmca.imaging.raster import read_image
-from tmca.inference import Predictor
+from tmca.inference import Predictor, Question
 from tmca.models import TMCA
 from tmca.prediction import ALL_EFFECTS, PredictionOptions, difference
 from tmca.presets import NO_ALIGNMENT, NO_ENHANCEMENT
@@ -363,3 +363,40 @@ def test_bfloat16_gives_the_masks_of_float32(model: TMCA):
 def test_auto_computes_in_bfloat16_where_the_device_can(model: TMCA, able: bool, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("tmca.devices.computes_bfloat16", lambda _: able)
     assert Predictor(model, "cpu", "auto").precision == ("bfloat16" if able else "float32")
+
+
+def test_questions_about_several_images_are_answered_as_one_by_one(predictor: Predictor):
+    rng = np.random.default_rng(3)
+    images = [rng.integers(0, 256, size, dtype=np.uint8) for size in ((40, 52, 3), (64, 64, 3), (33, 20, 3))]
+    encoded = predictor.encode(images)
+    texts = ["one small polyp, located in top left of the image", None]
+    strict = PredictionOptions(threshold=0.6)
+    questions = [Question(image, text) for image in encoded for text in texts] + [Question(encoded[0], None, strict)]
+    answers = predictor.answer(questions)
+    for question, answer in zip(questions, answers, strict=True):
+        predictor.set_image(images[encoded.index(question.image)])
+        alone = predictor.ask(question.text, question.options)
+        np.testing.assert_allclose(answer.probability, alone.probability, atol=1e-5)
+        assert (answer.mask != alone.mask).mean() < 0.001
+        assert (answer.setting, answer.threshold) == (alone.setting, alone.threshold)
+
+
+def test_encoding_an_image_leaves_the_one_that_is_set(predictor: Predictor):
+    rng = np.random.default_rng(4)
+    predictor.set_image(rng.integers(0, 256, (40, 52, 3), dtype=np.uint8))
+    before = predictor.probability(None)
+    (encoded,) = predictor.encode([rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)])
+    np.testing.assert_array_equal(predictor.probability(None), before)
+    assert encoded.nbytes > 0
+
+
+def test_attention_is_of_the_images_size_and_differs_between_sentences(predictor: Predictor):
+    (encoded,) = predictor.encode([np.random.default_rng(5).integers(0, 256, (40, 52, 3), dtype=np.uint8)])
+    left = predictor.attention(encoded, "one small polyp, located in left of the image")
+    right = predictor.attention(encoded, "two large polyps, located in right of the image")
+    assert left is not None
+    assert right is not None
+    assert left.shape == (40, 52)
+    assert left.mean() == pytest.approx(1, abs=0.2)
+    assert not np.allclose(left, right)
+    assert predictor.attention(encoded, None) is None

@@ -61,6 +61,41 @@ class _Member:
     calibration: Calibration = field(default_factory=Calibration)
 
 
+@dataclass(frozen=True, eq=False)
+class EncodedImage:
+    """An image as the models of a predictor see it; any number of sentences can be asked of it.
+
+    Attributes:
+        features: Of each model.
+        geometry: How the image lies in its file and in millimetres.
+        seconds: Stage → duration.
+    """
+
+    features: tuple[ImageFeatures, ...] = field(repr=False)
+    geometry: Geometry
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in memory."""
+        return sum(features.nbytes for features in self.features)
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """What one sentence asks of one encoded image.
+
+    Attributes:
+        image: From :meth:`Predictor.encode`.
+        text: The sentence; ``None`` or blank segments by the image alone.
+        options: How probabilities become an answer.
+    """
+
+    image: EncodedImage
+    text: str | None = None
+    options: PredictionOptions = DEFAULTS
+
+
 class Predictor:
     """A trained model, or several, that answer sentences about an image with masks.
 
@@ -113,9 +148,7 @@ class Predictor:
         self._models = chosen
         self.model = chosen[0]
         self.experiment = experiments[0]
-        self._features: list[ImageFeatures] = []
-        self._geometry = Geometry((0, 0))
-        self._encoding_seconds: dict[str, float] = {}
+        self._image: EncodedImage | None = None
 
     @classmethod
     def from_pretrained(
@@ -185,14 +218,25 @@ class Predictor:
             DataError: The file cannot be read, or the array is no image.
             OutOfMemoryError: The image does not fit the device's memory.
         """
-        self._features = []  # whatever happens, nobody is told of the image before
+        self._image = None  # whatever happens, nobody is told of the image before
+        (self._image,) = self.encode([image])
+
+    def encode(self, images: Sequence[ImageSource]) -> list[EncodedImage]:
+        """Encode images together, each as :meth:`set_image` takes it, for :meth:`answer`; what was set remains.
+
+        Raises:
+            DataError: A file cannot be read, or an array is no image.
+            OutOfMemoryError: The images do not fit the device's memory.
+        """
         started = time.perf_counter()
-        frame = _frame(image)
+        frames = [_frame(image) for image in images]
         read = time.perf_counter()
         with self._computing():
-            self._features = self._encode([frame.pixels])
-        self._geometry = frame.geometry
-        self._encoding_seconds = {"read": read - started, "encode": time.perf_counter() - read}
+            encoded = self._encode([frame.pixels for frame in frames])
+            features = zip(*(batch.split(len(frames)) for batch in encoded), strict=True)
+        count = max(1, len(frames))
+        seconds = {"read": (read - started) / count, "encode": (time.perf_counter() - read) / count}
+        return [EncodedImage(one, frame.geometry, seconds) for one, frame in zip(features, frames, strict=True)]
 
     def ask(self, text: str | None = None, options: PredictionOptions = DEFAULTS) -> Prediction:
         """Return everything that can be said of what a sentence names: mask, sureness, regions, whether it mattered.
@@ -210,21 +254,35 @@ class Predictor:
 
     def ask_all(self, texts: Sequence[str | None], options: PredictionOptions = DEFAULTS) -> list[Prediction]:
         """Return what :meth:`ask` returns for each of several sentences; all that is needed is decoded together."""
-        guided = [bool(text and text.strip()) and self.reads_text for text in texts]
+        image = self._current()
+        return self.answer([Question(image, text, options) for text in texts])
+
+    def answer(self, questions: Sequence[Question]) -> list[Prediction]:
+        """Return what :meth:`ask` returns for sentences about any images; all that is needed is decoded together.
+
+        Raises:
+            OutOfMemoryError: It does not fit the device's memory.
+        """
+        guided = [bool(question.text and question.text.strip()) and self.reads_text for question in questions]
         others = [
-            wrong_sentences(text, options.effects) if text and is_guided else {}
-            for text, is_guided in zip(texts, guided, strict=True)
+            wrong_sentences(question.text, question.options.effects) if question.text and is_guided else {}
+            for question, is_guided in zip(questions, guided, strict=True)
         ]
         started = time.perf_counter()
-        unique = list(dict.fromkeys([*texts, *(other for found in others for other in found.values())]))
-        maps = dict(zip(unique, self.probabilities(unique), strict=True))
-        masks = {text: make_mask(probability, options) for text, probability in maps.items()}
-        seconds = self._encoding_seconds | {"segment": (time.perf_counter() - started) / max(1, len(texts))}
+        pairs = [(question.image, question.text) for question in questions]
+        for question, found in zip(questions, others, strict=True):
+            pairs += [(question.image, other) for other in found.values()]
+        maps = self._maps(pairs, BATCH_SIZE)
+        seconds = (time.perf_counter() - started) / max(1, len(questions))
         predictions = []
-        for text, is_guided, wrong in zip(texts, guided, others, strict=True):
-            mask, probability = masks[text], maps[text]
+        for question, is_guided, wrong in zip(questions, guided, others, strict=True):
+            image, text, options = question.image, question.text, question.options
+            probability = maps[image, text]
+            mask = make_mask(probability, options)
+            differences = {
+                name: difference(mask, make_mask(maps[image, other], options)) for name, other in wrong.items()
+            }
             tokens, truncated = self.count_tokens(text)
-            differences = {name: difference(mask, masks[other]) for name, other in wrong.items()}
             predictions.append(
                 Prediction(
                     mask=mask,
@@ -232,14 +290,14 @@ class Predictor:
                     text=text,
                     setting="guided" if is_guided else "no text",
                     threshold=options.threshold,
-                    regions=find_regions(mask, probability, self._geometry),
-                    geometry=self._geometry,
+                    regions=find_regions(mask, probability, image.geometry),
+                    geometry=image.geometry,
                     tokens=tokens,
                     truncated=truncated,
                     effects={name: differences.get(name) for name in options.effects} if is_guided else {},
                     conflicts=find_conflicts(text, mask) if is_guided else (),
                     expected_dice=self._expected_dice(probability, mask, options),
-                    seconds=seconds,
+                    seconds=image.seconds | {"segment": seconds},
                 )
             )
         return predictions
@@ -285,15 +343,27 @@ class Predictor:
             ConfigError: No image was set.
             OutOfMemoryError: It does not fit the device's memory.
         """
-        if not self._features:
-            raise ConfigError("There is no image to segment yet", hint="call set_image first")
-        found: list[Probability] = []
-        for start in range(0, len(texts), batch_size):
-            chosen = texts[start : start + batch_size]
-            with self._computing():
-                features = [one.repeat(len(chosen)) for one in self._features]
-                found += self._decode(features, chosen, [self._geometry.size] * len(chosen))
-        return found
+        image = self._current()
+        maps = self._maps([(image, text) for text in texts], batch_size)
+        return [maps[image, text] for text in texts]
+
+    def attention(self, image: EncodedImage, text: str | None) -> Probability | None:
+        """Return where in an image a sentence points, by the attention that amplifies its target (LTEM).
+
+        Of several models the first is asked.
+
+        Returns:
+            float32 ``(height, width)``, mean 1 before it is resized; ``None`` of a method without that attention, and
+            without a sentence.
+
+        Raises:
+            OutOfMemoryError: It does not fit the device's memory.
+        """
+        network = self._members[0].network
+        with self._computing():
+            features = network.encode_text([text])
+            attention = None if features is None else network.target_attention(image.features[0], features)
+            return None if attention is None else restore(attention[0, 0].float(), *image.geometry.size)
 
     def segment(
         self, pairs: Iterable[tuple[ImageSource, str | None]], batch_size: int = BATCH_SIZE
@@ -329,6 +399,28 @@ class Predictor:
         if not self.calibrated or options.threshold != DEFAULTS.threshold or options.min_region > 1 or not mask.any():
             return None
         return float(np.mean([member.calibration.expected_dice(probability, mask) for member in self._members]))
+
+    def _current(self) -> EncodedImage:
+        if self._image is None:
+            raise ConfigError("There is no image to segment yet", hint="call set_image first")
+        return self._image
+
+    def _maps(
+        self, pairs: Iterable[tuple[EncodedImage, str | None]], batch_size: int
+    ) -> dict[tuple[EncodedImage, str | None], Probability]:
+        """Return the probability map of each different image and sentence, several decoded at a time."""
+        remaining = iter(dict.fromkeys(pairs))
+        maps: dict[tuple[EncodedImage, str | None], Probability] = {}
+        while batch := list(islice(remaining, batch_size)):
+            images, texts = [image for image, _ in batch], [text for _, text in batch]
+            with self._computing():
+                if all(image is images[0] for image in images):
+                    features = [one.repeat(len(images)) for one in images[0].features]
+                else:
+                    features = [ImageFeatures.join(parts) for parts in zip(*(i.features for i in images), strict=True)]
+                found = self._decode(features, texts, [image.geometry.size for image in images])
+            maps.update(zip(batch, found, strict=True))
+        return maps
 
     def _encode(self, arrays: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> list[ImageFeatures]:
         features = []

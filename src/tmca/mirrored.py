@@ -54,3 +54,8 @@ class MirrorAveraged(SegmentationModel):
         usable = (stated == present).view(-1, 1, 1, 1)
         mean = torch.where(usable, (straight + mirrored.flip(3)) / 2, straight)
         return ModelOutput(mean, {}, present)
+
+    def target_attention(self, images: ImageFeatures, text: TextFeatures) -> Float[Tensor, "batch 1 rows cols"] | None:
+        """Return what the model gives for the straight images."""
+        attention = self.model.target_attention(images, text)
+        return None if attention is None else attention.chunk(2)[0]

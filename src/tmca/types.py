@@ -6,7 +6,9 @@ A layout becomes a manifest, its records become a ``Batch`` (or, one alone, a ``
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -168,12 +170,48 @@ class ImageFeatures:
         def repeated(rows: Tensor) -> Tensor:
             return rows.expand(times, *rows.shape[1:]) if len(rows) == 1 else rows.repeat_interleave(times, dim=0)
 
-        return type(self)(
-            {stride: repeated(maps) for stride, maps in self.feature_maps.items()},
-            None if self.image_embedding is None else repeated(self.image_embedding),
-            self.size,
-            {stride: repeated(maps) for stride, maps in self.encoded_skips.items()},
+        return self._changed(repeated)
+
+    def split(self, images: int) -> list[Self]:
+        """Return the features of each image; of a mirrored batch, an image's rows are one batch apart."""
+        if images == 1:
+            return [self]
+        return [self._changed(partial(_row_of, number, images)) for number in range(images)]
+
+    @classmethod
+    def join(cls, features: Sequence[Self]) -> Self:
+        """Return the features of several images as one batch: the inverse of :meth:`split`."""
+        first = features[0]
+
+        def joined(parts: Sequence[Tensor]) -> Tensor:
+            return torch.cat([part[row : row + 1] for row in range(len(parts[0])) for part in parts])
+
+        embeddings = [one.image_embedding for one in features if one.image_embedding is not None]
+        return cls(
+            {stride: joined([one.feature_maps[stride] for one in features]) for stride in first.feature_maps},
+            joined(embeddings) if embeddings else None,
+            first.size,
+            {stride: joined([one.encoded_skips[stride] for one in features]) for stride in first.encoded_skips},
         )
+
+    @property
+    def nbytes(self) -> int:
+        """Size in memory."""
+        tensors = [*self.feature_maps.values(), *self.encoded_skips.values()]
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> Self:
+        return type(self)(
+            {stride: change(maps) for stride, maps in self.feature_maps.items()},
+            None if self.image_embedding is None else change(self.image_embedding),
+            self.size,
+            {stride: change(maps) for stride, maps in self.encoded_skips.items()},
+        )
+
+
+def _row_of(number: int, images: int, rows: Tensor) -> Tensor:
+    """Return the rows of one image; copied, so that it does not keep the others in memory."""
+    return rows[number::images].clone()
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,10 @@ class SegmentationModel(nn.Module, ABC):
             return None
         return self.text_encoder.encode(texts)
 
+    def target_attention(self, images: ImageFeatures, text: TextFeatures) -> Float[Tensor, "batch 1 rows cols"] | None:  # noqa: ARG002
+        """Return how much each sentence points at each position, mean 1; ``None`` of methods without such a map."""
+        return None
+
     @property
     def reads_text(self) -> bool:
         """Whether sentences can change this model's masks."""

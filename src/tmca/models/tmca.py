@@ -9,15 +9,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 
 from tmca.config import ModelConfig
 from tmca.errors import ConfigError
 from tmca.models.alignment import AlignmentHeads
 from tmca.models.base import Parts, SegmentationModel, nobody
 from tmca.models.decoder import GuidedDecoderStage, LanguageGuide, SubpixelHead, UpsampleBlock
-from tmca.models.enhancement import TargetEnhancement
+from tmca.models.enhancement import TargetEnhancement, target_attention
 from tmca.models.text import TextEncoder
 from tmca.models.vision import ImageEncoder, build_image_encoder, check_images, describe_architecture
 from tmca.types import GLOBAL_LEVEL, ImageFeatures, ModelOutput, TextFeatures
@@ -65,6 +67,7 @@ class TMCA(SegmentationModel):
         self.head = head
         self.alignment = alignment
         self.enhancement = nn.ModuleDict(enhancement or {})
+        self.attention_temperature = next((stage.temperature for stage in (enhancement or {}).values()), 1.0)
 
     def encode_image(self, images: Float[Tensor, "batch 3 height width"]) -> ImageFeatures:
         """Encode images, and with them the skip connections of the decoder."""
@@ -99,6 +102,18 @@ class TMCA(SegmentationModel):
             return ModelOutput(mask_logits, {}, nobody(images))
         alignments = self.alignment(images, projected, text.present) if self.alignment is not None else {}
         return ModelOutput(mask_logits, alignments, text.present)
+
+    def target_attention(self, images: ImageFeatures, text: TextFeatures) -> Float[Tensor, "batch 1 rows cols"] | None:
+        """Return the mean of the stages' attention to each sentence, at the finest size; ``None`` where none is."""
+        if self.alignment is None or not self.enhancement:
+            return None
+        projected = self.alignment.project(text)
+        maps = [
+            target_attention(images.feature_maps[int(stride)], projected[stride], self.attention_temperature)
+            for stride in self.enhancement
+        ]
+        size = max((one.shape[2:] for one in maps), key=lambda shape: shape.numel())
+        return torch.stack([functional.interpolate(one, size=size, mode="bilinear") for one in maps]).mean(0)
 
     def _stage(self, stride: int) -> GuidedDecoderStage:
         stage: GuidedDecoderStage = self.decoder[str(stride)]  # type: ignore[assignment]
