@@ -25,6 +25,7 @@ from tmca.cli.options import show
 from tmca.cli.reports import ReportToPrompt
 from tmca.cli.reproduction import Reproduce
 from tmca.cli.results import Bench, BenchPrompts, Calibrate, Compare
+from tmca.cli.server import Serve
 from tmca.cli.verbs import Demo, Evaluate, Predict, Train
 from tmca.config import Experiment
 from tmca.errors import EXIT_INTERRUPTED, ConfigError, TMCAError, unknown_name
@@ -36,6 +37,7 @@ VERBS: dict[str, Any] = {
     "train": Train,
     "evaluate": Evaluate,
     "predict": Predict,
+    "serve": Serve,
     "calibrate": Calibrate,
     "report-to-prompt": ReportToPrompt,
     "compare": Compare,
@@ -68,7 +70,11 @@ NO_TELEMETRY = {
 }
 """Variables by which libraries are told to report nothing home; a value that the user set stays."""
 
-EXPORT_PACKAGES = ("onnx", "onnxruntime", "onnxscript", "openvino")
+EXTRAS = {
+    "export": ("onnx", "onnxruntime", "onnxscript", "openvino"),
+    "serve": ("fastapi", "fastapi_offline", "gradio", "multipart", "prometheus_client", "starlette", "uvicorn"),
+}
+"""Extra of the package → what it installs and verbs import late; everything else is in ``train``."""
 
 OPTIONS_FLAG = "--model.options"
 
@@ -129,7 +135,8 @@ def _explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, TMCAError):
         return str(error), error.exit_code
     if isinstance(error, ModuleNotFoundError):
-        extra = "export" if (error.name or "").partition(".")[0] in EXPORT_PACKAGES else "train"
+        package = (error.name or "").partition(".")[0]
+        extra = next((extra for extra, packages in EXTRAS.items() if package in packages), "train")
         return f"This verb needs the package {error.name!r} (pip install 'tmca[{extra}]')", TMCAError.exit_code
     if isinstance(error, OSError):
         what = f"{error.strerror or error}: {error.filename or ''}"

@@ -1,0 +1,157 @@
+"""The server: one image or many by HTTP, KServe's protocol, and a web page, before one worker process that computes.
+
+``create_app`` gives the application, ``serve`` runs it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi_offline import FastAPIOffline
+from starlette.exceptions import HTTPException
+
+from tmca.errors import ConfigError, StorageError, TMCAError
+from tmca.progress import say
+from tmca.server import api, kserve, operations
+from tmca.server.connections import PatientProtocol
+from tmca.server.guard import Guard
+from tmca.server.messages import WorkerSettings
+from tmca.server.problems import InvalidRequestError, RemoteError, problem
+from tmca.server.service import Service
+from tmca.server.settings import ServerSettings, read_keys
+
+__all__ = ["ServerSettings", "WorkerSettings", "create_app", "read_keys", "serve"]
+
+CODES = {404: "not_found", 405: "method_not_allowed"}
+KEEP_ALIVE_SECONDS = 15
+"""How long a connection may stay open without a request."""
+
+
+def create_app(settings: ServerSettings) -> FastAPI:
+    """Return the application; its models are loaded when it starts. ``app.state.service`` holds its parts.
+
+    Raises:
+        StorageError: The folder for jobs cannot be written, or is another server's.
+    """
+    service = Service(settings)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await service.start()
+        yield
+        await service.stop()
+
+    app: FastAPI = FastAPIOffline(
+        title="tmca",
+        version=version("tmca"),
+        summary="Language-guided medical image segmentation. Research only; not a medical device.",
+        lifespan=lifespan,
+        redoc_url=None,
+        separate_input_output_schemas=False,
+    )
+    app.state.service = service
+    for module in (api, kserve, operations):
+        app.include_router(module.router)
+    app.add_exception_handler(TMCAError, _explain)
+    app.add_exception_handler(RequestValidationError, _explain_field)
+    app.add_exception_handler(HTTPException, _explain_status)
+    if settings.page:
+        from tmca.server.page import mount_page
+
+        app = mount_page(app, service.engine, settings)
+    app.add_middleware(Guard, settings=settings, observe=service.metrics.observe)
+    return app
+
+
+def serve(
+    settings: ServerSettings, announce: str = "", *, certificate: str | None = None, key: str | None = None
+) -> None:
+    """Serve until told to stop; then finish what was begun.
+
+    Args:
+        settings: Models, address, limits.
+        announce: Address to show when requests are answered.
+        certificate: File of a TLS certificate.
+        key: File of its key.
+
+    Raises:
+        StorageError: The folder for jobs cannot be written, or the address is in use.
+        CheckpointError: A model cannot be loaded.
+        ConfigError: The certificate or its key is none.
+    """
+    with _listen(settings) as listening:
+        app = create_app(settings)
+        service: Service = app.state.service
+        config = uvicorn.Config(
+            app,
+            http=PatientProtocol,
+            ws="none",
+            access_log=False,
+            log_config=None,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=int(settings.stop_seconds),
+            limit_concurrency=4 * settings.max_queue + 64,
+            ssl_certfile=certificate,
+            ssl_keyfile=key,
+        )
+        try:
+            config.load()
+        except ssl.SSLError as error:
+            raise ConfigError("The TLS certificate and key cannot be used", hint="give PEM files that match") from error
+
+        async def main() -> None:
+            try:
+                await service.start()
+            except BaseException:
+                await service.stop()
+                raise
+            say(f"Ready: {announce}")
+            await uvicorn.Server(config).serve(sockets=[listening])
+
+        asyncio.run(main())
+
+
+def _listen(settings: ServerSettings) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+        return socket.create_server((settings.host, settings.port), family=family, backlog=512)
+    except OSError as error:
+        raise StorageError(
+            f"Cannot listen on {settings.host}, port {settings.port}: {error.strerror or error}",
+            hint="choose another --port or --host",
+        ) from error
+
+
+async def _explain(request: Request, error: Exception) -> Response:
+    if isinstance(error, StorageError):  # which names a folder of this machine
+        error = RemoteError(error.http_status, error.code, "The server cannot store this", error.hint)
+    assert isinstance(error, TMCAError)
+    return problem(error, request.state.request_id)
+
+
+async def _explain_field(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"][1:]) or "the request"
+    message = f"{where}: {first['msg']}"
+    return problem(InvalidRequestError(message[:300], hint="see /docs"), request.state.request_id)
+
+
+async def _explain_status(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    code = CODES.get(error.status_code, "invalid_request")
+    found = RemoteError(error.status_code, code, str(error.detail), "see /docs")
+    response = problem(found, request.state.request_id)
+    for name, value in (error.headers or {}).items():
+        response.headers[name] = value
+    return response

@@ -1,0 +1,175 @@
+"""What every request passes before anything of it is read: who asks, from where, how much, how slowly."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import hashlib
+import hmac
+import logging
+import secrets
+import time
+from collections.abc import Callable
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tmca.errors import TMCAError
+from tmca.server.problems import ForbiddenError, SlowClientError, TooLargeError, UnauthorizedError, problem
+from tmca.server.settings import ServerSettings
+
+OPEN_PATHS = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
+"""What a load balancer may ask without a key."""
+JOBS_PATH = "/v1/jobs"
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
+LONGEST_ID = 64
+
+SECURITY_HEADERS = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": (
+        "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+        "img-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; media-src 'self' data: blob:; "
+        "connect-src 'self'; object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
+    ),
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+
+log = logging.getLogger("tmca.server")
+Observe = Callable[[str, str, int, float], None]
+
+
+class Guard:
+    """Refuses what must not get in, and gives every answer its number and headers.
+
+    Logs method, route, status and duration; never a path, a sentence or a pixel, for they may tell of a patient.
+
+    Args:
+        app: The application.
+        settings: Keys and limits.
+        observe: Told method, route, status and seconds of every request.
+    """
+
+    def __init__(self, app: ASGIApp, settings: ServerSettings, observe: Observe) -> None:
+        self.app = app
+        self.settings = settings
+        self.observe = observe
+        self._keys = [hashlib.sha256(key.encode()).digest() for key in settings.keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        request_id = _request_id(headers)
+        scope.setdefault("state", {})["request_id"] = request_id
+        started = time.perf_counter()
+        status = 500
+        has_started = False
+
+        async def sending(message: Message) -> None:
+            nonlocal status, has_started
+            if message["type"] == "http.response.start":
+                status, has_started = message["status"], True
+                answer = MutableHeaders(scope=message)
+                answer["X-Request-ID"] = request_id
+                for name, value in SECURITY_HEADERS.items():
+                    answer.setdefault(name, value)
+            await send(message)
+
+        try:
+            self._check(scope, headers)
+            await self.app(scope, self._limited(scope, headers, receive), sending)
+        except TMCAError as error:
+            if has_started:
+                raise
+            response = problem(error, request_id)
+            if isinstance(error, UnauthorizedError):
+                asks_for_page = "text/html" in headers.get("accept", "")
+                response.headers["WWW-Authenticate"] = f'{"Basic" if asks_for_page else "Bearer"} realm="tmca"'
+            if isinstance(error, TooLargeError | SlowClientError):
+                response.headers["Connection"] = "close"
+            await response(scope, receive, sending)
+        finally:
+            seconds = time.perf_counter() - started
+            route = _route(scope)
+            self.observe(scope["method"], route, status, seconds)
+            log.info("%s %s %s %d %.1f ms", request_id, scope["method"], route, status, 1000 * seconds)
+
+    def _check(self, scope: Scope, headers: Headers) -> None:
+        """Refuse who has no key, and what another site's page sends through the browser of somebody who has."""
+        host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
+        if self.settings.is_local and host not in (*LOCAL_HOSTS, *self.settings.allowed_hosts):
+            raise ForbiddenError(f"This server is not called {host[:100]!r}", hint="add the name with --allowed-host")
+        origin = headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != headers.get("host", ""):
+            raise ForbiddenError("Pages of other sites may not ask this server", hint="open the server's own page")
+        if self._keys and scope["path"] not in OPEN_PATHS and not self._knows_key(headers.get("authorization", "")):
+            raise UnauthorizedError("A key is needed", hint="send it as `Authorization: Bearer KEY`")
+
+    def _knows_key(self, authorization: str) -> bool:
+        """Whether the header holds one of the keys: as a bearer token, or as the password a browser asks for."""
+        scheme, _, credentials = authorization.partition(" ")
+        given = credentials.strip()
+        if scheme.lower() == "basic":
+            try:
+                given = base64.b64decode(given, validate=True).decode("utf-8").partition(":")[2]
+            except (binascii.Error, UnicodeDecodeError):
+                return False
+        elif scheme.lower() != "bearer":
+            return False
+        digest = hashlib.sha256(given.encode("utf-8", "surrogateescape")).digest()
+        return sum(hmac.compare_digest(digest, key) for key in self._keys) > 0  # all of them, in the same time
+
+    def _limited(self, scope: Scope, headers: Headers, receive: Receive) -> Receive:
+        """Return a way to read the request that gives up when it is too large or too slow."""
+        settings = self.settings
+        limit = settings.max_job_upload if scope["path"] == JOBS_PATH else settings.max_upload
+        declared = headers.get("content-length", "0")
+        if declared.isdigit() and int(declared) > limit:
+            raise _too_large(limit)
+        seconds = settings.upload_seconds * (limit / settings.max_upload)
+        deadline = time.monotonic() + seconds
+        received = 0
+        is_complete = False
+
+        async def receiving() -> Message:
+            nonlocal received, is_complete
+            if is_complete:
+                return await receive()  # until the client leaves
+            try:
+                async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+                    message = await receive()
+            except TimeoutError:
+                raise SlowClientError(
+                    f"The request had not arrived after {seconds:.0f} seconds", hint="check the network, send less"
+                ) from None
+            received += len(message.get("body", b""))
+            if received > limit:
+                raise _too_large(limit)
+            is_complete = message["type"] != "http.request" or not message.get("more_body", False)
+            return message
+
+        return receiving
+
+
+def _too_large(limit: int) -> TooLargeError:
+    return TooLargeError(f"The request has more than {limit // 2**20} MB", hint="send a smaller file, or a job")
+
+
+def _request_id(headers: Headers) -> str:
+    """Return the number a client gave its request, if it is harmless, else a new one."""
+    given = headers.get("x-request-id", "")
+    harmless = given.isascii() and given.replace("-", "").replace("_", "").isalnum() and len(given) <= LONGEST_ID
+    return given if harmless else secrets.token_hex(8)
+
+
+def _route(scope: Scope) -> str:
+    """Return the pattern that the path matched, which tells nothing of what was asked."""
+    route = scope.get("route")
+    return str(getattr(route, "path", "")) or ("page" if scope.get("app_root_path") is not None else "other")

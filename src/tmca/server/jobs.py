@@ -1,0 +1,494 @@
+"""Long work that outlives the server: what was accepted is finished or reported failed, never lost, never done twice.
+
+A job is a row in a SQLite database and a folder with what was sent and what came out. The row is written last when a
+job is accepted and removed first. A job that was running when the server was killed runs again; the batch's own journal
+keeps the cases that it had finished.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import logging
+import secrets
+import sqlite3
+import threading
+import time
+import zipfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+from tmca.errors import StorageError, TMCAError
+from tmca.files import real_path, storage_error
+from tmca.outputs import OutputOptions
+from tmca.prediction import PredictionOptions
+from tmca.server.engine import Engine
+from tmca.server.messages import Work
+from tmca.server.problems import BusyError, ConflictError, NotFoundError
+from tmca.server.uploads import remove_folder
+
+QUEUED, RUNNING, DONE, FAILED, CANCELLED = "queued", "running", "done", "failed", "cancelled"
+FINISHED = (DONE, FAILED, CANCELLED)
+MOST_ATTEMPTS = 5
+"""How often a job is begun: so many killed servers are no accident."""
+INPUT, OUTPUT, RESULT = "input", "output", "result.zip"
+
+log = logging.getLogger("tmca.server")
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS jobs (
+    id TEXT PRIMARY KEY, token TEXT UNIQUE, status TEXT NOT NULL, request TEXT NOT NULL, total INTEGER NOT NULL,
+    attempts INTEGER NOT NULL DEFAULT 0, created REAL NOT NULL, started REAL, finished REAL, outcome TEXT
+)
+"""
+
+
+@dataclass(frozen=True)
+class JobRequest:
+    """What a job was asked to do.
+
+    Attributes:
+        model: Name of a served model.
+        images: Names of the files in the job's folder.
+        prompt: Sentence for all images.
+        report: A clinical report to take the sentence from.
+        prompts: Name of the file with a sentence an image.
+        threshold: Probability above which a pixel belongs to the mask.
+        min_region: Connected regions of fewer pixels are left out.
+        effects: Wrong sentences to compare with.
+        types: Of the result files.
+        probabilities: Also write probability maps.
+        target: What is segmented, for DICOM.
+    """
+
+    model: str
+    images: tuple[str, ...]
+    prompt: str | None = None
+    report: str | None = None
+    prompts: str | None = None
+    threshold: float = 0.5
+    min_region: int = 0
+    effects: tuple[str, ...] = ()
+    types: tuple[str, ...] = ()
+    probabilities: bool = False
+    target: str = ""
+
+    def work(self, id_: str, folder: Path) -> Work:
+        """Return what the worker is told.
+
+        Raises:
+            ConfigError: An option does not exist or does not fit.
+        """
+        inputs = folder / INPUT
+        return Work(
+            id=id_,
+            model=self.model,
+            images=tuple(inputs / name for name in self.images),
+            prompt=self.prompt,
+            report=self.report,
+            prompts=None if self.prompts is None else inputs / self.prompts,
+            folder=folder / OUTPUT,
+            prediction=PredictionOptions(self.threshold, self.min_region, self.effects),
+            outputs=OutputOptions(types=self.types, probabilities=self.probabilities, target=self.target),
+        )
+
+
+@dataclass(frozen=True)
+class JobState:
+    """Where a job stands.
+
+    Attributes:
+        id: Which nobody can guess.
+        status: ``queued``, ``running``, ``done``, ``failed`` or ``cancelled``.
+        request: What was asked.
+        total: How many cases there are, at least.
+        attempts: How often it was begun.
+        created: When it was accepted, in seconds since 1970.
+        started: When it was begun last.
+        finished: When it ended.
+        outcome: What came of it: numbers of cases, failures, or the error.
+    """
+
+    id: str
+    status: str
+    request: JobRequest
+    total: int
+    attempts: int
+    created: float
+    started: float | None
+    finished: float | None
+    outcome: dict[str, Any]
+
+    def as_dict(self, done: int) -> dict[str, Any]:
+        """Return what a client is told; the sentence is not repeated."""
+        return {
+            "id": self.id,
+            "status": self.status,
+            "model": self.request.model,
+            "images": self.total,
+            "cases_done": done,
+            "attempts": self.attempts,
+            "created": _time(self.created),
+            "started": _time(self.started),
+            "finished": _time(self.finished),
+            **self.outcome,
+            "links": {name: f"/v1/jobs/{self.id}{path}" for name, path in _LINKS.items()},
+        }
+
+
+_LINKS = {"self": "", "result": "/result", "cancel": "/cancel"}
+
+
+class JobStore:
+    """The database and the folders of all jobs; every call is short, and safe from any thread.
+
+    Args:
+        folder: Where to keep them.
+
+    Raises:
+        StorageError: The folder cannot be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = real_path(folder)
+        self._lock = threading.Lock()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise storage_error(self.folder, error) from error
+        self._alone = self._claim()
+        try:
+            self._database = sqlite3.connect(self.folder / "jobs.sqlite", check_same_thread=False, isolation_level=None)
+            self._database.row_factory = sqlite3.Row
+            self._database.execute("PRAGMA journal_mode = WAL")
+            self._database.execute("PRAGMA synchronous = FULL")
+            self._database.execute(_SCHEMA)
+        except sqlite3.Error as error:
+            raise storage_error(self.folder / "jobs.sqlite", OSError(str(error))) from error
+
+    def close(self) -> None:
+        """Close the database, and let another server have the folder."""
+        with self._lock:
+            self._database.close()
+            self._alone.close()
+
+    def _claim(self) -> IO[str]:
+        path = self.folder / "lock"
+        try:
+            stream = path.open("w")
+        except OSError as error:
+            raise storage_error(path, error) from error
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            stream.close()
+            raise StorageError(
+                f"Another server keeps its jobs in {self.folder}", hint="give this one another --data-dir"
+            ) from error
+        return stream
+
+    def recover(self) -> None:
+        """Put what a killed server was doing back into the queue, and remove what it had not accepted yet."""
+        for row in self._rows("SELECT id, attempts FROM jobs WHERE status = ?", RUNNING):
+            if row["attempts"] >= MOST_ATTEMPTS:
+                message = f"The server was killed {row['attempts']} times while it did this job"
+                self.finish(row["id"], FAILED, {"error": {"code": "interrupted", "message": message, "hint": ""}})
+            else:
+                self._execute("UPDATE jobs SET status = ? WHERE id = ?", QUEUED, row["id"])
+        known = {row["id"] for row in self._rows("SELECT id FROM jobs")}
+        for path in self.folder.iterdir():
+            if path.is_dir() and path.name not in known:
+                remove_folder(path)
+
+    def path(self, id_: str) -> Path:
+        """Return the folder of a job."""
+        return self.folder / id_
+
+    def make_folder(self, id_: str) -> Path:
+        """Make the folder for a job's files and return it.
+
+        Raises:
+            StorageError: It cannot be made.
+        """
+        folder = self.path(id_) / INPUT
+        try:
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise storage_error(folder, error) from error
+        return folder
+
+    def new_id(self) -> str:
+        """Return a name that nobody can guess."""
+        return secrets.token_urlsafe(16).replace("-", "x").replace("_", "y")
+
+    def add(self, id_: str, request: JobRequest, total: int, token: str | None, limit: int) -> JobState:
+        """Accept a job whose files lie in its folder.
+
+        Args:
+            id_: Of the job, from :meth:`new_id`.
+            request: What is asked.
+            total: Number of cases.
+            token: The client's own name for this request: of two with the same, the first is returned.
+            limit: Jobs that may wait.
+
+        Raises:
+            BusyError: Too many wait.
+            StorageError: It cannot be written.
+        """
+        with self._lock:
+            (waiting,) = self._database.execute("SELECT COUNT(*) FROM jobs WHERE status = ?", (QUEUED,)).fetchone()
+            if waiting >= limit:
+                raise BusyError(f"{waiting} jobs wait", retry_after=60)
+            text = json.dumps(asdict(request))
+            values = (id_, token, QUEUED, text, total, time.time())
+            with self._writing():
+                self._database.execute(
+                    "INSERT INTO jobs (id, token, status, request, total, created) VALUES (?, ?, ?, ?, ?, ?)"
+                    " ON CONFLICT (token) DO NOTHING",
+                    values,
+                )
+        found = self.of_token(token) if token is not None else None
+        return found or self.get(id_)
+
+    def of_token(self, token: str) -> JobState | None:
+        """Return the job that a client's own name stands for."""
+        rows = self._rows("SELECT * FROM jobs WHERE token = ?", token)
+        return _state(rows[0]) if rows else None
+
+    def get(self, id_: str) -> JobState:
+        """Return a job.
+
+        Raises:
+            NotFoundError: There is none of that id.
+        """
+        rows = self._rows("SELECT * FROM jobs WHERE id = ?", id_)
+        if not rows:
+            raise NotFoundError("There is no such job", hint="finished jobs are removed after a while")
+        return _state(rows[0])
+
+    def next(self) -> JobState | None:
+        """Return the job that has waited longest, now running; ``None`` if none waits."""
+        rows = self._rows("SELECT id FROM jobs WHERE status = ? ORDER BY created LIMIT 1", QUEUED)
+        if not rows:
+            return None
+        self._execute(
+            "UPDATE jobs SET status = ?, attempts = attempts + 1, started = ? WHERE id = ? AND status = ?",
+            RUNNING,
+            time.time(),
+            rows[0]["id"],
+            QUEUED,
+        )
+        state = self.get(rows[0]["id"])
+        return state if state.status == RUNNING else None
+
+    def put_back(self, id_: str) -> None:
+        """Let a running job wait again: the server stops, and this was no attempt of its own."""
+        self._execute(
+            "UPDATE jobs SET status = ?, attempts = attempts - 1 WHERE id = ? AND status = ?", QUEUED, id_, RUNNING
+        )
+
+    def finish(self, id_: str, status: str, outcome: dict[str, Any]) -> None:
+        """Note what became of a job, unless it has ended already."""
+        self._execute(
+            "UPDATE jobs SET status = ?, finished = ?, outcome = ? WHERE id = ? AND finished IS NULL",
+            status,
+            time.time(),
+            json.dumps(outcome),
+            id_,
+        )
+
+    def remove(self, id_: str) -> None:
+        """Forget a finished job and delete its files.
+
+        Raises:
+            NotFoundError: There is none of that id.
+            ConflictError: It is not finished.
+        """
+        if self.get(id_).status not in FINISHED:
+            raise ConflictError("The job is not finished", hint="cancel it first")
+        self._execute("DELETE FROM jobs WHERE id = ?", id_)
+        remove_folder(self.path(id_))
+
+    def remove_old(self, seconds: float) -> None:
+        """Forget jobs that finished so long ago."""
+        rows = self._rows("SELECT id FROM jobs WHERE finished < ?", time.time() - seconds)
+        for row in rows:
+            with contextlib.suppress(TMCAError):
+                self.remove(row["id"])
+
+    def counts(self) -> dict[str, int]:
+        """Return how many jobs there are in each state."""
+        found = {
+            row["status"]: row["n"] for row in self._rows("SELECT status, COUNT(*) AS n FROM jobs GROUP BY status")
+        }
+        return {status: found.get(status, 0) for status in (QUEUED, RUNNING, *FINISHED)}
+
+    def done(self, id_: str) -> int:
+        """Return how many cases of a job are finished, from the batch's journal."""
+        try:
+            lines = (self.path(id_) / OUTPUT / "journal.jsonl").read_text("utf-8", errors="replace").splitlines()
+        except OSError:
+            return 0
+        return len({line.partition('"name": ')[2].partition(",")[0] for line in lines if '"outputs": ' in line})
+
+    def result(self, id_: str) -> Path:
+        """Return the archive of a job's results, which is made when it is first asked for.
+
+        Raises:
+            ConflictError: There are none.
+            StorageError: It cannot be written.
+        """
+        state = self.get(id_)
+        if state.status != DONE:
+            raise ConflictError(f"The job is {state.status}", hint="results are there when it is done")
+        path = self.path(id_) / RESULT
+        if path.exists():
+            return path
+        temporary = path.with_suffix(f".{secrets.token_hex(4)}")
+        folder = self.path(id_) / OUTPUT
+        try:
+            with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
+                for file in sorted(folder.rglob("*")):
+                    name = file.relative_to(folder)
+                    if file.suffix == ".json" and file.parent == folder:
+                        archive.writestr(str(name), _own_names(file.read_text("utf-8"), self.path(id_)))
+                    elif file.is_file() and file.suffix != ".jsonl":
+                        archive.write(file, name)
+            temporary.replace(path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise storage_error(path, error) from error
+        return path
+
+    def _rows(self, query: str, *values: object) -> list[sqlite3.Row]:
+        with self._lock:
+            return self._database.execute(query, values).fetchall()
+
+    def _execute(self, query: str, *values: object) -> None:
+        with self._lock, self._writing():
+            self._database.execute(query, values)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise storage_error(self.folder / "jobs.sqlite", OSError(str(error))) from error
+
+
+class JobRunner:
+    """Gives the jobs to the worker, one after the other.
+
+    Args:
+        store: The jobs.
+        engine: The worker.
+        keep_hours: How long a finished job is kept.
+    """
+
+    def __init__(self, store: JobStore, engine: Engine, keep_hours: float) -> None:
+        self.store = store
+        self.engine = engine
+        self.keep_hours = keep_hours
+        self._running: tuple[str, asyncio.Task[Any]] | None = None
+        self._arrived = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Take up what is queued, and what comes."""
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def stop(self) -> None:
+        """Stop; what is running waits for the next server."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+
+    def wake(self) -> None:
+        """Look at the queue again: a job arrived."""
+        self._arrived.set()
+
+    async def cancel(self, id_: str) -> JobState:
+        """End a job, if it has not ended.
+
+        Raises:
+            NotFoundError: There is none of that id.
+        """
+        await asyncio.to_thread(self.store.finish, id_, CANCELLED, {})
+        if self._running is not None and self._running[0] == id_:
+            self._running[1].cancel()
+        return await asyncio.to_thread(self.store.get, id_)
+
+    async def _run(self) -> None:
+        while True:
+            self._arrived.clear()
+            try:
+                await asyncio.to_thread(self.store.remove_old, 3600 * self.keep_hours)
+                job = await asyncio.to_thread(self.store.next)
+            except TMCAError as error:  # the disk is full: nothing is begun, and nothing is lost
+                log.error("jobs wait: %s", error.code)
+                job = None
+            if job is None:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._arrived.wait(), 10)
+                continue
+            await self._do(job)
+
+    async def _do(self, job: JobState) -> None:
+        work = asyncio.get_running_loop().create_task(self._outcome(job))
+        self._running = (job.id, work)
+        try:
+            status, outcome = await work
+        except asyncio.CancelledError:
+            this = asyncio.current_task()
+            if this is not None and this.cancelling():  # the server stops
+                self.store.put_back(job.id)
+                raise
+            return  # the job was cancelled
+        finally:
+            self._running = None
+        while True:
+            try:
+                await asyncio.to_thread(self.store.finish, job.id, status, outcome)
+                return
+            except TMCAError as error:
+                log.error("the end of a job cannot be noted yet: %s", error.code)
+                await asyncio.sleep(5)
+
+    async def _outcome(self, job: JobState) -> tuple[str, dict[str, Any]]:
+        folder = self.store.path(job.id)
+        try:
+            value = await self.engine.work(job.request.work(job.id, folder))
+        except TMCAError as error:
+            message, hint = _own_names(error.message, folder), _own_names(error.hint, folder)
+            return FAILED, {"error": {"code": error.code, "message": message, "hint": hint}}
+        failures = [{name: _own_names(text, folder) for name, text in failure.items()} for failure in value["failures"]]
+        if failures and not value["cases"]:
+            error_ = {"code": "no_case_done", "message": "None of the images could be segmented", "hint": ""}
+            return FAILED, {"error": error_, "failures": failures}
+        return DONE, {"cases_done": value["cases"], "failures": failures}
+
+
+def _own_names(text: str, folder: Path) -> str:
+    """Return a text in which files are called as they were sent, not by where they lie here."""
+    return text.replace(f"{folder / INPUT}/", "").replace(f"{folder}/", "")
+
+
+def _state(row: sqlite3.Row) -> JobState:
+    values = json.loads(row["request"])
+    fields: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+    }
+    request = JobRequest(**fields)
+    outcome = json.loads(row["outcome"]) if row["outcome"] else {}
+    times = (row["created"], row["started"], row["finished"])
+    return JobState(row["id"], row["status"], request, row["total"], row["attempts"], *times, outcome)
+
+
+def _time(seconds: float | None) -> str | None:
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")

@@ -1,0 +1,483 @@
+"""The page: its components, and which handler answers which of them."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import html
+import json
+from collections.abc import Awaitable, Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from tmca.errors import ConfigError, TMCAError
+from tmca.imaging.dicom_results import INTENDED_USE
+from tmca.imaging.overlay import FILL, PREDICTION_COLOUR
+from tmca.outputs import NIFTI, PNG, RLE, SEGMENTATION
+from tmca.prediction import PredictionOptions
+from tmca.server.page import handlers, pictures, words
+from tmca.server.page.handlers import Asks, Opened, Past, Result
+from tmca.server.settings import ServerSettings
+
+LUNG_EXAMPLES = (
+    "Bilateral pulmonary infection, two infected areas, lower left lung and lower right lung.",
+    "Unilateral pulmonary infection, one infected area, upper right lung.",
+)
+POLYP_EXAMPLES = (
+    "one medium pink round polyp, located in center of the image",
+    "two small white round polyp, located in top left, bottom of the image",
+)
+PHANTOM_EXAMPLES = ("one large bright round lesion, located in top left of the image", "no lesion in the image")
+DOWNLOAD_LABELS = {PNG: "PNG mask", NIFTI: "NIfTI", SEGMENTATION: "DICOM SEG", RLE: "JSON"}
+STATE_SECONDS = 3600
+EMPTY_VIEW = '<p class="empty">The result appears here.</p>'
+
+SAVE_FILE = """(text) => {
+  if (!text) return;
+  const { name, content } = JSON.parse(text);
+  const bytes = Uint8Array.from(atob(content), (letter) => letter.charCodeAt(0));
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([bytes]));
+  link.download = name;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+}"""
+TO_EDITOR = "(text) => window.tmcaEditor.show(text)"
+FROM_EDITOR = "(result, past, choice) => [result, past, choice, window.tmcaEditor.drawn()]"
+TO_ANSWER = "() => { if (innerWidth <= 900) document.querySelector('#answer').scrollIntoView(); }"
+SET_OPACITY = "(value) => { document.documentElement.style.setProperty('--mask-opacity', value); }"
+
+Updates = dict[Any, Any]
+Handler = Callable[..., Awaitable[Updates]]
+
+
+def examples_for(models: dict[str, str]) -> tuple[str, ...]:
+    """Return sentences of the kind that the served models were trained with, as far as their names tell."""
+    names = " ".join((*models, *(Path(source).name for source in models.values()))).lower()
+    known = (
+        (LUNG_EXAMPLES, ("qata", "mosmed", "lung", "covid", "chest")),
+        (POLYP_EXAMPLES, ("polyp", "kvasir", "bkai", "clinic", "colon")),
+        (PHANTOM_EXAMPLES, ("phantom", "demo")),
+    )
+    chosen = [example for examples, signs in known if any(sign in names for sign in signs) for example in examples]
+    return tuple(chosen) or (LUNG_EXAMPLES[0], POLYP_EXAMPLES[0], PHANTOM_EXAMPLES[0])
+
+
+def build_page(engine: Asks, settings: ServerSettings) -> gr.Blocks:
+    """Return the page of a server."""
+    page: gr.Blocks
+    with gr.Blocks(title="tmca", analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)) as page:
+        _Page(engine, settings).wire()
+    page.state_session_capacity = 200
+    page.queue(api_open=False, default_concurrency_limit=16, max_size=4 * settings.max_queue)
+    return page
+
+
+class _Page:
+    """The components, in the order in which they are read."""
+
+    def __init__(self, engine: Asks, settings: ServerSettings) -> None:
+        self.engine = engine
+        self.settings = settings
+        models = list(settings.worker.models)
+        self.opened = gr.State(None, time_to_live=STATE_SECONDS)
+        self.result = gr.State(None, time_to_live=STATE_SECONDS)
+        self.past = gr.State((), time_to_live=STATE_SECONDS)
+        gr.HTML("<h1>Segment by sentence</h1>", elem_id="title", padding=False)
+        with gr.Row(elem_id="columns"):
+            with gr.Column(min_width=320, elem_id="controls"):
+                gr.HTML("<h2>Image and sentence</h2>", padding=False)
+                self.image = gr.File(
+                    label="Image: PNG, JPEG, TIFF, DICOM or NIfTI", height=116, elem_id="image-input", type="filepath"
+                )
+                self.facts = gr.HTML("", elem_id="image-facts", padding=False)
+                self.slice = gr.Slider(0, 1, 0, step=1, label="Slice", visible=False, elem_id="slice")
+                self.prompt = gr.Textbox(
+                    label="Sentence",
+                    info="One a line compares several. None: the image alone.",
+                    placeholder=examples_for(settings.worker.models)[0],
+                    lines=3,
+                    max_lines=10,
+                    elem_id="prompt",
+                )
+                self.tokens = gr.HTML("", elem_id="tokens", padding=False)
+                self.segment = gr.Button("Segment", variant="primary", size="lg", elem_id="segment")
+                self.status = gr.HTML("", elem_id="status", padding=False)
+                self.model = gr.Dropdown(
+                    models, value=models[0], label="Model", visible=len(models) > 1, elem_id="model"
+                )
+                with gr.Accordion("Example sentences", open=True, elem_id="examples"):
+                    self.examples = [
+                        gr.Button(text, size="sm", variant="secondary", elem_classes="example")
+                        for text in examples_for(settings.worker.models)
+                    ]
+            with gr.Column(min_width=320, elem_id="outcome"):
+                gr.HTML("<h2>Result</h2>", padding=False)
+                self.answer = gr.HTML(
+                    '<p class="waiting">Choose an image, write a sentence, press Segment.</p>',
+                    elem_id="answer",
+                    padding=False,
+                )
+                self.conflicts = gr.HTML("", elem_id="conflicts", padding=False)
+                self.effect = gr.HTML("", elem_id="effect", padding=False)
+                with gr.Tabs(elem_id="views") as self.views:
+                    with gr.Tab("Mask", id="mask"):
+                        self.overlay = gr.HTML(EMPTY_VIEW, elem_id="overlay", padding=False)
+                        with gr.Row():
+                            self.threshold = gr.Slider(
+                                0.05, 0.95, 0.5, step=0.01, label="Threshold", elem_id="threshold", buttons=[]
+                            )
+                            self.opacity = gr.Slider(
+                                0, 1, FILL, step=0.05, label="Mask opacity", elem_id="opacity", buttons=[]
+                            )
+                            self.min_region = gr.Slider(
+                                0, 1000, 0, step=10, label="Smallest region (pixels)", elem_id="min-region", buttons=[]
+                            )
+                    with gr.Tab("Probability", id="probability"):
+                        self.probability = gr.HTML(EMPTY_VIEW, elem_id="probability", padding=False)
+                    with gr.Tab("Attention", id="attention"):
+                        self.attention = gr.HTML(EMPTY_VIEW, elem_id="attention", padding=False)
+                    with gr.Tab("Correct", id="correct") as self.correct_tab:
+                        self.editor = gr.HTML(EDITOR, elem_id="editor", padding=False)
+                        self.drawing = gr.Textbox(visible="hidden", elem_id="drawing", label="Drawing")
+                        with gr.Row():
+                            self.apply = gr.Button("Use corrected mask", variant="primary", elem_id="apply-correction")
+                            self.discard = gr.Button("Back to the model’s mask", elem_id="discard-correction")
+                self.choice = gr.Radio([], label="Sentence to correct and to save", visible=False, elem_id="choice")
+                with gr.Row(elem_id="downloads", visible=False) as self.downloads:
+                    self.savers = {
+                        kind: gr.Button(f"Save {label}", size="sm", elem_id=f"download-{kind}")
+                        for kind, label in DOWNLOAD_LABELS.items()
+                    }
+                self.file = gr.Textbox(visible="hidden", elem_id="file-to-save", label="File")
+            with gr.Column(min_width=320, elem_id="more"):
+                with gr.Accordion("Session history", open=False, elem_id="history-box"):
+                    self.history = gr.Radio(
+                        [], label="Asked in this session; picking one shows it again", elem_id="history"
+                    )
+                    self.no_history = gr.HTML("<p>Nothing has been asked yet.</p>", padding=False)
+                with gr.Accordion("Keyboard", open=False, elem_id="keyboard"):
+                    gr.HTML(KEYBOARD, padding=False)
+        gr.HTML(
+            f'<footer role="contentinfo">{INTENDED_USE}. tmca {html.escape(version("tmca"))}</footer>',
+            elem_id="footer",
+            padding=False,
+        )
+
+    # --- wiring ---
+
+    def wire(self) -> None:
+        """Say which handler answers which component."""
+        asking = [self.opened, self.past, self.prompt, self.model, self.threshold, self.min_region]
+        shown = [
+            self.opened, self.result, self.past, self.status, self.facts, self.slice, self.answer, self.conflicts,
+            self.effect, self.overlay, self.probability, self.attention, self.choice, self.downloads, self.history,
+            self.no_history, self.views, *self.savers.values(),
+        ]  # fmt: skip
+        drawing = {"show_progress": "minimal", "show_progress_on": [self.overlay]}
+        self._on(self.image.upload, self.open, [self.image], shown, **drawing)
+        self._on(self.image.clear, self.clear, [], shown, show_progress="hidden")
+        self._on(self.slice.release, self.turn, [self.opened, self.slice], shown, **drawing, trigger_mode="always_last")
+        asked = self._on(self.segment.click, self.ask, asking, shown, **drawing)
+        asked.success(None, None, None, js=TO_ANSWER, show_progress="hidden", api_visibility="private")
+        for source in (self.prompt.change, self.model.change):
+            self._on(
+                source, self.count, [self.prompt, self.model], [self.tokens, self.status],
+                show_progress="hidden", trigger_mode="always_last",
+            )  # fmt: skip
+        for button in self.examples:
+            button.click(
+                functools.partial(str, button.value), None, self.prompt, show_progress="hidden",
+                api_visibility="private", queue=False,
+            )  # fmt: skip
+        redrawing = [self.result, self.threshold, self.min_region, self.choice]
+        for slider in (self.threshold, self.min_region):
+            self._on(slider.change, self.redraw, redrawing, shown, show_progress="hidden", trigger_mode="always_last")
+        self.opacity.change(
+            None, self.opacity, None, js=SET_OPACITY, show_progress="hidden", api_visibility="private", queue=False
+        )
+        correcting = [self.result, self.choice]
+        into_editor = [self.drawing, self.status]
+        for event, handler, outputs in (
+            (self.correct_tab.select, self.edit, into_editor),
+            (self.choice.input, self.choose, [*into_editor, *self.savers.values()]),
+            (self.discard.click, self.restore, [*shown, self.drawing]),
+        ):
+            edited = self._on(event, handler, correcting, outputs, show_progress="hidden")
+            edited.success(None, self.drawing, None, js=TO_EDITOR, show_progress="hidden", api_visibility="private")
+        self._on(
+            self.apply.click, self.correct, [self.result, self.past, self.choice, self.drawing], shown,
+            js=FROM_EDITOR, **drawing,
+        )  # fmt: skip
+        for kind, button in self.savers.items():
+            saved = self._on(
+                button.click, functools.partial(self.save, kind), [self.result, self.choice], [self.file, self.status],
+                show_progress="minimal", show_progress_on=[self.downloads],
+            )  # fmt: skip
+            saved.success(None, self.file, None, js=SAVE_FILE, show_progress="hidden", api_visibility="private")
+        self._on(
+            self.history.input, self.recall, [self.past, self.history],
+            [*shown, self.prompt, self.model, self.threshold, self.min_region, self.image], **drawing,
+        )  # fmt: skip
+
+    def _on(self, event: Any, handler: Handler, inputs: list[Any], outputs: list[Any], **options: Any) -> Any:  # noqa: ANN401
+        """Answer an event; what a user did wrong is told in words, and nothing else changes."""
+
+        async def guarded(*values: Any) -> Updates:  # noqa: ANN401
+            try:
+                return {self.status: "", **await handler(*values)}
+            except TMCAError as error:
+                text = words.problem(error)
+                gr.Warning(html.escape(text), title="Not done")
+                return {self.status: f'<p class="problem">{html.escape(text)}</p>'}
+
+        return event(guarded, inputs, outputs, api_visibility="private", **options)
+
+    # --- image ---
+
+    async def open(self, path: str | None) -> Updates:
+        """Show an image that was uploaded."""
+        if path is None:
+            return await self.clear()
+        opened = await handlers.open_image(self.engine, self.settings, Path(path))
+        return self._opened(opened)
+
+    async def turn(self, opened: Opened | None, number: float) -> Updates:
+        """Show another slice."""
+        if opened is None or opened.frame == number:
+            return {}
+        return self._opened(await handlers.open_image(self.engine, self.settings, opened.path, int(number)))
+
+    async def clear(self) -> Updates:
+        """Forget the image; the history stays."""
+        return self._without_result() | {
+            self.opened: None,
+            self.facts: "",
+            self.slice: gr.Slider(visible=False),
+            self.answer: '<p class="waiting">Choose an image, write a sentence, press Segment.</p>',
+            self.overlay: EMPTY_VIEW,
+        }
+
+    def _opened(self, opened: Opened) -> Updates:
+        looked = opened.looked
+        alt = f"The image {opened.title}, not segmented yet"
+        figure = pictures.mask_figure(looked.pixels, None, opened.title, alt, pictures.LONGEST_SIDE)
+        return self._without_result() | {
+            self.opened: opened,
+            self.facts: f"<p>{words.image_facts(looked.kind, looked.modality, looked.size, looked.frames)}</p>",
+            self.slice: self._slider(opened),
+            self.answer: '<p class="waiting">Not segmented yet.</p>',
+            self.overlay: pictures.figures([figure]),
+        }
+
+    def _slider(self, opened: Opened) -> Any:  # noqa: ANN401
+        if opened.frame is None:
+            return gr.Slider(visible=False)
+        return gr.Slider(maximum=opened.looked.frames - 1, value=opened.frame, visible=True)
+
+    def _without_result(self) -> Updates:
+        return {
+            self.result: None,
+            self.conflicts: "",
+            self.effect: "",
+            self.probability: EMPTY_VIEW,
+            self.attention: EMPTY_VIEW,
+            self.choice: gr.Radio([], visible=False),
+            self.downloads: gr.Row(visible=False),
+            self.views: gr.Tabs(selected="mask"),
+        }
+
+    # --- sentence ---
+
+    async def count(self, prompt: str, model: str) -> Updates:
+        """Say how long the sentences are for the model."""
+        texts = handlers.sentences(prompt, self.settings.max_prompts)
+        counts = await handlers.count_tokens(self.engine, model, texts)
+        too_long = any(truncated for _, truncated, _ in counts)
+        style = ' class="too-long"' * too_long
+        return {self.tokens: f"<p{style}>{words.token_count(counts)}</p>" if counts else ""}
+
+    async def ask(
+        self, opened: Opened | None, past: tuple[Past, ...], prompt: str, model: str, threshold: float, least: float
+    ) -> Updates:
+        """Segment."""
+        texts = handlers.sentences(prompt, self.settings.max_prompts)
+        options = PredictionOptions(threshold, int(least))
+        result = await handlers.segment(self.engine, self.settings, opened, model, texts, options)
+        return self._shown(result) | self._remembered(past, result)
+
+    async def redraw(self, result: Result | None, threshold: float, least: float, choice: int | None) -> Updates:
+        """Make the masks at another threshold."""
+        if result is None:
+            return {}
+        options = PredictionOptions(threshold, int(least))
+        if options == result.options:
+            return {}
+        if result.corrected:
+            gr.Info("The corrected mask was replaced by the model’s at the new threshold.")
+        return self._shown(handlers.redraw(result, options), choice)
+
+    # --- result ---
+
+    def _shown(self, result: Result, choice: int | None = None) -> Updates:
+        many = len(result.predictions) > 1
+        number = (choice or 0) if many else 0
+        choices = [(f"{index + 1}: {words.sentence(text)}", index) for index, text in enumerate(result.texts)]
+        return self._drawn(result, many=many) | {
+            self.result: result,
+            self.choice: gr.Radio(choices, value=number, visible=many),
+            self.downloads: gr.Row(visible=True),
+            self.views: gr.Tabs(selected="mask"),
+            **self._saveable(result, number),
+        }
+
+    def _drawn(self, result: Result, *, many: bool) -> Updates:
+        side = pictures.LONGEST_PANEL if many else pictures.LONGEST_SIDE
+        masks, maps, attention = [], [], []
+        for number, prediction in enumerate(result.predictions):
+            answer = words.headline(prediction)
+            caption = f"{words.sentence(prediction.text)}: {answer}" if many else result.image.title
+            by_hand = " Corrected by hand." * (number in result.corrected)
+            alt = f"{result.image.title} with {words.sentence(prediction.text)}: {answer}{by_hand}"
+            masks.append(pictures.mask_figure(result.pixels, prediction.mask, caption + by_hand, alt, side))
+            alt = f"Probability of each pixel, {words.sentence(prediction.text)}"
+            maps.append(
+                pictures.heat_figure(result.pixels, prediction.probability, words.sentence(prediction.text), alt, side)
+            )
+            attended = result.attention[number]
+            if attended is not None:
+                alt = f"Where in the image {words.sentence(prediction.text)} points"
+                values = attended / max(float(attended.max()), 1e-6)
+                attention.append(
+                    pictures.heat_figure(result.pixels, values, words.sentence(prediction.text), alt, side)
+                )
+        no_attention = '<p class="empty">There is no attention to show: {}.</p>'.format(
+            "no sentence was given" if not any(result.texts) else "this model does not have it"
+        )
+        return {
+            self.answer: self._headline(result),
+            self.conflicts: self._conflicts(result),
+            self.effect: self._effects(result),
+            self.overlay: pictures.figures(masks),
+            self.probability: pictures.figures(maps) + pictures.legend("probability 0", "1"),
+            self.attention: (
+                pictures.figures(attention) + pictures.legend("little attention", "most") if attention else no_attention
+            ),
+        }
+
+    def _headline(self, result: Result) -> str:
+        found = any(prediction.regions for prediction in result.predictions)
+        style = "found" if found else "nothing"
+        return f'<p class="{style}">{html.escape(words.summary(result.predictions))}</p>'
+
+    def _conflicts(self, result: Result) -> str:
+        many = len(result.predictions) > 1
+        lines = [
+            (f"{words.sentence(prediction.text)}: " if many else "") + words.conflict(found)
+            for prediction in result.predictions
+            for found in prediction.conflicts
+        ]
+        items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
+        return f'<div class="conflicts"><strong>Check the sentence and the mask</strong><ul>{items}</ul></div>' * bool(
+            lines
+        )
+
+    def _effects(self, result: Result) -> str:
+        many = len(result.predictions) > 1
+        lines = []
+        for number, prediction in enumerate(result.predictions):
+            by_hand = number in result.corrected
+            said = "This mask was corrected by hand." if by_hand else words.effect(prediction, result.asked.threshold)
+            line = (f"{words.sentence(prediction.text)}: " if many else "") + f"{said} {words.reliability(prediction)}"
+            line += " The model has not read the end of the sentence." * prediction.truncated
+            lines.append(html.escape(line.strip()))
+        return f"<p>{lines[0]}</p>" if not many else f"<ul>{''.join(f'<li>{line}</li>' for line in lines)}</ul>"
+
+    def _saveable(self, result: Result, number: int) -> Updates:
+        kinds = handlers.download_kinds(result, number)
+        return {button: gr.Button(visible=kind in kinds) for kind, button in self.savers.items()}
+
+    # --- correction ---
+
+    async def edit(self, result: Result | None, choice: int | None) -> Updates:
+        """Put image and mask into the editor."""
+        return {self.drawing: "" if result is None else handlers.drawing_of(result, choice or 0)}
+
+    async def choose(self, result: Result | None, choice: int | None) -> Updates:
+        """Turn to the mask of another sentence."""
+        if result is None:
+            return {}
+        return await self.edit(result, choice) | self._saveable(result, choice or 0)
+
+    async def correct(self, result: Result | None, past: tuple[Past, ...], choice: int | None, drawing: str) -> Updates:
+        """Take what was drawn as the mask."""
+        if result is None:
+            raise ConfigError("There is no mask yet", hint="press Segment first")
+        changed = handlers.correct(result, choice or 0, drawing)
+        return self._shown(changed, choice) | self._remembered(past, changed)
+
+    async def restore(self, result: Result | None, choice: int | None) -> Updates:
+        """Take the model's mask again."""
+        if result is None:
+            return {}
+        restored = handlers.restore(result, choice or 0)
+        shown = self._shown(restored, choice)
+        del shown[self.views]
+        return shown | {self.drawing: handlers.drawing_of(restored, choice or 0)}
+
+    # --- files and history ---
+
+    async def save(self, kind: str, result: Result | None, choice: int | None) -> Updates:
+        """Hand a file to the browser."""
+        made = await handlers.download(result, choice or 0, kind)
+        content = base64.b64encode(made.content).decode("ascii")
+        return {self.file: json.dumps({"name": made.name, "content": content})}
+
+    async def recall(self, past: tuple[Past, ...], number: int) -> Updates:
+        """Show again what was asked earlier."""
+        if not 0 <= number < len(past):
+            return {}
+        chosen = past[number]
+        opened = await handlers.open_image(self.engine, self.settings, chosen.path, chosen.frame)
+        result = await handlers.segment(self.engine, self.settings, opened, chosen.model, chosen.texts, chosen.options)
+        return (
+            self._opened(opened)
+            | self._shown(result)
+            | {
+                self.image: str(chosen.path),
+                self.prompt: "\n".join(text for text in chosen.texts if text),
+                self.model: chosen.model,
+                self.threshold: chosen.options.threshold,
+                self.min_region: chosen.options.min_region,
+            }
+        )
+
+    def _remembered(self, past: tuple[Past, ...], result: Result) -> Updates:
+        past = handlers.remembered(past, result, words.summary(result.predictions))
+        choices = [
+            (f"{each.name}: {'; '.join(map(words.sentence, each.texts))}: {each.answer}", index)
+            for index, each in enumerate(past)
+        ]
+        return {self.past: past, self.history: gr.Radio(choices, value=None), self.no_history: ""}
+
+
+EDITOR = """<div class="tools" role="toolbar" aria-label="Correct the mask">
+<button type="button" data-tool="brush" aria-pressed="true">Brush</button>
+<button type="button" data-tool="eraser" aria-pressed="false">Eraser</button>
+<label>Size <input type="range" min="1" max="100" value="24" data-tool="size"></label>
+<button type="button" data-tool="undo" disabled>Undo</button>
+<button type="button" data-tool="redo" disabled>Redo</button>
+</div>
+<div class="stage"><img alt=""><canvas width="1" height="1" tabindex="0" role="application"
+aria-label="Mask on the image. Arrow keys move the brush, space draws."></canvas><span class="cursor"></span></div>"""
+KEYBOARD = """<ul>
+<li><kbd>Ctrl</kbd> + <kbd>Enter</kbd>: segment</li>
+<li><kbd>Alt</kbd> + <kbd>Shift</kbd> + <kbd>S</kbd>: to the sentence</li>
+<li><kbd>Alt</kbd> + <kbd>Shift</kbd> + <kbd>M</kbd>, <kbd>P</kbd>, <kbd>A</kbd>, <kbd>C</kbd>: mask, probability,
+attention, correct</li>
+<li><kbd>Ctrl</kbd> + <kbd>Z</kbd>: undo, <kbd>Ctrl</kbd> + <kbd>Y</kbd>: redo, while correcting;
+arrow keys and space draw</li>
+</ul>"""

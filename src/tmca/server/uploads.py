@@ -1,0 +1,239 @@
+"""What a client sends: files of a kind we read under names of ours, and fields of a known type."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import re
+import secrets
+import shutil
+import unicodedata
+import zlib
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from tmca.files import storage_error
+from tmca.imaging.reading import case_name
+from tmca.server.problems import InvalidRequestError, UnsupportedTypeError
+
+Value = TypeVar("Value")
+
+COPY_BYTES = 2**20
+LONGEST_NAME = 80
+LONGEST_PROMPT = 20_000
+"""Letters of a sentence; a report may have as many, and no sentence comes near."""
+MOST_FIELDS = 64
+NIFTI_HEADERS = (b"\x5c\x01\x00\x00", b"\x00\x00\x01\x5c", b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c")
+_GZIP = b"\x1f\x8b"
+_MAGIC = {
+    (0, b"\x89PNG\r\n\x1a\n"): ".png",
+    (0, b"\xff\xd8\xff"): ".jpg",
+    (0, b"II*\x00"): ".tif",
+    (0, b"MM\x00*"): ".tif",
+    (8, b"WEBP"): ".webp",
+    (128, b"DICM"): ".dcm",
+    (0, b"BM"): ".bmp",
+}
+"""Where a file has which bytes → its ending."""
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A file that was sent.
+
+    Attributes:
+        path: Where it lies.
+        digest: SHA-256 of its bytes.
+        name: What its sender calls it, without folders and ending, harmless as a file name.
+    """
+
+    path: Path
+    digest: str
+    name: str
+
+
+@asynccontextmanager
+async def read_form(request: Request, most_files: int) -> AsyncIterator[FormData]:
+    """Read a multipart request; what does not fit into memory lies in a temporary file until the block ends.
+
+    Raises:
+        InvalidRequestError: It is no multipart request, or holds too much.
+        UnsupportedTypeError: It has another content type.
+    """
+    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        raise UnsupportedTypeError(
+            "The request is no multipart form", hint="curl: -F image=@colon.jpg -F 'prompt=one small polyp'"
+        )
+    try:
+        form = await request.form(max_files=most_files, max_fields=MOST_FIELDS, max_part_size=16 * LONGEST_PROMPT)
+    except HTTPException as error:
+        raise InvalidRequestError(f"The form cannot be read: {error.detail}", hint="check how it was made") from error
+    except (ValueError, KeyError, UnicodeDecodeError, OverflowError) as error:
+        raise InvalidRequestError("The form cannot be read", hint="check how it was made") from error
+    try:
+        yield form
+    finally:
+        await form.close()
+
+
+def files_of(form: FormData, name: str, *, most: int) -> list[UploadFile]:
+    """Return the files of a field.
+
+    Raises:
+        InvalidRequestError: There is none, there are too many, or it holds text.
+    """
+    found = form.getlist(name)
+    files = [value for value in found if isinstance(value, UploadFile)]
+    if len(files) < len(found):
+        raise InvalidRequestError(f"Field `{name}` holds text, expected a file", hint=f"curl: -F {name}=@FILE")
+    if not files:
+        raise InvalidRequestError(f"Field `{name}` is missing", hint=f"curl: -F {name}=@FILE")
+    if len(files) > most:
+        raise InvalidRequestError(f"Field `{name}` stands {len(files)} times, at most {most}", hint="send fewer")
+    return files
+
+
+def texts_of(form: FormData, name: str, *, most: int = 1) -> list[str]:
+    """Return the values of a text field, without blank ends.
+
+    Raises:
+        InvalidRequestError: There are too many, one is too long, or it is a file.
+    """
+    values = form.getlist(name)
+    if len(values) > most:
+        raise InvalidRequestError(f"Field `{name}` stands {len(values)} times, at most {most}", hint="send fewer")
+    texts = []
+    for value in values:
+        if isinstance(value, UploadFile):
+            raise InvalidRequestError(f"Field `{name}` is a file, expected text", hint=f"curl: -F {name}=TEXT")
+        if len(value) > LONGEST_PROMPT:
+            raise InvalidRequestError(
+                f"Field `{name}` has {len(value)} characters, at most {LONGEST_PROMPT}", hint="shorten it"
+            )
+        if "\x00" in value:
+            raise InvalidRequestError(f"Field `{name}` holds a zero byte", hint="send text in UTF-8")
+        texts.append(value.strip())
+    return texts
+
+
+def value_of(form: FormData, name: str, read: Callable[[str], Value], default: Value) -> Value:
+    """Return the value of a field, or the default where it is missing or blank.
+
+    Raises:
+        InvalidRequestError: It cannot be read.
+    """
+    text = (texts_of(form, name) or [""])[0]
+    if not text:
+        return default
+    try:
+        return read(text)
+    except (ValueError, OverflowError) as error:
+        kind = {float: "a number", int: "a whole number"}.get(read, "true or false")  # type: ignore[call-overload]
+        raise InvalidRequestError(f"Field `{name}` is {text[:40]!r}, expected {kind}", hint="see /docs") from error
+
+
+def truth(text: str) -> bool:
+    """Return the truth value that a field states.
+
+    Raises:
+        ValueError: It states none.
+    """
+    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in values:
+        raise ValueError(text)
+    return values[text.lower()]
+
+
+async def save(file: UploadFile, folder: Path, name: str = "") -> Upload:
+    """Write a file that was sent into a folder, under a name of ours and the ending of what it is.
+
+    Args:
+        file: From a form.
+        folder: An existing folder.
+        name: What to call it; empty: as its sender does, as far as that is harmless and free.
+
+    Raises:
+        UnsupportedTypeError: It is not of a kind that is read.
+        StorageError: It cannot be written.
+    """
+    head = await file.read(COPY_BYTES)
+    await file.seek(0)
+    suffix = suffix_of(head)
+    own = safe_name(file.filename or "")
+    names = itertools.chain([name or own], (f"{name or own}_{number}" for number in itertools.count(2)))
+    path = next(path for each in names if not (path := folder / f"{each}{suffix}").exists())
+    return await asyncio.to_thread(_copy, file.file, path, own)
+
+
+def suffix_of(head: bytes) -> str:
+    """Return the ending of a file by its first bytes, whatever its sender calls it.
+
+    Raises:
+        UnsupportedTypeError: It is not of a kind that is read.
+    """
+    if not head:
+        raise UnsupportedTypeError("The file is empty", hint="send an image")
+    content = _unpacked(head) if head.startswith(_GZIP) else head
+    if content.startswith(NIFTI_HEADERS):
+        return ".nii.gz" if head.startswith(_GZIP) else ".nii"
+    for (start, magic), suffix in _MAGIC.items():
+        if head[start : start + len(magic)] == magic:
+            return suffix
+    raise UnsupportedTypeError(
+        "The file is no image of a kind that is read", hint="send PNG, JPEG, TIFF, BMP, WebP, DICOM or NIfTI"
+    )
+
+
+def safe_name(filename: str) -> str:
+    """Return the last part of a sender's file name as a harmless name without ending."""
+    last = re.split(r"[\\/]", unicodedata.normalize("NFC", filename))[-1]
+    name = re.sub(r"[^\w .()-]+", "_", case_name(last)).strip(" ._")[:LONGEST_NAME]
+    return name or "image"
+
+
+def new_folder(parent: Path) -> Path:
+    """Make a folder with a name nobody can guess.
+
+    Raises:
+        StorageError: It cannot be made.
+    """
+    folder = parent / secrets.token_urlsafe(12)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise storage_error(folder, error) from error
+    return folder
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder and what is in it, if it is there."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _unpacked(head: bytes) -> bytes:
+    """Return the first bytes in a gzip stream; however much it holds, no more is unpacked."""
+    try:
+        return zlib.decompressobj(wbits=31).decompress(head, 4096)
+    except zlib.error:
+        return b""
+
+
+def _copy(source: BinaryIO, path: Path, name: str) -> Upload:
+    digest = hashlib.sha256()
+    try:
+        with path.open("xb") as stream:
+            while block := source.read(COPY_BYTES):
+                digest.update(block)
+                stream.write(block)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise storage_error(path, error) from error
+    return Upload(path, digest.hexdigest(), name)
