@@ -15,7 +15,7 @@ import gradio as gr
 
 from tmca.errors import ConfigError, TMCAError
 from tmca.imaging.dicom_results import INTENDED_USE
-from tmca.imaging.overlay import FILL, PREDICTION_COLOUR
+from tmca.imaging.overlay import FILL
 from tmca.outputs import NIFTI, PNG, RLE, SEGMENTATION
 from tmca.prediction import PredictionOptions
 from tmca.server.page import handlers, pictures, words
