@@ -67,6 +67,7 @@ class OutputOptions:
             lesion.
         codes: A table of codes instead of the package's.
         prompt_in_dicom: Write the sentence into DICOM files; it may hold patient data.
+        corrected: The masks were changed by hand, which DICOM files say.
     """
 
     types: tuple[str, ...] = ()
@@ -75,6 +76,7 @@ class OutputOptions:
     target: str = ""
     codes: Path | None = None
     prompt_in_dicom: bool = False
+    corrected: bool = False
 
     def __post_init__(self) -> None:
         for name in self.types:
@@ -258,5 +260,6 @@ class CaseWriter:
             prompt=text,
             prompt_source="none" if not text.strip() else "human" if self.job.report is None else "report",
             prompt_in_description=self.options.prompt_in_dicom and bool(text.strip()),
+            corrected=self.options.corrected,
             codes=self.options.codes,
         )

@@ -24,7 +24,11 @@ def test_the_sentence_is_not_shown(context: ResultContext):
     [("one polyp", "human", "SEMIAUTOMATIC"), ("one polyp", "report", "AUTOMATIC"), ("", "none", "AUTOMATIC")],
 )
 def test_a_typed_target_makes_it_semiautomatic(context: ResultContext, prompt: str, source: Any, algorithm: str):
-    assert dataclasses.replace(context, prompt=prompt, prompt_source=source).algorithm_type == algorithm
+    asked = dataclasses.replace(context, prompt=prompt, prompt_source=source)
+    assert asked.algorithm_type == algorithm
+    corrected = dataclasses.replace(asked, corrected=True)
+    assert corrected.algorithm_type == "SEMIAUTOMATIC"
+    assert corrected.description == f"{INTENDED_USE}. Corrected by hand."
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,7 @@ class ResultContext:
         prompt_source: Who wrote the sentence: a ``human`` for this image, which makes the algorithm SEMIAUTOMATIC; or
             it was taken from a ``report``, or there is ``none``: AUTOMATIC.
         prompt_in_description: Write the sentence into Segment Description and Image Comments.
+        corrected: A person changed the mask, which makes it SEMIAUTOMATIC whoever wrote the sentence.
         codes: A table of codes instead of the package's, see :func:`tmca.imaging.codes.read_codes`.
         created: Date and time of the result; ``None`` is now. With a fixed one, equal results are equal bytes.
     """
@@ -67,6 +68,7 @@ class ResultContext:
     prompt: str = field(default="", repr=False)
     prompt_source: PromptSource = "none"
     prompt_in_description: bool = False
+    corrected: bool = False
     codes: Path | None = None
     created: datetime | None = None
 
@@ -99,12 +101,17 @@ class ResultContext:
     @property
     def algorithm_type(self) -> Literal["AUTOMATIC", "SEMIAUTOMATIC"]:
         """DICOM's word for how much of the result is a human's."""
-        return "SEMIAUTOMATIC" if self.prompt_source == "human" else "AUTOMATIC"
+        return "SEMIAUTOMATIC" if self.corrected or self.prompt_source == "human" else "AUTOMATIC"
 
     @property
     def description(self) -> str:
-        """Intended use and, if asked for, the sentence."""
-        return f"{INTENDED_USE}. Prompt: {self.prompt}" if self.prompt_in_description else f"{INTENDED_USE}."
+        """Intended use, whether a person changed the mask and, if asked for, the sentence."""
+        parts = [f"{INTENDED_USE}."]
+        if self.corrected:
+            parts.append("Corrected by hand.")
+        if self.prompt_in_description:
+            parts.append(f"Prompt: {self.prompt}")
+        return " ".join(parts)
 
     @cached_property
     def time(self) -> datetime:

@@ -297,9 +297,7 @@ def download_kinds(result: Result | None, number: int = 0) -> tuple[str, ...]:
     kinds = [PNG]
     if looked.kind == "NIfTI" or (looked.kind == "DICOM" and result.predictions[number].geometry.affine is not None):
         kinds.append(NIFTI)
-    # A DICOM SEG calls a mask semi-automatic only where a person typed a sentence.
-    is_marked = number not in result.corrected or bool(result.texts[number])
-    if looked.kind == "DICOM" and looked.frames == 1 and is_marked:
+    if looked.kind == "DICOM" and looked.frames == 1:
         kinds.append(SEGMENTATION)
     return (*kinds, RLE)
 
@@ -363,7 +361,7 @@ def _written(result: Result, number: int, kind: str) -> bytes:
     image, prediction = result.image, result.predictions[number]
     with tempfile.TemporaryDirectory(prefix="tmca-") as folder:
         job = Job(join_frame(image.path, image.frame), prediction.text, "mask")
-        options = OutputOptions((kind,), overlays=False)
+        options = OutputOptions((kind,), overlays=False, corrected=number in result.corrected)
         writer = CaseWriter(Path(folder), job, options, dict(result.provenance), several=False)
         writer.add(Frame(result.pixels, prediction.geometry, number=image.frame), prediction)
         (path,) = writer.close().values()
