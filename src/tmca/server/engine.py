@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from tmca.errors import CheckpointError, TMCAError
 from tmca.server.messages import (
@@ -50,6 +50,7 @@ def _run(connection: Connection, settings: WorkerSettings) -> None:
 Request = Ask | Look | Count | Work
 
 
+@runtime_checkable
 class Watcher(Protocol):
     """Hears what happens, for metrics."""
 
@@ -256,7 +257,7 @@ class Engine:
         elif message.id in self._pending:
             pending = self._pending[message.id]
             if isinstance(message, Failure):
-                self._fail(pending, RemoteError(message.status, message.code, message.message, message.hint))
+                self._fail(pending, RemoteError.of(message))
             elif not pending.future.done():
                 pending.future.set_result(message.value)
 

@@ -4,25 +4,38 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import hashlib
 import hmac
 import logging
 import secrets
 import time
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tmca.errors import TMCAError
-from tmca.server.problems import ForbiddenError, SlowClientError, TooLargeError, UnauthorizedError, problem
-from tmca.server.settings import ServerSettings
+from tmca.server.messages import failure_of
+from tmca.server.problems import (
+    ForbiddenError,
+    RemoteError,
+    SlowClientError,
+    TooLargeError,
+    UnauthorizedError,
+    problem,
+)
+from tmca.server.settings import MEGABYTE, ServerSettings
 
 OPEN_PATHS = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
 """What a load balancer may ask without a key."""
 JOBS_PATH = "/v1/jobs"
+TENSORS_PATH = "/v2/"
+LARGEST_TENSORS = 32 * MEGABYTE
+"""Bytes of a request in JSON: it is read in one go, and nobody else is answered meanwhile."""
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 LONGEST_ID = 64
 
@@ -85,16 +98,10 @@ class Guard:
         try:
             self._check(scope, headers)
             await self.app(scope, self._limited(scope, headers, receive), sending)
-        except TMCAError as error:
-            if has_started:
-                raise
-            response = problem(error, request_id)
-            if isinstance(error, UnauthorizedError):
-                asks_for_page = "text/html" in headers.get("accept", "")
-                response.headers["WWW-Authenticate"] = f'{"Basic" if asks_for_page else "Bearer"} realm="tmca"'
-            if isinstance(error, TooLargeError | SlowClientError):
-                response.headers["Connection"] = "close"
-            await response(scope, receive, sending)
+        except Exception as error:
+            response = _explained(error, request_id, headers)
+            if not has_started:  # else uvicorn closes the connection: the answer is not complete
+                await response(scope, receive, sending)
         finally:
             seconds = time.perf_counter() - started
             route = _route(scope)
@@ -119,7 +126,7 @@ class Guard:
         if scheme.lower() == "basic":
             try:
                 given = base64.b64decode(given, validate=True).decode("utf-8").partition(":")[2]
-            except (binascii.Error, UnicodeDecodeError):
+            except ValueError:
                 return False
         elif scheme.lower() != "bearer":
             return False
@@ -130,6 +137,8 @@ class Guard:
         """Return a way to read the request that gives up when it is too large or too slow."""
         settings = self.settings
         limit = settings.max_job_upload if scope["path"] == JOBS_PATH else settings.max_upload
+        if scope["path"].startswith(TENSORS_PATH):
+            limit = min(limit, LARGEST_TENSORS)
         declared = headers.get("content-length", "0")
         if declared.isdigit() and int(declared) > limit:
             raise _too_large(limit)
@@ -156,6 +165,20 @@ class Guard:
             return message
 
         return receiving
+
+
+def _explained(error: Exception, request_id: str, headers: Headers) -> Response:
+    if not isinstance(error, TMCAError):  # a fault of ours: where it lies is logged, never what it was about
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        log.error("%s %s in %s, line %d", request_id, type(error).__name__, Path(last.filename).name, last.lineno or 0)
+        return problem(RemoteError.of(failure_of(0, error)), request_id)
+    response = problem(error, request_id)
+    if isinstance(error, UnauthorizedError):
+        asks_for_page = "text/html" in headers.get("accept", "")
+        response.headers["WWW-Authenticate"] = f'{"Basic" if asks_for_page else "Bearer"} realm="tmca"'
+    if isinstance(error, TooLargeError | SlowClientError):
+        response.headers["Connection"] = "close"
+    return response
 
 
 def _too_large(limit: int) -> TooLargeError:

@@ -22,6 +22,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from tmca.errors import ConfigError
+from tmca.files import storage_error
 from tmca.imaging.raster import MAX_PIXELS, write_image
 from tmca.prediction import ALL_EFFECTS, PredictionOptions
 from tmca.server import schema
@@ -164,6 +165,7 @@ def _write(tensor: InputTensor, folder: Path) -> Upload:
     Raises:
         InvalidRequestError: It is none.
         UnsupportedTypeError: It is a file of another kind.
+        StorageError: There is no room for it.
     """
     if tensor.datatype == "BYTES":
         if len(tensor.data) != 1 or not isinstance(tensor.data[0], str):
@@ -173,7 +175,10 @@ def _write(tensor: InputTensor, folder: Path) -> Upload:
         except (binascii.Error, ValueError) as error:
             raise InvalidRequestError("`image` is not base64", hint="send the bytes of a file in base64") from error
         path = folder / f"image{suffix_of(content[: 2**20])}"
-        path.write_bytes(content)
+        try:
+            path.write_bytes(content)
+        except OSError as error:
+            raise storage_error(path, error) from error
         return Upload(path, hashlib.sha256(content).hexdigest(), "image")
     pixels = _pixels(tensor)
     path = folder / "image.png"

@@ -9,6 +9,7 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 from tmca.errors import TMCAError
+from tmca.server.messages import Failure
 
 PROBLEM_TYPE = "application/problem+json"
 
@@ -98,6 +99,13 @@ class BusyError(ServerError):
         self.headers = {"Retry-After": str(retry_after)}
 
 
+class ClientGoneError(ServerError):
+    """The client closed the connection; nobody reads the answer."""
+
+    http_status = 499
+    code = "client_gone"
+
+
 class NotReadyError(ServerError):
     """The models are not loaded, or the server stops."""
 
@@ -116,6 +124,11 @@ class RemoteError(ServerError):
         super().__init__(message, hint=hint)
         self.http_status = status  # type: ignore[misc]
         self.code = code  # type: ignore[misc]
+
+    @classmethod
+    def of(cls, failure: Failure) -> RemoteError:
+        """Return what the worker's message says."""
+        return cls(failure.status, failure.code, failure.message, failure.hint)
 
 
 def problem(error: TMCAError, request_id: str = "") -> JSONResponse:

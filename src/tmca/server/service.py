@@ -18,7 +18,7 @@ from tmca.server.engine import Engine, forget_path
 from tmca.server.jobs import JobRunner, JobStore
 from tmca.server.messages import Ask, Look, ModelState
 from tmca.server.metrics import Metrics
-from tmca.server.problems import RemoteError
+from tmca.server.problems import ClientGoneError, RemoteError
 from tmca.server.settings import ServerSettings
 from tmca.server.uploads import Upload, new_folder, remove_folder
 
@@ -128,10 +128,3 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Value]) ->
 async def _left(receive: Callable[[], Awaitable[Any]]) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-class ClientGoneError(TMCAError):
-    """The client closed the connection; nobody reads the answer."""
-
-    http_status = 499
-    code = "client_gone"

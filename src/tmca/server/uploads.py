@@ -8,6 +8,7 @@ import itertools
 import re
 import secrets
 import shutil
+import tempfile
 import unicodedata
 import zlib
 from collections.abc import AsyncIterator, Callable
@@ -18,11 +19,11 @@ from typing import BinaryIO, TypeVar
 
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from tmca.files import storage_error
 from tmca.imaging.reading import case_name
-from tmca.server.problems import InvalidRequestError, UnsupportedTypeError
+from tmca.server.problems import ClientGoneError, InvalidRequestError, UnsupportedTypeError
 
 Value = TypeVar("Value")
 
@@ -67,6 +68,8 @@ async def read_form(request: Request, most_files: int) -> AsyncIterator[FormData
     Raises:
         InvalidRequestError: It is no multipart request, or holds too much.
         UnsupportedTypeError: It has another content type.
+        StorageError: There is no room for it.
+        ClientGoneError: The client left before it was complete.
     """
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise UnsupportedTypeError(
@@ -76,7 +79,11 @@ async def read_form(request: Request, most_files: int) -> AsyncIterator[FormData
         form = await request.form(max_files=most_files, max_fields=MOST_FIELDS, max_part_size=16 * LONGEST_PROMPT)
     except HTTPException as error:
         raise InvalidRequestError(f"The form cannot be read: {error.detail}", hint="check how it was made") from error
-    except (ValueError, KeyError, UnicodeDecodeError, OverflowError) as error:
+    except ClientDisconnect as error:
+        raise ClientGoneError("The client has left") from error
+    except OSError as error:
+        raise storage_error(Path(tempfile.gettempdir()), error) from error
+    except (ValueError, KeyError, OverflowError) as error:
         raise InvalidRequestError("The form cannot be read", hint="check how it was made") from error
     try:
         yield form

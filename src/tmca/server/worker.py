@@ -227,7 +227,7 @@ class Worker:
 
     def __init__(self, settings: WorkerSettings, send: Any) -> None:  # noqa: ANN401
         self.settings = settings
-        self.send = send
+        self._send = send
         self.turns = Turns()
         self.memory = Memory(settings.cache_bytes)
         self._served: dict[str, _Served] = {}
@@ -235,24 +235,31 @@ class Worker:
             self._load(name)
         self._ready: deque[_Ready] = deque()
         self._arrived = threading.Condition()
-        self._cancelled: set[int] = set()
+        self._wanted: set[int] = set()
         self._jobs: dict[str, threading.Event] = {}
         self._readers = ThreadPoolExecutor(READERS, "read")
         self._writers = ThreadPoolExecutor(WRITERS, "write")
         self._worker = ThreadPoolExecutor(1, "job")
         self._tell()
 
+    def send(self, message: FromWorker) -> None:
+        """Tell the server; an answered request is forgotten."""
+        if isinstance(message, Answered | Failure) and isinstance(message.id, int):
+            self._wanted.discard(message.id)
+        self._send(message)
+
     def receive(self, message: ToWorker) -> None:
         """Take in a message."""
         if isinstance(message, Cancel):
             if isinstance(message.id, int):
-                self._cancelled.add(message.id)
+                self._wanted.discard(message.id)
             elif message.id in self._jobs:
                 self._jobs[message.id].set()
         elif isinstance(message, Work):
             self._jobs[message.id] = threading.Event()
             self._worker.submit(self._guarded, message.id, self._work, message)
         elif isinstance(message, Ask):
+            self._wanted.add(message.id)
             self._readers.submit(self._guarded, message.id, self._read, message)
         elif isinstance(message, Look):
             self._readers.submit(self._guarded, message.id, self._look, message)
@@ -359,8 +366,7 @@ class Worker:
         return batch
 
     def _is_given_up(self, ask: Ask) -> bool:
-        if ask.id in self._cancelled:
-            self._cancelled.discard(ask.id)
+        if ask.id not in self._wanted:
             return True
         if time.monotonic() > ask.deadline:
             self.send(Failure(ask.id, 504, *DEADLINE))

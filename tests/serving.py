@@ -1,0 +1,82 @@
+"""A server to test: the small model that comes with tmca behind `tmca serve`, and how to ask it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from tmca.health import SELF_TEST
+from tmca.server import ServerSettings, WorkerSettings
+
+MODEL = SELF_TEST / "model"
+IMAGE = SELF_TEST / "image.png"
+LEFT, BOTTOM = json.loads((SELF_TEST / "sentences.json").read_text("utf-8")).values()
+KEY = "a-key-that-nobody-guesses"
+
+
+def settings_for(data: Path, **changes: Any) -> ServerSettings:
+    worker = {"models": {"small": str(MODEL)}, "device": "cpu", "reload_seconds": 0.2} | changes.pop("worker", {})
+    return ServerSettings(WorkerSettings(**worker), data, **({"page": False} | changes))
+
+
+@dataclass
+class Running:
+    """A server in a process of its own."""
+
+    process: subprocess.Popen[str]
+    url: str
+    log: Path
+
+    def worker(self) -> int:
+        """Return the number of the process that computes."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        commands = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
+        return next(pid for pid, command in commands.items() if b"spawn_main" in command)
+
+    def kill(self) -> None:
+        """End it like a machine that loses power."""
+        worker = self.worker()
+        self.process.kill()
+        self.process.wait()
+        os.kill(worker, signal.SIGKILL)
+
+
+def is_ready(running: Running) -> bool:
+    if running.process.poll() is not None:
+        pytest.fail(f"the server ended: {running.log.read_text()}")
+    try:
+        return httpx2.get(f"{running.url}/readyz", timeout=5).status_code == 200
+    except httpx2.HTTPError:
+        return False
+
+
+def wait_until(is_so: Callable[[], bool], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return int(listening.getsockname()[1])
+
+
+@contextmanager
+def image_form(*prompts: str, path: Path = IMAGE, **fields: Any) -> Iterator[dict[str, Any]]:
+    """Give the arguments of a request about one image."""
+    with path.open("rb") as stream:
+        yield {"files": {"image": (path.name, stream)}, "data": {"prompt": list(prompts)} | fields}
