@@ -41,7 +41,8 @@ class Running:
 
     def worker(self) -> int:
         """Return the number of the process that computes."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        threads = Path(f"/proc/{self.process.pid}/task").glob("*/children")
+        children = [pid for thread in threads for pid in thread.read_text().split()]
         commands = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
         return next(pid for pid, command in commands.items() if b"spawn_main" in command)
 

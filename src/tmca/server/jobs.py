@@ -169,6 +169,7 @@ class JobStore:
             self._database.execute("PRAGMA synchronous = FULL")
             self._database.execute(_SCHEMA)
         except sqlite3.Error as error:
+            self._alone.close()
             raise storage_error(self.folder / "jobs.sqlite", OSError(str(error))) from error
 
     def close(self) -> None:

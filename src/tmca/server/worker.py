@@ -7,10 +7,12 @@ No request waits for others to come. A job lets requests go first, image by imag
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import tempfile
 import threading
 import time
+import warnings
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -62,6 +64,8 @@ DEADLINE = ("deadline_exceeded", "The answer was not ready in time", "try again 
 def run_worker(connection: Connection, settings: WorkerSettings) -> None:
     """Serve until the other end of the connection closes, then end at once; the process's main function."""
     set_quiet(quiet=True)
+    warnings.simplefilter("ignore")  # decoders quote what they do not like, and that may be a patient's name
+    logging.disable()
     outbox = threading.Lock()
 
     def send(message: FromWorker) -> None:
