@@ -7,9 +7,10 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,22 +37,58 @@ class Running:
     """A server in a process of its own."""
 
     process: subprocess.Popen[str]
-    url: str
+    port: int
     log: Path
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def workers(self) -> list[int]:
+        """Return the numbers of the processes that compute: one, or none while it is replaced."""
+        threads = Path(f"/proc/{self.process.pid}/task").glob("*/children")
+        children = [int(pid) for thread in threads for pid in thread.read_text().split()]
+        return [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
     def worker(self) -> int:
         """Return the number of the process that computes."""
-        threads = Path(f"/proc/{self.process.pid}/task").glob("*/children")
-        children = [pid for thread in threads for pid in thread.read_text().split()]
-        commands = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
-        return next(pid for pid, command in commands.items() if b"spawn_main" in command)
+        (worker,) = self.workers()
+        return worker
 
     def kill(self) -> None:
         """End it like a machine that loses power."""
-        worker = self.worker()
+        workers = self.workers() if self.process.poll() is None else []
         self.process.kill()
         self.process.wait()
-        os.kill(worker, signal.SIGKILL)
+        for worker in workers:
+            with suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGKILL)
+
+
+def start_server(
+    folder: Path, *flags: str, model: str = f"small={MODEL}", port: int = 0, env: dict[str, str] | None = None
+) -> Running:
+    """Start `tmca serve` and wait until it answers; its jobs and its log lie in the folder."""
+    port = port or free_port()
+    log = folder / f"server-{len(list(folder.glob('server-*.log')))}.log"
+    data = () if "--data-dir" in flags else ("--data-dir", str(folder / "data"))
+    command = [sys.executable, "-m", "tmca", "serve", "-m", model, "--port", str(port), *data, *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TMCA_OFFLINE": "1"} | (env or {})
+    with log.open("w") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=stream, text=True, env=environment)
+    running = Running(process, port, log)
+    wait_until(lambda: is_ready(running), 90)
+    return running
+
+
+@contextmanager
+def running_server(folder: Path, *flags: str) -> Iterator[Running]:
+    """Give a server that is ended with the block."""
+    running = start_server(folder, *flags)
+    try:
+        yield running
+    finally:
+        running.kill()
 
 
 def is_ready(running: Running) -> bool:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from serving import MODEL, Running, free_port, is_ready, settings_for, wait_until
+from serving import Running, settings_for, start_server
 from starlette.testclient import TestClient
 
 from tmca.server import ServerSettings, create_app
@@ -30,23 +27,13 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
-    """Return a function that starts `tmca serve` with flags and waits until it answers."""
-    started: list[subprocess.Popen[str]] = []
+    """Return a function that starts `tmca serve` with flags, without the page, and waits until it answers."""
+    started: list[Running] = []
 
-    def begin(*flags: str, model: str = f"small={MODEL}", port: int = 0, env: dict[str, str] | None = None) -> Running:
-        port = port or free_port()
-        log = tmp_path / f"server-{len(started)}.log"
-        data = () if "--data-dir" in flags else ("--data-dir", str(tmp_path / "data"))
-        command = [sys.executable, "-m", "tmca", "serve", "-m", model, "--port", str(port), "--no-page", *data, *flags]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "TMCA_OFFLINE": "1"} | (env or {})
-        with log.open("w") as stream:
-            process = subprocess.Popen(command, stdout=stream, stderr=stream, text=True, env=environment)
-        started.append(process)
-        running = Running(process, f"http://127.0.0.1:{port}", log)
-        wait_until(lambda: is_ready(running), 90)
-        return running
+    def begin(*flags: str, **options: Any) -> Running:
+        started.append(start_server(tmp_path, "--no-page", *flags, **options))
+        return started[-1]
 
     yield begin
-    for process in started:
-        process.kill()
-        process.wait()
+    for running in started:
+        running.kill()

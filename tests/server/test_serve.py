@@ -50,7 +50,7 @@ def test_a_killed_server_finishes_its_job_when_it_is_back(start: Callable[..., R
     wait_until(lambda: httpx2.get(job).json()["cases_done"] > 5)
     server.kill()
     killed = time.time()
-    again = start(port=int(server.url.rpartition(":")[2]))
+    again = start(port=server.port)
     wait_until(lambda: _is_done(job))
     state = httpx2.get(job).json()
     assert (state["cases_done"], state["attempts"]) == (60, 2)
@@ -113,7 +113,7 @@ def test_a_new_model_replaces_the_old_one_without_a_lost_request(start: Callable
 
 def test_slow_clients_do_not_keep_others_waiting(start: Callable[..., Running]):
     server = start()
-    address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+    address = ("127.0.0.1", server.port)
     half = b"POST /v1/segment HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=x\r\n"
     slow = [socket.create_connection(address) for _ in range(100)]
     for number, connection in enumerate(slow):

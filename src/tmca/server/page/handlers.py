@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +42,7 @@ DOWNLOADS = {PNG: ".png", NIFTI: ".nii.gz", SEGMENTATION: ".dcm", RLE: ".json"}
 """Kind of file → its ending."""
 
 
+@runtime_checkable
 class Asks(Protocol):
     """What the page needs of :class:`tmca.server.engine.Engine`."""
 

@@ -18,8 +18,10 @@ from tmca.imaging.dicom_results import INTENDED_USE
 from tmca.imaging.overlay import FILL
 from tmca.outputs import NIFTI, PNG, RLE, SEGMENTATION
 from tmca.prediction import PredictionOptions
+from tmca.server.messages import failure_of
 from tmca.server.page import handlers, pictures, words
 from tmca.server.page.handlers import Asks, Opened, Past, Result
+from tmca.server.problems import RemoteError
 from tmca.server.settings import ServerSettings
 
 LUNG_EXAMPLES = (
@@ -72,7 +74,6 @@ def build_page(engine: Asks, settings: ServerSettings) -> gr.Blocks:
     with gr.Blocks(title="tmca", analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)) as page:
         _Page(engine, settings).wire()
     page.state_session_capacity = 200
-    page.queue(api_open=False, default_concurrency_limit=16, max_size=4 * settings.max_queue)
     return page
 
 
@@ -180,9 +181,9 @@ class _Page:
         drawing = {"show_progress": "minimal", "show_progress_on": [self.overlay]}
         self._on(self.image.upload, self.open, [self.image], shown, **drawing)
         self._on(self.image.clear, self.clear, [], shown, show_progress="hidden")
-        self._on(self.slice.release, self.turn, [self.opened, self.slice], shown, **drawing, trigger_mode="always_last")
+        self._on(self.slice.change, self.turn, [self.opened, self.slice], shown, **drawing, trigger_mode="always_last")
         asked = self._on(self.segment.click, self.ask, asking, shown, **drawing)
-        asked.success(None, None, None, js=TO_ANSWER, show_progress="hidden", api_visibility="private")
+        asked.success(None, None, None, js=TO_ANSWER, show_progress="hidden", api_visibility="private", queue=False)
         for source in (self.prompt.change, self.model.change):
             self._on(
                 source, self.count, [self.prompt, self.model], [self.tokens, self.status],
@@ -224,17 +225,20 @@ class _Page:
         )  # fmt: skip
 
     def _on(self, event: Any, handler: Handler, inputs: list[Any], outputs: list[Any], **options: Any) -> Any:  # noqa: ANN401
-        """Answer an event; what a user did wrong is told in words, and nothing else changes."""
+        """Answer an event; what went wrong is told in words, and nothing else changes.
+
+        Gradio's own queue is left out: the engine has one, and of two events in a row Gradio's can lose the second.
+        """
 
         async def guarded(*values: Any) -> Updates:  # noqa: ANN401
             try:
                 return {self.status: "", **await handler(*values)}
             except TMCAError as error:
-                text = words.problem(error)
-                gr.Warning(html.escape(text), title="Not done")
-                return {self.status: f'<p class="problem">{html.escape(text)}</p>'}
+                return {self.status: _problem(words.problem(error))}
+            except Exception as error:  # a fault of ours
+                return {self.status: _problem(words.problem(RemoteError.of(failure_of(0, error))))}
 
-        return event(guarded, inputs, outputs, api_visibility="private", **options)
+        return event(guarded, inputs, outputs, api_visibility="private", queue=False, **options)
 
     # --- image ---
 
@@ -247,7 +251,7 @@ class _Page:
 
     async def turn(self, opened: Opened | None, number: float) -> Updates:
         """Show another slice."""
-        if opened is None or opened.frame == number:
+        if opened is None or opened.frame in (None, number):
             return {}
         return self._opened(await handlers.open_image(self.engine, self.settings, opened.path, int(number)))
 
@@ -316,9 +320,8 @@ class _Page:
         options = PredictionOptions(threshold, int(least))
         if options == result.options:
             return {}
-        if result.corrected:
-            gr.Info("The corrected mask was replaced by the model’s at the new threshold.")
-        return self._shown(handlers.redraw(result, options), choice)
+        said = "The corrected mask was replaced by the model’s at the new threshold." if result.corrected else ""
+        return self._shown(handlers.redraw(result, options), choice) | {self.status: _problem(said) if said else ""}
 
     # --- result ---
 
@@ -462,6 +465,10 @@ class _Page:
             for index, each in enumerate(past)
         ]
         return {self.past: past, self.history: gr.Radio(choices, value=None), self.no_history: ""}
+
+
+def _problem(text: str) -> str:
+    return f'<p class="problem">{html.escape(text)}</p>'
 
 
 EDITOR = """<div class="tools" role="toolbar" aria-label="Correct the mask">

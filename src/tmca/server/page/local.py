@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 PREFIX = "/gradio_api"
 OPEN = (
-    "/assets/", "/static/", "/svelte/", "/theme.css", "/favicon.ico", f"{PREFIX}/queue/", f"{PREFIX}/upload",
+    "/assets/", "/static/", "/svelte/", "/theme.css", "/favicon.ico", f"{PREFIX}/run/", f"{PREFIX}/upload",
     f"{PREFIX}/heartbeat/", f"{PREFIX}/component_server", f"{PREFIX}/reset", f"{PREFIX}/cancel",
     f"{PREFIX}/startup-events", f"{PREFIX}/theme.css", f"{PREFIX}/file=/", f"{PREFIX}/app_id",
 )  # fmt: skip
