@@ -42,7 +42,7 @@ from tmca.presets import PRESETS, get_preset
 SCHEMA_VERSION = 1
 
 VARIABLES = {
-    "TMCA_API_KEY": "asked for by the server",
+    "TMCA_API_KEYS": "of the server",
     "TMCA_CACHE_GB": "room for decoded images",
     "TMCA_DEVICE": "what the device auto means",
     "TMCA_HOME": "folder of models and caches",

@@ -20,8 +20,7 @@ class Serve:
     """Answer requests and show a web page: `tmca serve -m RUN`, then open http://127.0.0.1:8000."""
 
     model: Served
-    """Run folders, checkpoint folders or hub ids, each served under its own name; the first is the default. A folder
-    that changes is loaded again."""
+    """Run folders, checkpoint folders or hub ids; the first is the default; one that changes is loaded again."""
     host: str = "127.0.0.1"
     """Address to listen on; another than this machine's own needs a key."""
     port: int = 8000
