@@ -261,7 +261,7 @@ def test_the_layout_names_every_module():
     layout = _blocks(_section(_text("docs/architecture.md"), "Layout"), "text")[0]
     existing, planned, folders = set(), set(), [""]
     for line in layout.splitlines()[1:]:
-        match = re.match(r"((?:│   )*)[├└]── ([\w.]+)(/?)\s*(planned)?", line)
+        match = re.match(r"((?:[│ ]   )*)[├└]── ([\w.]+)(/?)\s*(planned)?", line)
         assert match, line
         depth = len(match[1]) // 4
         name = f"{folders[depth]}{match[2]}{match[3]}"

@@ -48,9 +48,12 @@ def test_a_killed_server_finishes_its_job_when_it_is_back(start: Callable[..., R
     server = start()
     job = _post_job(server, 60)
     wait_until(lambda: httpx2.get(job).json()["cases_done"] > 5)
+    left = Path((server.log.parent / "data" / "temporary").read_text())
+    assert left.stat().st_mode & 0o077 == 0  # nobody else reads what is sent
     server.kill()
     killed = time.time()
     again = start(port=server.port)
+    assert not left.exists()
     wait_until(lambda: _is_done(job))
     state = httpx2.get(job).json()
     assert (state["cases_done"], state["attempts"]) == (60, 2)

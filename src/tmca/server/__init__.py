@@ -66,7 +66,7 @@ def create_app(settings: ServerSettings) -> FastAPI:
     if settings.page:
         from tmca.server.page import mount_page
 
-        app = mount_page(app, service.engine, settings)
+        app = mount_page(app, service.engine, settings, service.temporary)
     app.add_middleware(Guard, settings=settings, observe=service.metrics.observe)
     return app
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from fastapi import Request
 
 from tmca.errors import TMCAError, unknown_name
+from tmca.files import storage_error
 from tmca.server.engine import Engine, forget_path
 from tmca.server.jobs import JobRunner, JobStore
 from tmca.server.messages import Ask, Look, ModelState
@@ -44,7 +45,8 @@ class Service:
         self.store = JobStore(settings.data)
         self.runner = JobRunner(self.store, self.engine, settings.keep_hours)
         self._started = False
-        self._temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX))
+        self.temporary = _temporary_folder(settings.data)
+        """For what is sent, until it is answered."""
 
     async def start(self) -> None:
         """Load the models and take up the jobs, if that has not been done.
@@ -64,12 +66,12 @@ class Service:
         await self.runner.stop()
         await self.engine.stop()
         self.store.close()
-        remove_folder(self._temporary)
+        remove_folder(self.temporary)
 
     @asynccontextmanager
     async def folder(self) -> AsyncIterator[Path]:
         """Give a folder for what a request sends; it is removed with it."""
-        folder = await asyncio.to_thread(new_folder, self._temporary)
+        folder = await asyncio.to_thread(new_folder, self.temporary)
         try:
             yield folder
         finally:
@@ -103,6 +105,24 @@ class Service:
             return await while_connected(request, self.engine.ask(lambda id_: make(id_, deadline)))
         except RemoteError as error:
             raise forget_path(error, str(upload.path), f"the image {upload.name!r}") from None
+
+
+def _temporary_folder(data: Path) -> Path:
+    """Make a temporary folder that only this user reads; one that a killed server left behind is removed.
+
+    Raises:
+        StorageError: It cannot be made.
+    """
+    note = data / "temporary"
+    try:
+        left = Path(note.read_text("utf-8", "replace")) if note.exists() else None
+        if left is not None and left.name.startswith(TEMPORARY_PREFIX):
+            remove_folder(left)
+        folder = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX))
+        note.write_text(str(folder), "utf-8")
+    except OSError as error:
+        raise storage_error(note, error) from error
+    return folder
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, Value]) -> Value:

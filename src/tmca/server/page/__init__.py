@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import gradio as gr
@@ -25,14 +27,16 @@ ICON = (
 )
 
 
-def mount_page(app: FastAPI, engine: Engine, settings: ServerSettings) -> FastAPI:
+def mount_page(app: FastAPI, engine: Engine, settings: ServerSettings, folder: Path) -> FastAPI:
     """Serve the page at ``/``, behind all routes that are there already.
 
     Args:
         app: The server's application.
         engine: Answers what the page asks.
         settings: Limits.
+        folder: For what is uploaded, until an hour after; removed when the server ends.
     """
+    os.environ["GRADIO_TEMP_DIR"] = str(folder / "page")
     here = files(__name__)
     scripts = "\n".join(here.joinpath(name).read_text("utf-8") for name in ("editor.js", "page.js"))
     app = gr.mount_gradio_app(

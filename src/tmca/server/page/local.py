@@ -55,6 +55,9 @@ class LocalOnly:
             if message["type"] == "http.response.start":
                 start = message
                 return
+            if message["type"] != "http.response.body":
+                await send(message)
+                return
             body += message.get("body", b"")
             if not message.get("more_body", False):
                 cleaned = _FOREIGN.sub(b"", body)
