@@ -135,7 +135,7 @@ class _Page:
                                 0, 1, FILL, step=0.05, label="Mask opacity", elem_id="opacity", buttons=[]
                             )
                             self.min_region = gr.Slider(
-                                0, 1000, 0, step=10, label="Smallest region (pixels)", elem_id="min-region", buttons=[]
+                                0, 1000, 0, step=10, label="Smallest region, px", elem_id="min-region", buttons=[]
                             )
                     with gr.Tab("Probability", id="probability"):
                         self.probability = gr.HTML(EMPTY_VIEW, elem_id="probability", padding=False)
