@@ -478,7 +478,7 @@ def _one_frame(path: Path, number: int | None) -> Frame:
 
 def _picture(ask: Ask, frame: Frame, prediction: Prediction, source: dict[str, Any]) -> bytes:
     """Return one answer as the bytes of a file."""
-    with tempfile.TemporaryDirectory(prefix="tmca-") as name:
+    with tempfile.TemporaryDirectory(prefix="tmca-", dir=ask.path.parent) as name:
         path = Path(name) / "answer"
         if ask.form is Form.MASK:
             path = path.with_suffix(".png")

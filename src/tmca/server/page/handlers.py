@@ -360,7 +360,7 @@ def remembered(history: tuple[Past, ...], result: Result, answer: str) -> tuple[
 
 def _written(result: Result, number: int, kind: str) -> bytes:
     image, prediction = result.image, result.predictions[number]
-    with tempfile.TemporaryDirectory(prefix="tmca-") as folder:
+    with tempfile.TemporaryDirectory(prefix="tmca-", dir=image.path.parent) as folder:
         job = Job(join_frame(image.path, image.frame), prediction.text, "mask")
         options = OutputOptions((kind,), overlays=False, corrected=number in result.corrected)
         writer = CaseWriter(Path(folder), job, options, dict(result.provenance), several=False)
