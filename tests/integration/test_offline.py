@@ -13,8 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import httpx2
 import pytest
 from safetensors.torch import save_file
+from serving import LEFT, image_form, start_server, wait_until
 from transformers import ConvNextConfig, ConvNextModel
 
 from tmca.data.manifest import Manifest
@@ -115,11 +117,15 @@ def test_no_verb_asks_anybody(guarded: Callable[..., Guarded], phantoms: Manifes
         [*evaluate, "-o", "second", "--seed", "1"],
         ["compare", "first", "second", "-o", "comparison"],
         ["predict", "-i", images, "-o", "masks", "-m", "run", "-p", PROMPT],
+        ["export", "bundle", "-m", "run", "-o", "run.tmca", "--images", "4"],
+        ["models", "verify", "run.tmca"],
+        ["report-to-prompt", "report.txt", "--grammar", "polyp"],
         ["bench", "-m", "run", "--batch-sizes", "1", "--training-batch", "2"],
         ["models", "list"],
         ["info", "--json"],
         ["doctor"],
     ]
+    (tmp_path / "report.txt").write_text("Findings: one small polyp in the right of the image.")
     found = guarded(commands=commands, HF_HOME=str(tmp_path / "huggingface"))
     faulty = {"data audit": 3}  # the drawn data have cases of one lesion that look alike
     expected = [faulty.get(" ".join(command[:2]), 0) for command in commands]
@@ -139,6 +145,26 @@ experiment = change(get_preset("tiny"), "tiny", trainer={"max_epochs": 1})
 run_demo(Path("demo"), counts={"train": 8, "val": 2, "test": 2}, experiment=experiment)
 """)
     assert found.attempts == []
+
+
+def test_the_server_and_its_page_ask_nobody(tmp_path: Path):
+    """Neither of its processes does, from the start to the stop."""
+    log = tmp_path / "attempts.txt"
+    log.write_text("")
+    guard = {"PYTHONPATH": f"{GUARD}{os.pathsep}{SOURCE}", "GUARD_LOG": str(log)} | dict.fromkeys(SET_BY_TMCA, "")
+    server = start_server(tmp_path, env=guard)
+    try:
+        assert httpx2.get(server.url).status_code == 200
+        with image_form(LEFT) as form:
+            assert httpx2.post(f"{server.url}/v1/segment", timeout=60, **form).status_code == 200
+        with image_form(LEFT) as form:
+            job = httpx2.post(f"{server.url}/v1/jobs", timeout=60, **form).headers["Location"]
+        wait_until(lambda: httpx2.get(f"{server.url}{job}").json()["status"] == "done")
+        server.process.terminate()
+        server.process.wait(60)
+    finally:
+        server.kill()
+    assert log.read_text() == ""
 
 
 @pytest.mark.slow
