@@ -2,8 +2,9 @@
 
 `tmca serve` in processes of its own, asked over loopback by clients that each ask again as soon as they are answered.
 "New" images have not been sent before and are decoded and encoded; of a "known" one only the sentence is new. Batching
-is what the server does with requests that come together; with ``--max-batch 1`` it answers one after the other. Encoded images
-are remembered in up to 512 MB. The clients compute on the same cores.
+is what the server does with requests that come together; another one answers one after the other (``--max-batch 1``).
+All loads take turns, three times. What a server remembers of images takes up to 512 MB. The clients compute on the same
+cores.
 
     python benchmarks/serving.py [--data FOLDER] [-m RUN] [--seconds 60] [--clients 32]
 
@@ -18,6 +19,7 @@ import asyncio
 import itertools
 import os
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -38,25 +40,39 @@ from tmca.speed import random_model
 
 PRESET = "kvasir-mobile"
 IMAGES = 64
+ROUNDS = 3
 SENTENCE = "one small polyp, located in top left of the image"
 
 
 @dataclass
 class Load:
-    """What came of asking for some time."""
+    """What came of asking for some time, in rounds.
 
-    seconds: float
+    Attributes:
+        flags: Of the server.
+        clients: How many ask at once.
+        new: Whether every image is a new one.
+    """
+
+    flags: tuple[str, ...]
+    clients: int
+    new: bool
+    rates: list[float] = field(default_factory=list)
     answered: list[float] = field(default_factory=list)
     refused: list[int] = field(default_factory=list)
-    memory: list[tuple[float, float]] = field(default_factory=list)
 
-    def gigabytes(self, share: float) -> float:
-        """Return the resident memory after a share of the time."""
-        return next(size for when, size in self.memory if when >= share * self.memory[-1][0]) / 1e3
+    @property
+    def rate(self) -> float:
+        """Answers a second, the median over the rounds."""
+        return statistics.median(self.rates)
 
-    def quantile(self, share: float) -> float:
-        """Return a quantile of the answers' seconds."""
-        return float(np.quantile(self.answered, share))
+    def quantile(self, share: float) -> str:
+        """Return a quantile of the answers' milliseconds."""
+        return f"{1e3 * np.quantile(self.answered, share):.0f}"
+
+    def ratio(self, other: Load) -> str:
+        """Return how many times as many answers another load gets, the median over the rounds."""
+        return f"{statistics.median(mine / its for mine, its in zip(self.rates, other.rates, strict=True)):.2f}"
 
 
 @contextmanager
@@ -90,18 +106,15 @@ def _resident_megabytes(pid: int) -> float:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096 / 1e6
 
 
-async def ask(
-    url: str, files: list[bytes], clients: int, seconds: float, memory: Callable[[], float], *, new: bool
-) -> Load:
+async def ask(url: str, files: list[bytes], load: Load, seconds: float, numbers: Iterator[int]) -> None:
     """Ask for some time from several clients at once."""
-    load = Load(seconds)
-    numbers = itertools.count()
+    before = len(load.answered)
     started = time.perf_counter()
 
     async def client(session: httpx2.AsyncClient) -> None:
         while time.perf_counter() - started < seconds:
             number = next(numbers)
-            content = files[number % len(files)] + number.to_bytes(8, "big") if new else files[0]
+            content = files[number % len(files)] + number.to_bytes(8, "big") if load.new else files[0]
             begun = time.perf_counter()
             answer = await session.post(
                 f"{url}/v1/segment",
@@ -113,15 +126,9 @@ async def ask(
             else:
                 load.refused.append(answer.status_code)
 
-    async def watch() -> None:
-        while (passed := time.perf_counter() - started) < seconds:
-            load.memory.append((passed, memory()))
-            await asyncio.sleep(0.5)
-
-    async with httpx2.AsyncClient(timeout=120, limits=httpx2.Limits(max_connections=clients)) as session:
-        await asyncio.gather(watch(), *(client(session) for _ in range(clients)))
-    load.seconds = time.perf_counter() - started
-    return load
+    async with httpx2.AsyncClient(timeout=120, limits=httpx2.Limits(max_connections=load.clients)) as session:
+        await asyncio.gather(*(client(session) for _ in range(load.clients)))
+    load.rates.append((len(load.answered) - before) / (time.perf_counter() - started))
 
 
 def main() -> None:
@@ -144,30 +151,34 @@ def main() -> None:
         if not model:
             model = str(folder / "model")
             random_model(get_preset(PRESET)).save_pretrained(Path(model))
-        many = arguments.clients
-        plan = {
-            "new images": ((), 1, True),
-            "known image": ((), 1, False),
-            "new images, together": ((), many, True),
-            "known image, together": ((), many, False),
-            "new images, together, no batching": (("--max-batch", "1"), many, True),
-            "known image, together, no batching": (("--max-batch", "1"), many, False),
+        alone = ("--max-batch", "1")
+        loads = {
+            "new images": Load((), 1, new=True),
+            "known image": Load((), 1, new=False),
+            "new images, together": Load((), arguments.clients, new=True),
+            "known image, together": Load((), arguments.clients, new=False),
+            "new images, no batching": Load(alone, arguments.clients, new=True),
+            "known image, no batching": Load(alone, arguments.clients, new=False),
         }
-        loads = {}
-        for number, (name, (flags, clients, new)) in enumerate(plan.items()):
-            with server(model, folder / str(number), *flags) as (url, memory):
-                loads[name] = asyncio.run(ask(url, files, clients, arguments.seconds, memory, new=new))
+        gigabytes = []
+        numbers = itertools.count()
+        with server(model, folder / "1") as (batching, memory), server(model, folder / "2", *alone) as (single, _):
+            for _ in range(ROUNDS):
+                for load in loads.values():
+                    url = single if load.flags else batching
+                    asyncio.run(ask(url, files, load, arguments.seconds / ROUNDS, numbers))
+                gigabytes.append(memory() / 1e3)
     table = [
         {
             "requests": name,
-            "clients": str(plan[name][1]),
-            "answered/s": f"{len(load.answered) / load.seconds:.1f}",
-            "median, ms": f"{1e3 * load.quantile(0.5):.0f}",
-            "p95, ms": f"{1e3 * load.quantile(0.95):.0f}",
-            "p99, ms": f"{1e3 * load.quantile(0.99):.0f}",
+            "clients": str(load.clients),
+            "answered/s": f"{load.rate:.1f}",
+            "× no batching": load.ratio(loads[f"{name.partition(',')[0]}, no batching"]),
+            "median, ms": load.quantile(0.5),
+            "p95, ms": load.quantile(0.95),
+            "p99, ms": load.quantile(0.99),
+            "answered": str(len(load.answered)),
             "not answered": str(len(load.refused)),
-            "GB, half-way": f"{load.gigabytes(0.5):.2f}",
-            "GB, at the end": f"{load.gigabytes(1):.2f}",
         }
         for name, load in loads.items()
     ]
@@ -176,18 +187,13 @@ def main() -> None:
         __doc__,
         table,
         data=manifest.name,
-        model=model if arguments.model else f"{PRESET}, random weights",
+        model=arguments.model or f"{PRESET}, random weights",
         seconds=arguments.seconds,
-        loads={
-            name: {
-                "answered": len(load.answered),
-                "refused": load.refused,
-                "seconds": load.seconds,
-                "resident_megabytes": [round(size, 1) for _, size in load.memory[:: max(1, len(load.memory) // 20)]],
-            }
-            for name, load in loads.items()
-        },
+        rates={name: load.rates for name, load in loads.items()},
+        refused={name: load.refused for name, load in loads.items()},
+        gigabytes_after_each_round=gigabytes,
     )
+    print("resident memory after each round, GB: " + ", ".join(f"{size:.2f}" for size in gigabytes))
 
 
 if __name__ == "__main__":

@@ -40,6 +40,8 @@ from tmca.presets import PRESETS, get_preset
 from tmca.reproduction import Data, plan
 from tmca.reproduction.ledger import Ledger
 from tmca.reproduction.tables import get_table
+from tmca.server import ServerSettings, WorkerSettings, api, kserve, operations, problems
+from tmca.server.service import Service
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -233,6 +235,27 @@ def test_exit_codes_are_those_of_the_errors():
     codes = {cls.exit_code for cls in classes if issubclass(cls, errors.TMCAError)} | {0, errors.EXIT_INTERRUPTED}
     rows = _rows(_section(_text("docs/reference/cli.md"), "Exit codes"))[2:]
     assert {int(row[0]) for row in rows} == codes
+
+
+def test_the_http_reference_has_every_path_error_and_figure(tmp_path: Path):
+    text = _text("docs/reference/http.md")
+    service = Service(ServerSettings(WorkerSettings({"model": "nowhere"}), tmp_path))
+    routers = (api.router, kserve.router, operations.router)
+    paths = {f"{method} {route.path}" for router in routers for route in router.routes for method in route.methods}
+    documented = {code for code in _inline_code(text) if re.match(r"(GET|POST|DELETE) /\w+", code)}
+    assert documented == paths
+    codes = {cls.code for cls in subclasses(errors.TMCAError) if cls.__module__.startswith("tmca.server.")}
+    codes -= {problems.ClientGoneError.code, errors.TMCAError.code}  # nobody reads the one, the other is every fault
+    table = {code for row in _rows(_section(text, "Errors"))[2:] for code in re.findall(r"`(\w+)`", row[1])}
+    assert codes <= table
+    figures = set(re.findall(r"^# TYPE (\w+)", service.metrics.text({}).decode(), re.MULTILINE))
+    named = {name for row in _rows(_section(text, "Metrics"))[2:] for name in re.findall(r"`(tmca_\w+)`", row[0])}
+    service.store.close()
+    assert named == {name for name in figures if not name.endswith("_created")}
+
+
+def subclasses(cls: type[errors.TMCAError]) -> set[type[errors.TMCAError]]:
+    return {cls} | {found for each in cls.__subclasses__() for found in subclasses(each)}
 
 
 def test_the_python_reference_has_every_public_name():

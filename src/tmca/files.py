@@ -175,6 +175,8 @@ def storage_error(path: Path, error: OSError) -> StorageError:
         hint = "the disk is full: free space or choose another folder"
     elif error.errno in _NO_PERMISSION:
         hint = "no permission to write there: change it or choose another folder"
+    elif (blocking := next((each for each in path.parents if each.is_file()), None)) is not None:
+        hint = f"{blocking} is a file: choose another folder"
     else:
         hint = "check the path or choose another folder"
     return StorageError(f"Cannot write {path}: {error.strerror or error}", hint=hint)

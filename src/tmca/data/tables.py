@@ -115,7 +115,9 @@ def _csv_rows(path: Path, content: bytes, required: tuple[str, ...], _: frozense
                 )
             yield reader.line_num, {name: value or "" for name, value in row.items()}
     except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: {error}", hint="check the quotes around the cells") from error
+        is_long = "field larger" in str(error)
+        hint = "check the quotes around the cells" + ", or use JSON Lines for so long a text" * is_long
+        raise DataError(f"{path}, line {reader.line_num}: {error}", hint=hint) from error
 
 
 def _jsonl_rows(path: Path, content: bytes, required: tuple[str, ...], single: frozenset[str]) -> Iterator[Row]:
