@@ -20,7 +20,7 @@ from pathlib import Path
 
 from measuring import report
 from playwright.sync_api import Browser, sync_playwright
-from serving import PRESET, SENTENCE, server
+from serve import PRESET, SENTENCE, server
 
 from tmca.data.phantom import write_phantoms
 from tmca.presets import get_preset

@@ -183,7 +183,7 @@ class _Page:
         self._on(self.image.clear, self.clear, [], shown, show_progress="hidden")
         self._on(self.slice.change, self.turn, [self.opened, self.slice], shown, **drawing, trigger_mode="always_last")
         asked = self._on(self.segment.click, self.ask, asking, shown, **drawing)
-        asked.success(None, None, None, js=TO_ANSWER, show_progress="hidden", api_visibility="private", queue=False)
+        self._in_browser(asked.success, None, TO_ANSWER)
         for source in (self.prompt.change, self.model.change):
             self._on(
                 source, self.count, [self.prompt, self.model], [self.tokens, self.status],
@@ -197,9 +197,7 @@ class _Page:
         redrawing = [self.result, self.threshold, self.min_region, self.choice]
         for slider in (self.threshold, self.min_region):
             self._on(slider.change, self.redraw, redrawing, shown, show_progress="hidden", trigger_mode="always_last")
-        self.opacity.change(
-            None, self.opacity, None, js=SET_OPACITY, show_progress="hidden", api_visibility="private", queue=False
-        )
+        self._in_browser(self.opacity.change, self.opacity, SET_OPACITY)
         correcting = [self.result, self.choice]
         into_editor = [self.drawing, self.status]
         for event, handler, outputs in (
@@ -208,7 +206,7 @@ class _Page:
             (self.discard.click, self.restore, [*shown, self.drawing]),
         ):
             edited = self._on(event, handler, correcting, outputs, show_progress="hidden")
-            edited.success(None, self.drawing, None, js=TO_EDITOR, show_progress="hidden", api_visibility="private")
+            self._in_browser(edited.success, self.drawing, TO_EDITOR)
         self._on(
             self.apply.click, self.correct, [self.result, self.past, self.choice, self.drawing], shown,
             js=FROM_EDITOR, **drawing,
@@ -218,7 +216,7 @@ class _Page:
                 button.click, functools.partial(self.save, kind), [self.result, self.choice], [self.file, self.status],
                 show_progress="minimal", show_progress_on=[self.downloads],
             )  # fmt: skip
-            saved.success(None, self.file, None, js=SAVE_FILE, show_progress="hidden", api_visibility="private")
+            self._in_browser(saved.success, self.file, SAVE_FILE)
         self._on(
             self.history.input, self.recall, [self.past, self.history],
             [*shown, self.prompt, self.model, self.threshold, self.min_region, self.image], **drawing,
@@ -239,6 +237,10 @@ class _Page:
                 return {self.status: _problem(words.problem(RemoteError.of(failure_of(0, error))))}
 
         return event(guarded, inputs, outputs, api_visibility="private", queue=False, **options)
+
+    def _in_browser(self, event: Any, component: Any, script: str) -> None:  # noqa: ANN401
+        """Answer an event by a script of the page; the server hears nothing of it."""
+        event(None, component, None, js=script, show_progress="hidden", api_visibility="private", queue=False)
 
     # --- image ---
 

@@ -6,10 +6,10 @@ is what the server does with requests that come together; another one answers on
 All loads take turns, three times. What a server remembers of images takes up to 512 MB. The clients compute on the same
 cores.
 
-    python benchmarks/serving.py [--data FOLDER] [-m RUN] [--seconds 60] [--clients 32]
+    python benchmarks/serve.py [--data FOLDER] [-m RUN] [--seconds 60] [--clients 32]
 
 Draws phantoms where no data is named, and takes random weights where no run is. Prints a table and writes
-``benchmarks/results/serving.json``.
+``benchmarks/results/serve.json``.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def main() -> None:
         for name, load in loads.items()
     ]
     report(
-        "serving",
+        "serve",
         __doc__,
         table,
         data=manifest.name,
