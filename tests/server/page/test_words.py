@@ -26,10 +26,10 @@ def _prediction(boxes: int, spacing: tuple[float, float] | None = None, text: st
 @pytest.mark.parametrize(
     ("boxes", "spacing", "said"),
     [
-        (1, None, "1 region found, 0.5 % of the image."),
-        (3, None, "3 regions found, 1.5 % of the image."),
-        (1, (0.5, 0.5), "1 region found, 0.5 % of the image, 25 mm²."),
-        (2, (10.0, 10.0), "2 regions found, 1.0 % of the image, 200.0 cm²."),
+        (1, None, "1 region found, 0.5\N{NO-BREAK SPACE}% of the image."),
+        (3, None, "3 regions found, 1.5\N{NO-BREAK SPACE}% of the image."),
+        (1, (0.5, 0.5), "1 region found, 0.5\N{NO-BREAK SPACE}% of the image, 25 mm²."),
+        (2, (10.0, 10.0), "2 regions found, 1.0\N{NO-BREAK SPACE}% of the image, 200.0 cm²."),
         (0, None, "No region found."),
     ],
 )
@@ -51,8 +51,8 @@ def test_summary_of_several_sentences():
     ("effects", "said"),
     [
         ({NO_SENTENCE: 0.0}, "The sentence changed nothing: without it the mask would be the same."),
-        ({NO_SENTENCE: 0.31}, "Without the sentence the mask would differ by 31 %."),
-        ({NO_SENTENCE: 0.0001}, "Without the sentence the mask would differ by less than 0.1 %."),
+        ({NO_SENTENCE: 0.31}, "Without the sentence the mask would differ by 31\N{NO-BREAK SPACE}%."),
+        ({NO_SENTENCE: 0.0001}, "Without the sentence the mask would differ by less than 0.1\N{NO-BREAK SPACE}%."),
         ({}, "What the sentence changed was measured at threshold 0.40; segment again to measure it here."),
     ],
 )
@@ -117,7 +117,7 @@ def test_problem_and_sentence():
 
 
 @pytest.mark.parametrize(
-    ("share", "said"), [(0.0, "0.0 %"), (0.0004, "less than 0.1 %"), (0.0123, "1.2 %"), (0.5, "50 %"), (1.0, "100 %")]
+    ("share", "said"), [(0.0, "0.0"), (0.0004, "less than 0.1"), (0.0123, "1.2"), (0.5, "50"), (1.0, "100")]
 )
 def test_percent(share: float, said: str):
-    assert words.percent(share) == said
+    assert words.percent(share) == f"{said}\N{NO-BREAK SPACE}%"

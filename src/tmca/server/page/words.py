@@ -112,5 +112,5 @@ def percent(share: float) -> str:
     """Return a share in percent, with as many digits as it takes to not be 0."""
     value = 100 * share
     if 0 < value < 0.05:
-        return "less than 0.1 %"
-    return f"{value:.0f} %" if value >= 10 else f"{value:.1f} %"
+        return "less than 0.1\N{NO-BREAK SPACE}%"
+    return f"{value:.{0 if value >= 10 else 1}f}\N{NO-BREAK SPACE}%"
