@@ -126,7 +126,7 @@ def test_tmca_that_is_not_installed_names_its_checkout(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("name", "value", "shown"),
     [
-        ("TMCA_API_KEY", "secret", "(set)"),
+        ("TMCA_API_KEYS", "secret", "(set)"),
         ("HF_TOKEN", "hf_secret", "(set)"),
         ("HF_TOKEN", "", ""),
         ("HTTPS_PROXY", "http://anna:secret@proxy.hospital:3128", "http://***@proxy.hospital:3128"),
@@ -146,10 +146,10 @@ def test_nothing_secret_is_shown(name: str, value: str, shown: str):
 
 
 def test_the_environment_holds_what_matters(monkeypatch: pytest.MonkeyPatch):
-    for name, value in {"TMCA_API_KEY": "secret", "http_proxy": "http://a:secret@b", "UNRELATED": "secret"}.items():
+    for name, value in {"TMCA_API_KEYS": "secret", "http_proxy": "http://a:secret@b", "UNRELATED": "secret"}.items():
         monkeypatch.setenv(name, value)
     found = describe_installation()
-    assert found["environment"]["TMCA_API_KEY"] == "(set)"
+    assert found["environment"]["TMCA_API_KEYS"] == "(set)"
     assert found["environment"]["http_proxy"] == "http://***@b"
     assert "secret" not in json.dumps(found)
 

@@ -356,7 +356,7 @@ def masked(name: str, value: str) -> str:
 
     >>> masked("HTTPS_PROXY", "http://anna:secret@proxy:3128")
     'http://***@proxy:3128'
-    >>> masked("TMCA_API_KEY", "secret")
+    >>> masked("TMCA_API_KEYS", "secret")
     '(set)'
     """
     if any(word in name.upper() for word in SECRET_WORDS):

@@ -7,7 +7,7 @@ import pytest
 
 from tmca import cli, health
 
-SECRETS = {"TMCA_API_KEY": "secret", "HTTPS_PROXY": "http://anna:secret@proxy:3128", "HF_TOKEN": "secret"}
+SECRETS = {"TMCA_API_KEYS": "secret", "HTTPS_PROXY": "http://anna:secret@proxy:3128", "HF_TOKEN": "secret"}
 
 
 @pytest.fixture(autouse=True)

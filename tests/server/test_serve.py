@@ -172,7 +172,7 @@ def _fill(path: Path) -> None:
             stream.write(bytes(4096))
 
 
-def test_a_full_disk_is_told_and_what_was_accepted_is_done_when_there_is_room(
+def test_a_full_disk_is_told_and_jobs_are_taken_again_when_there_is_room(
     start: Callable[..., Running], small_disk: Path
 ):
     server = start("--data-dir", str(small_disk))
@@ -185,7 +185,8 @@ def test_a_full_disk_is_told_and_what_was_accepted_is_done_when_there_is_room(
     assert str(small_disk) not in response.text
     assert _segment(server).status_code == 200  # which needs no room there
     filler.unlink()
-    wait_until(lambda: _is_done(_post_job(server, 1)))
+    job = _post_job(server, 1)
+    wait_until(lambda: _is_done(job))
 
 
 def test_a_full_temporary_disk_is_told(start: Callable[..., Running], small_disk: Path):
