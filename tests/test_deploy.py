@@ -105,13 +105,13 @@ def test_the_service_is_locked_in(tmp_path: Path):
     unit = tmp_path / UNIT.name
     unit.write_text(UNIT.read_text("utf-8").replace(shlex.split(command)[0], str(program)))
     verified = subprocess.run([analyze, "verify", unit], capture_output=True, text=True, check=False)
-    if "bus" in verified.stderr.lower() and verified.returncode:
-        pytest.skip(f"systemd-analyze does not work here: {verified.stderr.strip()[:100]}")
-    assert (verified.returncode, verified.stderr) == (0, "")
+    assert UNIT.name not in verified.stderr, verified.stderr  # it may complain of other units of this machine
     rated = subprocess.run(
         [analyze, "security", "--offline=true", "--threshold=20", "--no-pager", unit],
         capture_output=True,
         text=True,
         check=False,
     )
-    assert rated.returncode == 0, rated.stdout[-400:]
+    if "unrecognized option" in rated.stderr:
+        pytest.skip("this systemd-analyze cannot rate a unit that is not installed")
+    assert rated.returncode == 0, rated.stdout[-400:] + rated.stderr
