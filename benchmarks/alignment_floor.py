@@ -24,7 +24,7 @@ from torch import Tensor
 from tmca.data.layouts import open_dataset
 from tmca.files import write_json
 from tmca.imaging.reading import read_mask
-from tmca.losses import mask_dice_similarity, target_entropy
+from tmca.losses import mask_dice_similarity
 
 RESULT = Path(__file__).parent / "results" / "alignment_floor.json"
 BATCH, BATCHES, SIZE = 32, 20, 112
@@ -62,8 +62,9 @@ def measure(folder: Path) -> dict[str, Any]:
         texts = [record.text for record in records]
         distinct.append(len(set(texts)))
         for temperature in TEMPERATURES:
-            own = (similarity / temperature).softmax(dim=1).diagonal().mean().item()
-            entropy = target_entropy(similarity, temperature).item()
+            targets = (similarity / temperature).softmax(dim=1)
+            own = targets.diagonal().mean().item()
+            entropy = sum(_entropy(row) for row in targets) / len(targets)
             rows[temperature].append((own, entropy, attainable_loss(similarity, texts, temperature)))
     names = ("own_share", "entropy", "attainable")
     means = {

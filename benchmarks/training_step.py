@@ -5,7 +5,7 @@ ConvNeXt-Tiny at 224 pixels, random weights, the batch in memory, sentences of K
 every step; ours is the step of ``tmca train``: alignment at four levels, enhancement, the same segmentation loss. First
 the two are shown to compute the same function where they can: equal weights, equal logits. What alignment and
 enhancement cost is the difference to the same step without them. Each has a process of its own;
-they take turns.
+they take turns. How many operations forward and backward pass ask for is counted, too: each is a launch on a GPU.
 
     python benchmarks/training_step.py [--batch 8] [--rounds 9] [--device cpu] [--compiled]
 
@@ -16,14 +16,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
+from unittest import mock
 
 import torch
 from measuring import isolated, medians, ratios, report
 from reference.loops import Trainer
 from reference.network import Ariadne
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, ConvNextConfig
 
 from tmca.config import Experiment
@@ -42,6 +46,12 @@ TEXTS = [f"one white {shape} polyp, located in {place} of the image" for shape i
 REFERENCE = "reference, float32"
 OURS = "TMCA"
 COMPILED = "TMCA, compiled"
+OPERATIONS_AT = 64
+"""Pixels a side at which operations are counted: there are as many at any size."""
+COMPUTES_NOTHING = re.compile(
+    r"aten::(alias|as_strided|detach|expand|is_same_size|lift_fresh|(new_)?empty(_like|_strided)?|permute|reshape|select"
+    r"|_reshape_alias|slice|split|chunk|squeeze|t|transpose|unbind|unsqueeze|(_unsafe_)?view|_local_scalar_dense)"
+)
 WITHOUT = {
     "TMCA without alignment": {"alignment": NO_ALIGNMENT},
     "TMCA without enhancement": {"enhancement": NO_ENHANCEMENT},
@@ -79,10 +89,38 @@ def check_equality() -> float:
         return float((ours.eval()(images, tokens).mask_logits - expected).abs().max() / expected.abs().max())
 
 
-def reference_step(batch: int, device: torch.device) -> Callable[[], object]:
+class OperationCounter(TorchDispatchMode):
+    """Counts what PyTorch is asked to compute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+        """Compute and count."""
+        self.count += not COMPUTES_NOTHING.fullmatch(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+def operations(name: str) -> int:
+    """Return how many operations the forward and backward pass of a step by its name in the table ask for."""
+    device = torch.device("cpu")
+    if name == REFERENCE:
+        step = reference_step(2, device, OPERATIONS_AT)
+    else:
+        experiment = change(tmca(), "x", model=WITHOUT.get(name, {}))
+        step = our_step(experiment, 2, device, half=not name.endswith("float32"), compiled=False, size=OPERATIONS_AT)
+    with mock.patch.object(torch.optim.AdamW, "step"):
+        step()
+        with OperationCounter() as counter:
+            step()
+    return counter.count
+
+
+def reference_step(batch: int, device: torch.device, size: int = SIZE) -> Callable[[], object]:
     """Return a training step of the reference."""
     tokens = tokenizer()(TEXTS[:batch])
-    data = {"image": torch.randn(batch, 3, SIZE, SIZE), "mask": (torch.rand(batch, 1, SIZE, SIZE) > 0.8).float()}
+    data = {"image": torch.randn(batch, 3, size, size), "mask": (torch.rand(batch, 1, size, size) > 0.8).float()}
     data |= {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask.long()}
     data = {name: value.to(device) for name, value in data.items()}
     trainer = Trainer(baseline().to(device))
@@ -90,15 +128,15 @@ def reference_step(batch: int, device: torch.device) -> Callable[[], object]:
 
 
 def our_step(
-    experiment: Experiment, batch: int, device: torch.device, *, half: bool, compiled: bool
+    experiment: Experiment, batch: int, device: torch.device, *, half: bool, compiled: bool, size: int = SIZE
 ) -> Callable[[], object]:
     """Return a training step as ``tmca train`` takes it."""
     model = channels_last(model_of(experiment)).to(device).train()
     encode, segment = model.encode_image, model.segment
     if compiled:
         encode, segment = torch.compile(encode), torch.compile(segment)
-    images = torch.randn(batch, 3, SIZE, SIZE, device=device).contiguous(memory_format=torch.channels_last)
-    masks = torch.rand(batch, 1, SIZE, SIZE, device=device) > 0.8
+    images = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+    masks = torch.rand(batch, 1, size, size, device=device) > 0.8
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=3e-4, fused=True)
 
@@ -138,6 +176,7 @@ def main() -> None:
     builds = {name: partial(build, name, arguments.batch, device) for name in names}
     seconds, memory = isolated(builds, arguments.rounds, together=device.type == "cuda")
     middle, gains = medians(seconds), ratios(seconds, REFERENCE)
+    asked = {name: operations(name) for name in names if name != COMPILED}
     costs = {name: 1 - 1 / ratios(seconds, OURS)[name] for name in WITHOUT}
     rows = [
         {
@@ -146,6 +185,7 @@ def main() -> None:
             "× reference": f"{gains[name]:.2f}",
             "peak GB": f"{memory[name]:.2f}",
             "shorter than TMCA by": f"{costs[name]:.1%}" if name in costs else "",
+            "operations": f"{asked[name]:,}" if name in asked else "",
         }
         for name in names
     ]
@@ -159,6 +199,7 @@ def main() -> None:
         relative_difference_of_logits=difference,
         ratio_to_reference=gains,
         peak_gigabytes=memory,
+        operations=asked,
         share_of_the_step=costs,
     )
 

@@ -16,11 +16,10 @@ from torch.nn import functional
 
 from tmca.config import ObjectiveConfig
 from tmca.losses import (
-    ALONE,
     IGNORED,
-    alignment_loss,
     class_loss,
     contrastive_loss,
+    cosines,
     cross_entropy_loss,
     dice_loss,
     mask_dice_similarity,
@@ -28,7 +27,6 @@ from tmca.losses import (
     pool_masked,
     segmentation_loss,
     target_classes,
-    target_entropy,
     target_matrix,
 )
 from tmca.types import LevelEmbeddings, ModelOutput
@@ -163,113 +161,134 @@ def test_mask_dice_similarity_counts_every_pixel_under_autocast():
 # --- alignment ----------------------------------------------------------------------------------------------------
 
 
-def _pairs(seed: int, batch: int, dim: int = 5) -> tuple[Tensor, Tensor, Tensor]:
+def _pairs(seed: int, batch: int, dim: int = 5) -> tuple[LevelEmbeddings, Tensor]:
     torch.manual_seed(seed)
-    return torch.randn(batch, dim), torch.randn(batch, dim), mask_dice_similarity(_random_masks(batch))
+    level = LevelEmbeddings(torch.randn(batch, dim), torch.randn(batch, dim))
+    return level, mask_dice_similarity(_random_masks(batch))
+
+
+def _loss(level: LevelEmbeddings, similarity: Tensor, target: float = 0.1, logit: float = 0.1) -> Tensor:
+    return contrastive_loss(cosines(level), similarity, target_temperature=target, logit_temperature=logit)[0]
+
+
+def _floor(similarity: Tensor, temperature: float) -> Tensor:
+    views = torch.zeros(1, *similarity.shape)
+    return contrastive_loss(views, similarity, target_temperature=temperature, logit_temperature=1.0)[1]
+
+
+def test_cosines_by_hand():
+    level = LevelEmbeddings(torch.tensor([[3.0, 0.0], [0.0, 5.0]]), torch.tensor([[1.0, 1.0], [-7.0, 0.0]]))
+    half = math.sqrt(0.5)
+    torch.testing.assert_close(cosines(level)[0], torch.tensor([[half, -1.0], [half, 0.0]]))
+    torch.testing.assert_close(cosines(level)[1], cosines(level)[0].T)
 
 
 def test_contrastive_loss_by_hand():
-    images, texts = torch.tensor([[3.0, 0.0], [0.0, 5.0]]), torch.tensor([[0.0, 2.0], [7.0, 0.0]])
+    level = LevelEmbeddings(torch.tensor([[3.0, 0.0], [0.0, 5.0]]), torch.tensor([[0.0, 2.0], [7.0, 0.0]]))
+    exchanged = replace(level, text_embedding=level.text_embedding.flip(0))
     target, predicted = _sigmoid(1 / 0.5), _sigmoid(1 / 2.0)
-    temperatures = {"target_temperature": 0.5, "logit_temperature": 2.0}
     # Each image is nearest to the other one's sentence, and the other way round once the texts are exchanged.
     wrong = -(target * math.log(1 - predicted) + (1 - target) * math.log(predicted))
     right = -(target * math.log(predicted) + (1 - target) * math.log(1 - predicted))
-    assert float(contrastive_loss(images, texts, torch.eye(2), **temperatures)) == pytest.approx(wrong)
-    assert float(contrastive_loss(images, texts.flip(0), torch.eye(2), **temperatures)) == pytest.approx(right)
+    assert float(_loss(level, torch.eye(2), 0.5, 2.0)) == pytest.approx(wrong)
+    assert float(_loss(exchanged, torch.eye(2), 0.5, 2.0)) == pytest.approx(right)
 
 
-def test_contrastive_loss_averages_both_directions():
-    images, texts, similarity = _pairs(0, 4)
-    logits = functional.normalize(images) @ functional.normalize(texts).T / 0.3
+def test_contrastive_loss_averages_directions_and_levels():
+    levels = [_pairs(seed, 4, dim=3 + seed)[0] for seed in range(3)]
+    similarity = _pairs(0, 4)[1]
     targets = torch.softmax(similarity / 0.2, dim=1)
-    image_to_text = functional.cross_entropy(logits, targets)
-    text_to_image = functional.cross_entropy(logits.T, targets)
-    assert abs(float(image_to_text - text_to_image)) > 1e-3
-    loss = contrastive_loss(images, texts, similarity, target_temperature=0.2, logit_temperature=0.3)
-    torch.testing.assert_close(loss, (image_to_text + text_to_image) / 2)
+    expected = []
+    for level in levels:
+        logits = functional.normalize(level.image_embedding) @ functional.normalize(level.text_embedding).T / 0.3
+        both = [functional.cross_entropy(logits, targets), functional.cross_entropy(logits.T, targets)]
+        assert abs(float(both[0] - both[1])) > 1e-3
+        torch.testing.assert_close(_loss(level, similarity, 0.2, 0.3), sum(both) / 2)
+        expected.append(sum(both) / 2)
+    views = torch.cat([cosines(level) for level in levels])
+    loss, _ = contrastive_loss(views, similarity, target_temperature=0.2, logit_temperature=0.3)
+    torch.testing.assert_close(loss, torch.stack(expected).mean())
 
 
 def test_contrastive_loss_moves_both_modalities():
-    images, texts, similarity = _pairs(0, 4)
-    images.requires_grad_()
-    texts.requires_grad_()
-    contrastive_loss(images, texts, similarity, target_temperature=0.1, logit_temperature=0.1).backward()
-    assert (images.grad.norm(dim=1) > 1e-4).all()
-    assert (texts.grad.norm(dim=1) > 1e-4).all()
+    level, similarity = _pairs(0, 4)
+    sides = level.image_embedding.requires_grad_(), level.text_embedding.requires_grad_()
+    _loss(level, similarity).backward()
+    assert all((side.grad.norm(dim=1) > 1e-4).all() for side in sides)
 
 
 @given(SEEDS, st.integers(2, 6), TEMPERATURES, TEMPERATURES)
 def test_laws_of_the_contrastive_loss(seed: int, batch: int, target_temperature: float, logit_temperature: float):
-    images, texts, similarity = _pairs(seed, batch)
-    temperatures = {"target_temperature": target_temperature, "logit_temperature": logit_temperature}
-    loss = contrastive_loss(images, texts, similarity, **temperatures)
+    level, similarity = _pairs(seed, batch)
+    images, texts = level.image_embedding, level.text_embedding
+    temperatures = target_temperature, logit_temperature
+    loss = _loss(level, similarity, *temperatures)
     order = torch.randperm(batch)
-    permuted = contrastive_loss(images[order], texts[order], similarity[order][:, order], **temperatures)
+    permuted = _loss(LevelEmbeddings(images[order], texts[order]), similarity[order][:, order], *temperatures)
     torch.testing.assert_close(permuted, loss, rtol=1e-4, atol=1e-5)
-    exchanged = contrastive_loss(texts, images, similarity, **temperatures)
+    exchanged = _loss(LevelEmbeddings(texts, images), similarity, *temperatures)
     torch.testing.assert_close(exchanged, loss, rtol=1e-4, atol=1e-5)
-    assert float(loss) >= float(target_entropy(similarity, target_temperature)) - 1e-5
+    assert float(loss) >= float(_floor(similarity, target_temperature)) - 1e-5
     lengths = torch.rand(batch, 1) + 0.1
-    torch.testing.assert_close(contrastive_loss(images * lengths, texts, similarity, **temperatures), loss)
+    torch.testing.assert_close(_loss(LevelEmbeddings(images * lengths, texts), similarity, *temperatures), loss)
 
 
 @given(SEEDS, st.integers(2, 6), TEMPERATURES, TEMPERATURES)
 def test_identity_targets_give_the_loss_of_clip(
     seed: int, batch: int, target_temperature: float, logit_temperature: float
 ):
-    images, texts, _ = _pairs(seed, batch)
-    logits = functional.normalize(images) @ functional.normalize(texts).T / logit_temperature
+    level, _ = _pairs(seed, batch)
+    logits = cosines(level)[0] / logit_temperature
     pairs = torch.arange(batch)
     clip = (functional.cross_entropy(logits, pairs) + functional.cross_entropy(logits.T, pairs)) / 2
-    config = ObjectiveConfig(
-        targets="identity", target_temperature=target_temperature, logit_temperature=logit_temperature
-    )
-    targets = target_matrix(_random_masks(batch), config, ALONE, [batch])
-    loss = alignment_loss({"global": LevelEmbeddings(images, texts)}, targets, config)
+    targets = target_matrix(_random_masks(batch), ObjectiveConfig(targets="identity"))
+    loss = _loss(level, targets, target_temperature, logit_temperature)
     torch.testing.assert_close(loss, clip, rtol=1e-4, atol=1e-5)
+    assert float(_floor(targets, target_temperature)) == 0
 
 
 def test_the_floor_is_reached_where_cosines_equal_the_similarity():
     similarity = torch.tensor([[1.0, 0.5, 0.2], [0.5, 1.0, 0.4], [0.2, 0.4, 1.0]])
     vectors = torch.linalg.cholesky(similarity).requires_grad_()
-    loss = contrastive_loss(vectors, vectors, similarity, target_temperature=0.3, logit_temperature=0.3)
-    torch.testing.assert_close(loss, target_entropy(similarity, 0.3))
+    loss = _loss(LevelEmbeddings(vectors, vectors), similarity, 0.3, 0.3)
+    torch.testing.assert_close(loss, _floor(similarity, 0.3))
     loss.backward()
     assert vectors.grad.abs().max() < 1e-5
 
 
-def test_target_entropy_by_hand():
+def test_the_floor_by_hand():
     share = _sigmoid(1 / 0.5)
     expected = -(share * math.log(share) + (1 - share) * math.log(1 - share))
-    assert float(target_entropy(torch.eye(2), 0.5)) == pytest.approx(expected)
-    assert float(target_entropy(torch.ones(4, 4), 0.1)) == pytest.approx(math.log(4))
+    assert float(_floor(torch.eye(2), 0.5)) == pytest.approx(expected)
+    assert float(_floor(torch.ones(4, 4), 0.1)) == pytest.approx(math.log(4))
 
 
 def test_autocast_does_not_reach_the_alignment():
-    images, texts, similarity = _pairs(0, 6, dim=64)
-    temperatures = {"target_temperature": 0.1, "logit_temperature": 0.1}
-    expected = contrastive_loss(images, texts, similarity, **temperatures)
+    level, similarity = _pairs(0, 6, dim=64)
+    expected = _loss(level, similarity)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(contrastive_loss(images, texts, similarity, **temperatures), expected)
-        half = contrastive_loss(images.bfloat16(), texts.bfloat16(), similarity, **temperatures)
+        assert torch.equal(_loss(level, similarity), expected)
+        half = _loss(LevelEmbeddings(level.image_embedding.bfloat16(), level.text_embedding.bfloat16()), similarity)
     assert half.dtype == torch.float32
     assert float(half) == pytest.approx(float(expected), rel=0.02)
 
 
-def test_alignment_loss_is_the_mean_over_levels():
-    levels = {}
-    for seed, name in enumerate(("8", "32", "global")):
-        images, texts, similarity = _pairs(seed, 4, dim=3 + seed)
-        levels[name] = LevelEmbeddings(images, texts)
-    config = ObjectiveConfig(target_temperature=0.2, logit_temperature=0.3)
-    alone = [
-        contrastive_loss(
-            level.image_embedding, level.text_embedding, similarity, target_temperature=0.2, logit_temperature=0.3
-        )
-        for level in levels.values()
-    ]
-    torch.testing.assert_close(alignment_loss(levels, similarity, config), torch.stack(alone).mean())
+@pytest.mark.parametrize(
+    "present", [[True, False, True, True], [True, False, False, True], [False, False, False, True]]
+)
+def test_pairs_that_are_left_out_are_as_if_they_were_not_there(present: list[bool]):
+    level, similarity = _pairs(0, 4)
+    sides = level.image_embedding.requires_grad_(), level.text_embedding.requires_grad_()
+    chosen = torch.tensor(present)
+    temperatures = {"target_temperature": 0.2, "logit_temperature": 0.3}
+    weights = chosen / chosen.sum()
+    loss, floor = contrastive_loss(cosines(level), similarity, **temperatures, weights=weights, candidates=chosen)
+    alone = LevelEmbeddings(*(side[chosen] for side in sides))
+    expected = contrastive_loss(cosines(alone), similarity[chosen][:, chosen], **temperatures)
+    torch.testing.assert_close((loss, floor), expected)
+    gradients = torch.autograd.grad(loss, sides)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected[0], sides))
+    assert not any(gradient[~chosen].any() for gradient in gradients)
 
 
 # --- the sum ------------------------------------------------------------------------------------------------------
@@ -279,8 +298,8 @@ ALIGNMENT = {"alignment_loss", "alignment_excess"}
 
 
 def _output(*present: bool, levels: int = 2) -> ModelOutput:
-    """Return the output of a model for as many images as flags, with the embeddings of those that have a sentence."""
-    count = sum(present)
+    """Return the output of a model for as many images as flags, which tell whether they have a sentence."""
+    count = len(present)
     alignments = {
         str(8 * 2**level): LevelEmbeddings(torch.randn(count, 5), torch.randn(count, 5)) for level in range(levels)
     }
@@ -297,26 +316,42 @@ def test_the_objective_names_its_terms():
     assert 0 <= float(floor) <= math.log(3) + 1e-6
 
 
-@pytest.mark.parametrize(
-    ("present", "levels"),
-    [((True,), 2), ((False, True, False), 2), ((False, False), 2), ((True, True), 0)],
-    ids=["batch of one", "one sentence", "no sentence", "no aligned level"],
-)
+@pytest.mark.parametrize(("present", "levels"), [((True,), 2), ((True, True), 0)], ids=["one image", "no level"])
 def test_nothing_to_contrast_leaves_the_alignment_out(present: tuple[bool, ...], levels: int):
     losses = objective(_output(*present, levels=levels), _random_masks(len(present)), ObjectiveConfig())
     assert losses.keys() == SEGMENTATION
     assert torch.equal(losses["loss"], losses["segmentation_loss"])
 
 
-def test_only_the_masks_of_images_with_a_sentence_are_contrasted():
+@pytest.mark.parametrize("targets", ["mask_dice", "identity"])
+@pytest.mark.parametrize("present", [(False, True, False), (False, False)], ids=["one sentence", "no sentence"])
+def test_fewer_than_two_sentences_cost_and_teach_nothing(present: tuple[bool, ...], targets: str):
+    output = _output(*present)
+    vectors = [level.image_embedding.requires_grad_() for level in output.alignments.values()]
+    losses = objective(output, _random_masks(len(present)), ObjectiveConfig(targets=targets))
+    assert losses["alignment_loss"] == losses["alignment_excess"] == 0
+    assert torch.equal(losses["loss"], losses["segmentation_loss"])
+    losses["loss"].backward()
+    assert not any(vector.grad.any() for vector in vectors)
+
+
+def test_only_images_with_a_sentence_are_contrasted():
     output, masks = _output(True, False, True, True), _random_masks(4)
     losses = objective(output, masks, ObjectiveConfig())
-    expected = alignment_loss(output.alignments, mask_dice_similarity(masks[[0, 2, 3]]), ObjectiveConfig())
-    assert torch.equal(losses["alignment_loss"], expected)
+    chosen = [0, 2, 3]
+    levels = {
+        name: LevelEmbeddings(level.image_embedding[chosen], level.text_embedding[chosen])
+        for name, level in output.alignments.items()
+    }
+    fewer = replace(output, mask_logits=output.mask_logits[chosen], alignments=levels, present=output.present[chosen])
+    expected = objective(fewer, masks[chosen], ObjectiveConfig())
+    for name in ALIGNMENT:
+        torch.testing.assert_close(losses[name], expected[name])
     other = masks.clone()
     other[1] = ~other[1]
-    assert torch.equal(objective(output, other, ObjectiveConfig())["alignment_loss"], expected)
-    assert not torch.equal(objective(output, other, ObjectiveConfig())["dice_loss"], losses["dice_loss"])
+    changed = objective(output, other, ObjectiveConfig())
+    assert torch.equal(changed["alignment_loss"], losses["alignment_loss"])
+    assert not torch.equal(changed["dice_loss"], losses["dice_loss"])
 
 
 @pytest.mark.parametrize(

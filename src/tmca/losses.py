@@ -7,7 +7,7 @@ gradient; see :class:`Group`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
@@ -23,6 +23,8 @@ from tmca.types import LevelEmbeddings, ModelOutput
 DICE_SMOOTHING = 1e-5
 IGNORED = -100
 """Class of a target that has none (PyTorch's own value)."""
+NEVER = -1e9
+"""Logit of what is out of the question; finite, so that nothing becomes undefined where everything is."""
 SIZE_LIMITS = (0.1, 0.3)
 """Share of the image from which a bounding box is medium, and large."""
 
@@ -143,53 +145,76 @@ def mask_dice_similarity(
         return torch.where(total > 0, overlap / total.clamp(min=1), torch.ones_like(overlap))
 
 
+class Group:
+    """The processes that share a batch, each with as many rows: by default this one alone."""
+
+    size = 1
+    rank = 0
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Return the rows of all processes in the order of their ranks; gradients flow back to whose rows they are."""
+        return rows
+
+
+ALONE = Group()
+
+
+def cosines(level: LevelEmbeddings, group: Group = ALONE) -> Float[Tensor, "2 batch all"]:
+    """Return the cosine of each image with every sentence, and of each sentence with every image, of one level."""
+    with torch.autocast(level.image_embedding.device.type, enabled=False):
+        images = functional.normalize(level.image_embedding.float(), dim=1)
+        texts = functional.normalize(level.text_embedding.float(), dim=1)
+        return torch.stack([images @ group.gather(texts).T, texts @ group.gather(images).T])
+
+
+def target_matrix(
+    masks: Bool[Tensor, "batch 1 height width"], config: ObjectiveConfig, group: Group = ALONE
+) -> Float[Tensor, "batch all"]:
+    """Return how alike the target of each pair of this process is to that of every pair of the group."""
+    if config.targets == "mask_dice":
+        return mask_dice_similarity(masks, group.gather(masks))
+    # A temperature cannot make a softmax one-hot, so the targets are scaled far beyond it.
+    everyone = torch.eye(len(masks) * group.size, device=masks.device) * 1e4
+    return everyone[group.rank * len(masks) :][: len(masks)]
+
+
 def contrastive_loss(
-    image_embedding: Float[Tensor, "batch dim"],
-    text_embedding: Float[Tensor, "batch dim"],
+    views: Float[Tensor, "views batch all"],
     target_similarity: Float[Tensor, "batch all"],
     *,
     target_temperature: float,
     logit_temperature: float,
-    candidates: LevelEmbeddings | None = None,
-) -> Float[Tensor, ""]:
-    """Return the semantic contrastive loss of one level, both directions averaged (Eq. 1).
+    weights: Float[Tensor, " batch"] | None = None,
+    candidates: Bool[Tensor, " all"] | None = None,
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Return the semantic contrastive loss (Eq. 1), and the least value that it can take.
 
-    Cross-entropy between the softmax of ``target_similarity`` and the softmax of the cosines, over the texts for each
-    image and over the images for each text. With one-hot targets it is the CLIP loss. Its floor is the entropy of the
-    targets, not zero; see :func:`target_entropy`.
+    Cross-entropy between the softmax of ``target_similarity`` and the softmax of the cosines. With one-hot targets it
+    is the CLIP loss. Its floor is the entropy of the targets, not zero.
 
     Args:
-        image_embedding: One vector an image.
-        text_embedding: One vector a sentence, in the same space.
+        views: Cosines of each pair with every candidate. A level has two views (:func:`cosines`); all are averaged,
+            and with them directions and levels (the paper's MAS).
         target_similarity: How alike the targets of pair p and pair q are, in [0, 1].
         target_temperature: The paper's tau_1.
         logit_temperature: The paper's tau_2.
-        candidates: The pairs that each pair is contrasted with, where these are more than the batch itself.
+        weights: What each pair counts; by default all alike, one together.
+        candidates: Which pairs there are to be contrasted with; by default all.
 
     Source:
         Li et al., TMCA, Sec. 3.2, Eq. 1.
     """
-    with torch.autocast(image_embedding.device.type, enabled=False):
-        images = functional.normalize(image_embedding.float(), dim=1)
-        texts = functional.normalize(text_embedding.float(), dim=1)
-        targets = (target_similarity.float() / target_temperature).softmax(dim=1)
-        all_images, all_texts = images, texts
-        if candidates is not None:
-            all_images = functional.normalize(candidates.image_embedding.float(), dim=1)
-            all_texts = functional.normalize(candidates.text_embedding.float(), dim=1)
-        image_to_text = images @ all_texts.T / logit_temperature
-        text_to_image = texts @ all_images.T / logit_temperature
-        return (_cross_entropy(targets, image_to_text) + _cross_entropy(targets, text_to_image)) / 2
-
-
-def _cross_entropy(targets: Float[Tensor, "batch all"], logits: Float[Tensor, "batch all"]) -> Float[Tensor, ""]:
-    return -(targets * logits.log_softmax(dim=1)).sum() / max(1, len(targets))
-
-
-def target_entropy(target_similarity: Float[Tensor, "batch all"], temperature: float) -> Float[Tensor, ""]:
-    """Return the mean entropy of the softened targets: the least value :func:`contrastive_loss` can take."""
-    log_targets = (target_similarity.float() / temperature).log_softmax(dim=1)
-    return -(log_targets.exp() * log_targets).sum() / max(1, len(log_targets))
+    target_logits, logits = target_similarity.float() / target_temperature, views / logit_temperature
+    if candidates is not None:
+        # Left out by value, not by index: a GPU would have to be waited for until it tells how many there are.
+        target_logits, logits = (each.masked_fill(~candidates, NEVER) for each in (target_logits, logits))
+    log_targets = target_logits.log_softmax(dim=-1)
+    targets = log_targets.exp()
+    loss = -(targets * logits.log_softmax(dim=-1).mean(dim=0)).sum(dim=1)
+    floor = -(targets * log_targets).sum(dim=1)
+    if weights is None:
+        return loss.mean(), floor.mean()
+    return (weights * loss).sum(), (weights * floor).sum()
 
 
 def pool_masked(level: LevelEmbeddings, masks: Bool[Tensor, "batch 1 height width"]) -> LevelEmbeddings:
@@ -210,37 +235,6 @@ def pool_masked(level: LevelEmbeddings, masks: Bool[Tensor, "batch 1 height widt
     return LevelEmbeddings(torch.where(covered > 0, inside, level.image_embedding.float()), level.text_embedding)
 
 
-def alignment_loss(
-    alignments: Mapping[str, LevelEmbeddings],
-    target_similarity: Float[Tensor, "batch all"],
-    config: ObjectiveConfig,
-    candidates: Mapping[str, LevelEmbeddings] | None = None,
-) -> Float[Tensor, ""]:
-    """Return the contrastive loss averaged over the aligned levels (MAS); zero where there is nothing to contrast.
-
-    Args:
-        alignments: Level → embeddings; at least one level.
-        target_similarity: From :func:`target_matrix`.
-        config: Targets and temperatures.
-        candidates: Level → what to contrast with; see :func:`contrastive_loss`.
-
-    Source:
-        Li et al., TMCA, Sec. 3.2.
-    """
-    levels = [
-        contrastive_loss(
-            level.image_embedding,
-            level.text_embedding,
-            target_similarity,
-            target_temperature=config.target_temperature,
-            logit_temperature=config.logit_temperature,
-            candidates=None if candidates is None else candidates[name],
-        )
-        for name, level in alignments.items()
-    ]
-    return torch.stack(levels).mean()
-
-
 def segmentation_loss(
     mask_logits: Float[Tensor, "batch 1 height width"],
     masks: Bool[Tensor, "batch 1 height width"],
@@ -256,44 +250,15 @@ def segmentation_loss(
     }
 
 
-class Group:
-    """The processes that share a batch: by default this one alone."""
-
-    size = 1
-    rank = 0
-
-    def counts(self, count: int) -> list[int]:
-        """Return how many rows each process has, this one having ``count``."""
-        return [count]
-
-    def gather(self, rows: Tensor, counts: Sequence[int]) -> Tensor:  # noqa: ARG002
-        """Return the rows of all processes in the order of their ranks; gradients flow back to whose rows they are."""
-        return rows
-
-
-ALONE = Group()
-
-
-def target_matrix(
-    masks: Bool[Tensor, "batch 1 height width"], config: ObjectiveConfig, group: Group, counts: Sequence[int]
-) -> Float[Tensor, "batch all"]:
-    """Return how alike the target of each pair of this process is to that of every pair of the group."""
-    if config.targets == "mask_dice":
-        return mask_dice_similarity(masks, group.gather(masks, counts))
-    # A temperature cannot make a softmax one-hot, so the targets are scaled far beyond it.
-    first = sum(counts[: group.rank])
-    return torch.eye(sum(counts), device=masks.device)[first : first + len(masks)] * 1e4
-
-
 def objective(
     output: ModelOutput, masks: Bool[Tensor, "batch 1 height width"], config: ObjectiveConfig, group: Group = ALONE
 ) -> dict[str, Float[Tensor, ""]]:
     """Return every term of the loss by name; ``loss`` is the one to minimise (Eq. 4).
 
     ``alignment_loss`` (and ``alignment_excess``, what it lies above the entropy of its targets: 0 is perfect) is there
-    when the model aligns and at least two images of the batch have a sentence; one image has nothing to be contrasted
-    with. Side logits are supervised like the mask's, all averaged (``segmentation_loss`` remains that of the mask);
-    ``class_loss`` is there for methods that classify the target.
+    when the model aligns and the batch has at least two images; both are zero where fewer than two have a sentence, for
+    there is nothing to contrast. Side logits are supervised like the mask's, all averaged (``segmentation_loss``
+    remains that of the mask); ``class_loss`` is there for methods that classify the target.
 
     Args:
         output: Of the model.
@@ -301,32 +266,28 @@ def objective(
         config: Weights, targets and temperatures.
         group: The processes that share the batch, each with as many images; all must call this.
     """
-    alike = [len(masks)] * group.size
     supervised, truth = (output.mask_logits, *output.side_logits), masks
     if group.size > 1 and (config.dice_form == "batch" or config.cross_entropy_form == "balanced"):
         # These forms are no mean over images.
-        supervised, truth = tuple(group.gather(logits, alike) for logits in supervised), group.gather(masks, alike)
+        supervised, truth = tuple(group.gather(logits) for logits in supervised), group.gather(masks)
     terms = [segmentation_loss(logits, truth, config) for logits in supervised]
     losses = terms[0]
     losses["loss"] = torch.stack([term["segmentation_loss"] for term in terms]).mean()
     if output.class_logits:
-        classes = {name: group.gather(logits, alike) for name, logits in output.class_logits.items()}
-        losses["class_loss"] = class_loss(classes, group.gather(masks, alike))
+        classes = {name: group.gather(logits) for name, logits in output.class_logits.items()}
+        losses["class_loss"] = class_loss(classes, group.gather(masks))
         losses["loss"] = losses["loss"] + config.class_weight * losses["class_loss"]
-    counts = group.counts(int(output.present.sum())) if output.alignments else [0]
-    if sum(counts) > 1:
-        targets = masks[output.present]
-        similarity = target_matrix(targets, config, group, counts)
-        levels = {name: pool_masked(level, targets) for name, level in output.alignments.items()}
-        candidates = {
-            name: LevelEmbeddings(
-                group.gather(level.image_embedding, counts), group.gather(level.text_embedding, counts)
-            )
-            for name, level in levels.items()
-        }
-        share = len(targets) * group.size / sum(counts)
-        losses["alignment_loss"] = share * alignment_loss(levels, similarity, config, candidates)
-        floor = share * target_entropy(similarity, config.target_temperature) if config.targets == "mask_dice" else 0.0
+    if output.alignments and len(masks) * group.size > 1:
+        everyone = group.gather(output.present)
+        views = [cosines(pool_masked(level, masks), group) for level in output.alignments.values()]
+        losses["alignment_loss"], floor = contrastive_loss(
+            torch.cat(views),
+            target_matrix(masks, config, group),
+            target_temperature=config.target_temperature,
+            logit_temperature=config.logit_temperature,
+            weights=output.present * group.size / everyone.sum().clamp(min=1),
+            candidates=everyone,
+        )
         losses["alignment_excess"] = (losses["alignment_loss"] - floor).detach()
         losses["loss"] = losses["loss"] + config.alignment_weight * losses["alignment_loss"]
     return losses

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -128,7 +128,7 @@ class TextFeatures:
     attention_mask: Bool[Tensor, "batch tokens"]
     sentence_embedding: Float[Tensor, "batch sentence_dim"]
 
-    @property
+    @cached_property
     def present(self) -> Bool[Tensor, " batch"]:
         """Which images have a sentence."""
         return self.attention_mask.any(dim=1)
@@ -235,8 +235,8 @@ class ModelOutput:
 
     Attributes:
         mask_logits: Before the sigmoid, at the size of the input images.
-        alignments: Level name (``"8"``, ``"16"``, ``"32"``, ``"global"``) → embeddings of the images that have a
-            sentence; empty for methods that do not align or that were given no text.
+        alignments: Level name (``"8"``, ``"16"``, ``"32"``, ``"global"``) → embeddings; those of an image without a
+            sentence mean nothing. Empty for methods that do not align or that were given no text.
         present: Which images of the batch have a sentence, in the order of the batch.
         side_logits: Further logits of the same size that training supervises like ``mask_logits`` (deep supervision).
         class_logits: Name of an attribute of the target (see :func:`tmca.losses.target_classes`) → logits

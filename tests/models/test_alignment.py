@@ -48,40 +48,29 @@ def test_the_sentence_is_projected_into_every_level():
 def test_image_embeddings_are_averages_over_positions():
     heads = AlignmentHeads(TEXT_DIM, DIMS, DIMS)
     images = _images()
-    everyone = torch.ones(3, dtype=torch.bool)
-    embeddings = heads(images, heads.project(_text()), everyone)
+    projected = heads.project(_text())
+    embeddings = heads(images, projected)
     assert list(embeddings) == list(DIMS)
     for stride in (8, 16, 32):
         expected = images.feature_maps[stride].flatten(2).sum(dim=2) / (64 // stride * 96 // stride)
         torch.testing.assert_close(embeddings[str(stride)].image_embedding, expected)
     assert torch.equal(embeddings["global"].image_embedding, images.image_embedding)
-
-
-def test_only_images_with_a_sentence_are_aligned():
-    heads = AlignmentHeads(TEXT_DIM, DIMS, DIMS)
-    text, images = _text(), _images()
-    projected = heads.project(text)
-    embeddings = heads(images, projected, text.present)
     for level, level_embeddings in embeddings.items():
-        assert torch.equal(level_embeddings.text_embedding, projected[level][[0, 2]])
-        assert level_embeddings.image_embedding.shape == (2, DIMS[level])
-    assert torch.equal(embeddings["global"].image_embedding, images.image_embedding[[0, 2]])
+        assert torch.equal(level_embeddings.text_embedding, projected[level])
 
 
 @pytest.mark.parametrize("aligned", [[], ["global"], ["16", "global"]])
 def test_heads_that_serve_the_enhancement_are_not_aligned(aligned: list[str]):
     heads = AlignmentHeads(TEXT_DIM, DIMS, aligned)
-    text = _text()
-    assert list(heads(_images(), heads.project(text), text.present)) == aligned
+    assert list(heads(_images(), heads.project(_text()))) == aligned
     assert set(heads.heads) == set(DIMS)
 
 
 def _level(pooling: str) -> tuple[LevelEmbeddings, Tensor, Tensor]:
     heads = AlignmentHeads(6, {"8": 4}, ["8"], pooling=pooling, attention_temperature=0.1)
     maps, text = torch.randn(3, 4, 2, 2), torch.randn(3, 4)
-    present = torch.tensor([True, False, True])
-    levels = heads(ImageFeatures({8: maps}, None, (16, 16)), {"8": text}, present)
-    return levels["8"], maps[present], text[present]
+    levels = heads(ImageFeatures({8: maps}, None, (16, 16)), {"8": text})
+    return levels["8"], maps, text
 
 
 def test_the_image_vector_may_be_taken_where_the_sentence_points():
@@ -105,10 +94,9 @@ def test_the_map_goes_to_the_loss_only_where_the_mask_pools_it():
 def test_the_image_side_may_be_left_alone(pooling: str):
     maps, pooled = torch.randn(2, 4, 2, 2, requires_grad=True), torch.randn(2, 7, requires_grad=True)
     images = ImageFeatures({8: maps}, pooled, (16, 16))
-    present = torch.ones(2, dtype=torch.bool)
     for trained in (True, False):
         heads = AlignmentHeads(6, {"8": 4, "global": 7}, ["8", "global"], pooling=pooling, train_image_encoder=trained)
-        levels = heads(images, heads.project(_text(2)), present)
+        levels = heads(images, heads.project(_text(2)))
         sides = [level.image_embedding.sum() for level in levels.values()]
         sides += [level.feature_map.sum() for level in levels.values() if level.feature_map is not None]
         sides = [side for side in sides if side.requires_grad]  # "attended" weights the map by the sentence

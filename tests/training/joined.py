@@ -40,11 +40,10 @@ class Network(nn.Module):
 
     def forward(self, inputs: torch.Tensor, present: torch.Tensor) -> ModelOutput:
         """Return logits, a pooled level, a level to be pooled over the mask, and classes."""
-        rows = inputs[present]
-        maps = self.image(rows)[:, :, None, None] * torch.linspace(0.5, 2, 16).view(1, 1, 4, 4)
+        maps = self.image(inputs)[:, :, None, None] * torch.linspace(0.5, 2, 16).view(1, 1, 4, 4)
         levels = {
-            "global": LevelEmbeddings(self.image(rows), self.text(rows)),
-            "8": LevelEmbeddings(maps.mean((2, 3)), self.text(rows).sin(), maps),
+            "global": LevelEmbeddings(self.image(inputs), self.text(inputs)),
+            "8": LevelEmbeddings(maps.mean((2, 3)), self.text(inputs).sin(), maps),
         }
         logits = self.logits(inputs).view(-1, 1, SIDE, SIDE)
         classes = {"count": self.classes(inputs)}

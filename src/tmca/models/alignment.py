@@ -65,22 +65,20 @@ class AlignmentHeads(nn.Module):
         """Return the sentence embedding in the space of each level."""
         return {level: head(text.sentence_embedding) for level, head in self.heads.items()}
 
-    def forward(
-        self, images: ImageFeatures, projected: Mapping[str, Tensor], present: Tensor
-    ) -> dict[str, LevelEmbeddings]:
-        """Return the embeddings of the aligned levels, of the images that have a sentence.
+    def forward(self, images: ImageFeatures, projected: Mapping[str, Tensor]) -> dict[str, LevelEmbeddings]:
+        """Return the embeddings of the aligned levels.
 
         The image feature of the global level is the encoder's pooled embedding.
         """
         embeddings = {}
         for level in self.aligned:
-            text = projected[level][present]
+            text = projected[level]
             if level == GLOBAL_LEVEL:
                 if images.image_embedding is None:
                     raise TypeError("the image encoder gives no pooled embedding to align")
-                embeddings[level] = LevelEmbeddings(self._image_side(images.image_embedding[present]), text)
+                embeddings[level] = LevelEmbeddings(self._image_side(images.image_embedding), text)
                 continue
-            feature_map = self._image_side(images.feature_maps[int(level)][present])
+            feature_map = self._image_side(images.feature_maps[int(level)])
             weighted = feature_map
             if self.pooling == "attended":
                 weighted = feature_map * target_attention(feature_map, text, self.attention_temperature)

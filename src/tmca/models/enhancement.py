@@ -8,6 +8,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+SHORTEST = 1e-12
+"""Length at which a vector counts as zero (that of ``torch.nn.functional.normalize``)."""
+
 
 def target_attention(
     feature_map: Float[Tensor, "batch channels rows cols"],
@@ -33,10 +36,11 @@ def target_attention(
     """
     batch, _, rows, cols = feature_map.shape
     with torch.autocast(feature_map.device.type, enabled=False):
-        positions = nn.functional.normalize(feature_map.float().flatten(2), dim=1)
+        positions = feature_map.float().flatten(2)
         direction = nn.functional.normalize(text_embedding.float(), dim=1)
-        similarity = torch.einsum("bcn,bc->bn", positions, direction)
-        attention = (similarity / temperature).softmax(dim=1) * (rows * cols)
+        # Divided by the length afterwards: one number a position, not a second map.
+        similarity = torch.einsum("bcn,bc->bn", positions, direction) / positions.norm(dim=1).clamp(min=SHORTEST)
+        attention: Tensor = (similarity / temperature).softmax(dim=1) * (rows * cols)
     return attention.view(batch, 1, rows, cols)
 
 

@@ -254,8 +254,10 @@ class TextEncoder(nn.Module):
             return features
         self._remember([text for text in texts if text and text.strip()])
         nothing = torch.zeros(self.max_tokens, self.text_dim)
-        rows = [self._cache[text] if text and text.strip() else nothing for text in texts]
-        return self._features(torch.stack(rows).to(device), tokens.attention_mask)
+        words = torch.stack([self._cache[text] if text and text.strip() else nothing for text in texts])
+        if device.type == "cuda":  # copied while it computes; from other memory it would be waited for
+            words = words.pin_memory()
+        return self._features(words.to(device, non_blocking=True), tokens.attention_mask)
 
     def forget(self) -> None:
         """Forget the features of the sentences seen so far."""

@@ -100,7 +100,7 @@ class TMCA(SegmentationModel):
 
         if text is None:
             return ModelOutput(mask_logits, {}, nobody(images))
-        alignments = self.alignment(images, projected, text.present) if self.alignment is not None else {}
+        alignments = self.alignment(images, projected) if self.alignment is not None else {}
         return ModelOutput(mask_logits, alignments, text.present)
 
     def target_attention(self, images: ImageFeatures, text: TextFeatures) -> Float[Tensor, "batch 1 rows cols"] | None:

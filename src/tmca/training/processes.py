@@ -8,7 +8,6 @@ of one process with the whole batch: the same loss, the same gradients.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -122,23 +121,13 @@ class JoinedGroup(Group):
     def __init__(self) -> None:
         self.size = distributed.get_world_size()
         self.rank = distributed.get_rank()
-        self.device = torch.device("cpu" if distributed.get_backend() == "gloo" else torch.cuda.current_device())
 
-    def counts(self, count: int) -> list[int]:
-        """Return how many rows each process has."""
-        parts = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.size)]
-        distributed.all_gather(parts, torch.tensor([count], device=self.device))
-        return [int(part) for part in parts]
-
-    def gather(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        """Return the rows of all processes; fewer rows than the most are padded on the way."""
+    def gather(self, rows: Tensor) -> Tensor:
+        """Return the rows of all processes."""
         if rows.dtype == torch.bool:
-            return self.gather(rows.to(torch.uint8), counts).bool()
-        missing = max(counts) - len(rows)
-        padded = torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows
-        joined: Tensor = _Gathered.apply(padded.contiguous(), self.rank)  # type: ignore[no-untyped-call]
-        parts = joined.unflatten(0, (self.size, -1))  # type: ignore[no-untyped-call]
-        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+            return self.gather(rows.to(torch.uint8)).bool()
+        joined: Tensor = _Gathered.apply(rows.contiguous(), self.rank)  # type: ignore[no-untyped-call]
+        return joined
 
 
 class _Gathered(torch.autograd.Function):
