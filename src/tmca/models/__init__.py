@@ -10,6 +10,7 @@ from tmca.errors import ConfigError, unknown_name
 from tmca.models import tmca
 from tmca.models.base import Builder, Parts, SegmentationModel
 from tmca.models.baselines import cpam, lga, lvit, tganet, unet
+from tmca.models.operations import avoid_faults
 from tmca.models.text import SentenceTokenizer
 from tmca.models.tmca import TMCA
 
@@ -51,7 +52,9 @@ def build_model(
     """
     if config.method not in _METHODS:
         raise unknown_name("method", config.method, _METHODS)
-    return _METHODS[config.method](config, Parts(sentences, tokenizer, text_architecture, load_weights))
+    model = _METHODS[config.method](config, Parts(sentences, tokenizer, text_architecture, load_weights))
+    avoid_faults(model)
+    return model
 
 
 def list_models() -> tuple[str, ...]:

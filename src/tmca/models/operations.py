@@ -1,4 +1,4 @@
-"""Operations that PyTorch computes slowly on a CPU, computed another way there, with the same results.
+"""Operations that PyTorch computes slowly, or wrongly, on a CPU, computed another way there.
 
 What each one gains is measured by ``benchmarks/operations.py``; on other devices PyTorch's own kernels run.
 """
@@ -16,6 +16,8 @@ NetworkT = TypeVar("NetworkT", bound=nn.Module)
 
 LARGE_KERNEL = 5
 """Side from which the gradient of a depthwise kernel is computed by exchanged roles; for 3 × 3 PyTorch is fast."""
+CHANNEL_BLOCK = 16
+"""Channels that oneDNN takes together; its faults are where there are fewer, or some are left over."""
 EXPLICIT_SCORES = 2**25
 """Attention scores of a batch up to which they are written out; more would need too much memory."""
 
@@ -119,6 +121,56 @@ def _kernel_gradient(
     products = nn.functional.conv2d(planes, kernels, padding=padding, dilation=stride, groups=batch * channels)
     products = products[:, :, : kernel[0], : kernel[1]].view(batch, channels, 1, *kernel)
     return products.sum(0, dtype=torch.promote_types(products.dtype, torch.float32)).to(weight.dtype)
+
+
+class DilatedConv2d(nn.Conv2d):
+    """A dilated convolution that is trained in float32 on a CPU; made by :func:`avoid_faults`."""
+
+    def forward(
+        self,
+        input: Float[Tensor, "batch channels height width"],  # noqa: A002
+    ) -> Float[Tensor, "batch out_channels rows cols"]:
+        """Convolve; under autocast the result has its precision, as elsewhere."""
+        if input.device.type != "cpu" or not (torch.is_grad_enabled() and torch.is_autocast_enabled("cpu")):
+            return super().forward(input)
+        precision = torch.get_autocast_dtype("cpu")
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(input.float()).to(precision)
+
+
+class SubsampledConv2d(nn.Conv2d):
+    """A 1 × 1 convolution of few channels that leaves out what its stride skips first; made by :func:`avoid_faults`."""
+
+    def forward(
+        self,
+        input: Float[Tensor, "batch channels height width"],  # noqa: A002
+    ) -> Float[Tensor, "batch out_channels rows cols"]:
+        """Convolve."""
+        if input.device.type != "cpu" or not torch.is_grad_enabled():
+            return super().forward(input)
+        rows, cols = self.stride
+        return nn.functional.conv2d(input[..., ::rows, ::cols], self.weight, self.bias, groups=self.groups)
+
+
+def avoid_faults(network: nn.Module) -> None:
+    """Let a network be trained without the convolutions whose gradients oneDNN gets wrong on a CPU; names stay.
+
+    Seen with PyTorch 2.13, where the channels come last:
+        1. The gradient of a dilated kernel in bfloat16 is NaN if channels are no multiple of 16, on processors with
+           bfloat16 but without AMX.
+        2. The gradient of a 1 × 1 kernel of fewer than 16 channels with a stride writes beyond its memory, and the
+           process dies (oneDNN's issue 6035).
+    """
+    for module in network.modules():
+        if type(module) is nn.Conv2d and max(module.dilation) > 1:
+            module.__class__ = DilatedConv2d
+        elif type(module) is nn.Conv2d and _writes_beyond(module):
+            module.__class__ = SubsampledConv2d
+
+
+def _writes_beyond(module: nn.Conv2d) -> bool:
+    subsamples = module.kernel_size == (1, 1) and max(module.stride) > 1 and not any(module.padding)
+    return subsamples and module.in_channels // module.groups < CHANNEL_BLOCK
 
 
 @torch.inference_mode(mode=False)  # so that a network laid out while it is scored can be trained afterwards
