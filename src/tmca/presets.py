@@ -282,6 +282,18 @@ def kvasir_mobile() -> Experiment:
     )
 
 
+def kvasir_mobile_320() -> Experiment:
+    """TMCA at its best on Kvasir-SEG so far: 320 pixels, aligned over the mask, two hours on two CPU cores."""
+    return change(
+        kvasir_mobile(),
+        "kvasir-mobile-320",
+        preprocessing={"image_size": 320},
+        augmentation={"zoom_range": (0.8, 1.4), "rotation_probability": 0.3},
+        model={"alignment": AlignmentConfig(pooling="mask", train_image_encoder=False)},
+        trainer={"max_epochs": 40, "min_epochs": 40, "patience": 100, "monitor": "dice", "max_train_seconds": None},
+    )
+
+
 def kvasir_mobile_ariadne() -> Experiment:
     """The language-guided baseline under the recipe of kvasir-mobile."""
     return change(
@@ -384,6 +396,7 @@ _ALL: tuple[Callable[[], Experiment], ...] = (
     kvasir_mobile,
     kvasir_mobile_ariadne,
     kvasir_mobile_image_only,
+    kvasir_mobile_320,
     qata_mobile,
     demo,
     tiny,
