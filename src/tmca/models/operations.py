@@ -17,7 +17,7 @@ NetworkT = TypeVar("NetworkT", bound=nn.Module)
 LARGE_KERNEL = 5
 """Side from which the gradient of a depthwise kernel is computed by exchanged roles; for 3 × 3 PyTorch is fast."""
 CHANNEL_BLOCK = 16
-"""Channels that oneDNN takes together; its faults are where there are fewer, or some are left over."""
+"""Channels that oneDNN takes together; with fewer, a strided 1 × 1 convolution is faulty."""
 EXPLICIT_SCORES = 2**25
 """Attention scores of a batch up to which they are written out; more would need too much memory."""
 
@@ -156,8 +156,8 @@ def avoid_faults(network: nn.Module) -> None:
     """Let a network be trained without the convolutions whose gradients oneDNN gets wrong on a CPU; names stay.
 
     Seen with PyTorch 2.13, where the channels come last:
-        1. The gradient of a dilated kernel in bfloat16 is NaN if channels are no multiple of 16, on processors with
-           bfloat16 but without AMX.
+        1. The gradient of a dilated kernel in bfloat16 is NaN, of 20 and 24 channels on maps of 40 positions a side and
+           more (not of 16, 32 or 64), where oneDNN uses AVX512_BF16 but not AMX.
         2. The gradient of a 1 × 1 kernel of fewer than 16 channels with a stride writes beyond its memory, and the
            process dies (oneDNN's issue 6035).
     """
