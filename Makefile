@@ -2,6 +2,7 @@
 PYTHON ?= python3
 
 BIN := .venv/bin
+PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 INSTALLED := .venv/.stamp
 DOCS_INSTALLED := .venv/.docs-stamp
@@ -16,11 +17,11 @@ demo: $(INSTALLED)  ## draw data, train on it, evaluate, and write demo/report.h
 	$(BIN)/tmca demo -o demo
 
 test: $(INSTALLED)  ## run the tests
-	$(BIN)/pytest
+	$(PYTEST)
 
 check: $(INSTALLED)  ## run every check of a pull request: format, lint, types, imports, spelling, tests
 	$(BIN)/pre-commit run --all-files
-	$(BIN)/pytest --cov
+	$(PYTEST) --cov
 
 docs: $(DOCS_INSTALLED)  ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -9,7 +9,7 @@ import pytest
 
 from tmca import cli
 from tmca.data.manifest import Manifest
-from tmca.models import TMCA
+from tmca.models import SegmentationModel
 
 
 @pytest.fixture(autouse=True)
@@ -18,9 +18,10 @@ def _sizes_may_be_symbols(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def model_folder(tiny_model: Callable[..., TMCA], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model_folder(tiny_model: Callable[..., SegmentationModel], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a model of few operations: its graphs are traced in a tenth of the time that TMCA's take."""
     folder = tmp_path_factory.mktemp("export-cli") / "model"
-    tiny_model().save_pretrained(folder)
+    tiny_model(method="unet").save_pretrained(folder)
     return folder
 
 
@@ -31,7 +32,7 @@ def test_a_bundle_is_made_and_verified(
     command = ["export", "bundle", "-m", str(model_folder), "-o", str(bundle), "--data", str(phantoms.root)]
     assert cli.run([*command, "--images", "2"]) == 0
     said = capsys.readouterr().out
-    assert "in pieces: Dice 1.00000 against torch on 4 masks of 2 real images" in said
+    assert "in pieces: Dice 1.00000 against torch on 2 masks of 2 real images" in said
     digest = said.rpartition("SHA-256: ")[2].strip()
     assert cli.run(["models", "verify", str(bundle)]) == 0
     assert digest in capsys.readouterr().out
@@ -52,7 +53,6 @@ def test_drawn_images_are_said_to_be_drawn(model_folder: Path, tmp_path: Path, c
         "decoder.onnx",
         "image_encoder.onnx",
         "model.onnx",
-        "text_encoder.onnx",
     ]
 
 

@@ -1,10 +1,13 @@
 """What tests of exports share: a tiny model on disk, its export, its bundle.
 
-Tracing meets sizes that are symbols, which the type checks of the other tests refuse: they are off here.
+Tracing meets sizes that are symbols, which the type checks of the other tests refuse: they are off here. It takes up to
+a minute a graph, whatever the size of the model, so that each is traced once.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,15 +17,40 @@ import torch
 
 from tmca.data.manifest import Manifest
 from tmca.export import Exported, export_bundle, export_onnx
+from tmca.export.graphs import Graph
+from tmca.export.onnx import to_onnx
 from tmca.models import SegmentationModel
 
+_TRACED: dict[tuple[str, str, str], bytes] = {}
 
-@pytest.fixture(scope="session", autouse=True)
-def _sizes_may_be_symbols() -> Iterator[None]:
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
+
+def _to_onnx_once(graph: Graph) -> bytes:
+    weights = hashlib.sha256()
+    for value in graph.module.state_dict().values():
+        weights.update(value.numpy().tobytes())
+    key = (graph.name, repr(graph.module), weights.hexdigest())
+    if key not in _TRACED:
+        _TRACED[key] = to_onnx(graph)
+    return _TRACED[key]
+
+
+@contextlib.contextmanager
+def _exporting() -> Iterator[None]:
+    """Turn type checks off, and take the graphs of weights that were traced before as they were.
+
+    A context that fixtures enter themselves: a fixture that turned the checks off for as long as the shared exports
+    live would turn them off for every later test as well.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+        patch.setattr("tmca.export.to_onnx", _to_onnx_once)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _export() -> Iterator[None]:
+    with _exporting():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -50,11 +78,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, loud_model: Segmentatio
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, phantoms: Manifest) -> Exported:
     """Return an export as ONNX, in three pieces and in one."""
-    return export_onnx(str(checkpoint), tmp_path_factory.mktemp("onnx") / "model", phantoms.root, images=4)
+    with _exporting():
+        return export_onnx(str(checkpoint), tmp_path_factory.mktemp("onnx") / "model", phantoms.root, images=4)
 
 
 @pytest.fixture(scope="session")
 def bundle_file(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, phantoms: Manifest) -> Path:
     path = tmp_path_factory.mktemp("bundle") / "tiny.tmca"
-    export_bundle(str(checkpoint), path, phantoms.root, images=4)
+    with _exporting():
+        export_bundle(str(checkpoint), path, phantoms.root, images=4)
     return path

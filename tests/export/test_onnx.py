@@ -82,9 +82,12 @@ def test_the_files_say_nothing_of_this_machine(exported: Exported):
         assert [value.name for value in proto.graph.output] == graph["outputs"]
 
 
-def test_the_same_model_gives_the_same_bytes(loud_model: SegmentationModel, exported: Exported):
-    chosen = {graph.name: graph for graph in cut_graphs(loud_model)}["text_encoder"]
-    assert to_onnx(chosen) == (exported.path / "graphs" / "text_encoder.onnx").read_bytes()
+@pytest.mark.parametrize(
+    "name", ["text_encoder", *(pytest.param(name, marks=pytest.mark.slow) for name in ("image_encoder", "decoder"))]
+)
+def test_the_same_model_gives_the_same_bytes(loud_model: SegmentationModel, exported: Exported, name: str):
+    chosen = {graph.name: graph for graph in cut_graphs(loud_model)}[name]
+    assert to_onnx(chosen) == (exported.path / "graphs" / f"{name}.onnx").read_bytes()
 
 
 @pytest.mark.slow
