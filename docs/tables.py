@@ -35,7 +35,10 @@ def paper_value(entry: dict[str, Any]) -> str:
     levels, enhanced = model["alignment"], model["enhancement"]["mode"] != "off"
     switches = (len(levels["strides"]), levels["align_global"], enhanced)
     method = {(3, True, True): "TMCA", (0, False, False): "Ariadne"}.get(switches, "")
-    same = model["guidance"] and experiment["trainer"]["train_fraction"] == 1 and entry["split"] == "test"
+    published = model.get("method", "tmca") == "tmca" and levels.get("pooling", "mean") == "mean"
+    published = published and levels.get("train_image_encoder", True)
+    published = published and not entry["metrics"].get("mirrored") and entry["metrics"].get("models", 1) == 1
+    same = published and model["guidance"] and experiment["trainer"]["train_fraction"] == 1 and entry["split"] == "test"
     same = same and (method == "Ariadne" or experiment["objective"]["targets"] == "mask_dice")
     values: dict[str, float] = next((PAPER[name] for name in PAPER if name in entry["dataset"].lower()), {})
     return f"{values[method]:.3f}" if same and method in values else ABSENT

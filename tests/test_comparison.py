@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from tmca.comparison import (
     read_scores,
     signed_rank_p,
 )
+from tmca.comparison_report import write_comparison
 from tmca.config import to_dict
 from tmca.errors import ConfigError, DataError
 from tmca.evaluation import Evaluation
@@ -69,6 +71,8 @@ def _write(
         space=fields.pop("space", "network"),
         image_size=fields.pop("image_size", 64),
         empty_policy=fields.pop("empty_policy", "one"),
+        mirrored=fields.pop("mirrored", False),
+        models=fields.pop("models", 1),
     )
     experiment = None if preset is None else to_dict(replace(get_preset(preset), seed=seed))
     write_text(folder / "metrics.csv", case_table(evaluation))
@@ -386,6 +390,36 @@ def test_seeds_of_one_experiment_are_averaged(tmp_path: Path):
     assert both.pooled("dice") == pytest.approx(np.mean(pooled[:2]))
     assert both.pooled_by_seed("dice") == pytest.approx(pooled[:2])
     assert len(compare(runs).columns) == 3
+
+
+def test_a_seed_that_leaves_a_case_out_does_not_hide_the_others(tmp_path: Path):
+    right, wrong, nothing = (10, 0, 0), (0, 10, 0), (0, 0, 0)
+    folders = [
+        _write(tmp_path / "seed-1", _counts([right, wrong, nothing, nothing]), seed=1, empty_policy="skip"),
+        _write(tmp_path / "seed-2", _counts([right, nothing, wrong, nothing]), seed=2, empty_policy="skip"),
+        _write(tmp_path / "other", _counts([right, wrong, wrong, wrong]), preset="image-only", empty_policy="skip"),
+    ]
+    comparison = compare(read_runs(folders), group_seeds=True)
+    np.testing.assert_array_equal(comparison.columns[0].cases("dice"), [1, 0, 0, np.nan])
+    assert comparison.pairs[0].n == 3
+
+
+def test_averaged_runs_are_no_seeds_of_single_ones(tmp_path: Path):
+    folders = [_write(tmp_path / f"seed-{seed}", _random(seed), seed=seed) for seed in (1, 2)]
+    folders.append(_write(tmp_path / "flipped", _random(3), seed=3, mirrored=True))
+    folders.append(_write(tmp_path / "several", _random(4), seed=1, mirrored=True, models=2))
+    comparison = compare(read_runs(folders), group_seeds=True)
+    names = [column.name for column in comparison.columns]
+    assert names == ["tiny (2 seeds)", "flipped (mirrored)", "several (2 models, mirrored)"]
+
+
+def test_a_run_may_be_called_as_a_column_is(tmp_path: Path):
+    comparison = compare(read_runs([_write(tmp_path / "text", _random(1)), _write(tmp_path / "other", _random(2))]))
+    write_comparison(comparison, tmp_path / "written")
+    with (tmp_path / "written" / "cases.csv").open(encoding="utf-8", newline="") as stream:
+        first = next(csv.DictReader(stream))
+    assert first["text"] == "one polyp & case-00"
+    assert float(first["dice_text"]) == pytest.approx(comparison.columns[0].cases("dice")[0], abs=1e-5)
 
 
 def test_entries_of_the_ledger_without_a_hash_are_grouped(recorded: list[ScoredRun]):

@@ -83,6 +83,8 @@ class ScoredRun:
         texts: Sentence of each case; blank where there is none.
         counts: Of each case with its own sentence.
         experiment: Its fields; ``None`` in files of older versions.
+        mirrored: Whether mirror images were averaged.
+        models: Number of models whose probabilities were averaged.
     """
 
     name: str
@@ -93,6 +95,13 @@ class ScoredRun:
     texts: tuple[str, ...]
     counts: Counts
     experiment: dict[str, Any] | None
+    mirrored: bool = False
+    models: int = 1
+
+    @property
+    def averaging(self) -> tuple[str, ...]:
+        """What was averaged in a prediction, in words."""
+        return (*([f"{self.models} models"] if self.models > 1 else []), *(["mirrored"] if self.mirrored else []))
 
     @cached_property
     def case_scores(self) -> dict[str, Float[np.ndarray, " cases"]]:
@@ -113,8 +122,12 @@ class Column:
     runs: tuple[ScoredRun, ...]
 
     def cases(self, score: str) -> Float[np.ndarray, " cases"]:
-        """Return a score of each case, averaged over the seeds."""
-        averaged: Float[np.ndarray, " cases"] = np.mean([run.case_scores[score] for run in self.runs], axis=0)
+        """Return a score of each case, averaged over the seeds that have one; NaN where none has."""
+        scores = np.stack([run.case_scores[score] for run in self.runs])
+        counted = np.isfinite(scores).sum(axis=0)
+        averaged: Float[np.ndarray, " cases"] = np.where(
+            counted > 0, np.nansum(scores, axis=0) / np.maximum(counted, 1), np.nan
+        )
         return averaged
 
     def per_case(self, score: str) -> float:
@@ -289,6 +302,7 @@ def read_scores(source: Path, split: str = "test") -> ScoredRun:
         )
         EMPTY_SCORES[protocol.empty_policy]
         pooled = float(metrics["pooled"]["dice"])
+        mirrored, models = bool(metrics.get("mirrored", False)), int(metrics.get("models", 1))
         version = int(values.get("schema_version", LEDGER_VERSION))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} holds no scores: {type(error).__name__} {error}", hint=hint) from error
@@ -301,7 +315,8 @@ def read_scores(source: Path, split: str = "test") -> ScoredRun:
             f"{pooled:.6f}: the two files are not of one evaluation",
             hint="score the run again with tmca evaluate",
         )
-    return replace(run, experiment=values.get("experiment"))
+    run = replace(run, experiment=values.get("experiment"), mirrored=mirrored, models=models)
+    return replace(run, name=_described(run.name, run.averaging))
 
 
 def _files(source: Path, split: str) -> tuple[Path, Path]:
@@ -332,6 +347,10 @@ def _name(path: Path) -> str:
         return path.stem
     folder = path.resolve().parent
     return folder.parent.name if folder.name.startswith("evaluation-") else folder.name
+
+
+def _described(name: str, details: Sequence[str]) -> str:
+    return f"{name} ({', '.join(details)})" if details else name
 
 
 def _read_cases(path: Path, hint: str) -> ScoredRun:
@@ -439,14 +458,14 @@ def compare(runs: Sequence[ScoredRun], *, group_seeds: bool = False, seed: int =
 
 
 def group_by_experiment(runs: Sequence[ScoredRun]) -> list[Column]:
-    """Join the runs that differ in nothing but their seed.
+    """Join the runs that differ in nothing but their seed; averaged ones join only those averaged alike.
 
     Raises:
         DataError: A run's file does not tell its experiment, or two runs are the same one.
     """
-    groups: dict[str, list[ScoredRun]] = {}
+    groups: dict[tuple[str, bool, int], list[ScoredRun]] = {}
     for run in runs:
-        groups.setdefault(_without_seed(run), []).append(run)
+        groups.setdefault((_without_seed(run), run.mirrored, run.models), []).append(run)
     columns = []
     for group in groups.values():
         first, *others = group
@@ -456,7 +475,8 @@ def group_by_experiment(runs: Sequence[ScoredRun]) -> list[Column]:
             if len(seeds) < len(group):
                 named = " and ".join(run.name for run in group)
                 raise DataError(f"{named} hold a seed of one experiment twice", hint="name each seed once")
-            column = replace(column, name=f"{(first.experiment or {})['name']} ({len(group)} seeds)")
+            name = _described((first.experiment or {})["name"], (f"{len(group)} seeds", *first.averaging))
+            column = replace(column, name=name)
         columns.append(column)
     names = Counter(column.name for column in columns)
     return [

@@ -20,6 +20,9 @@ from tmca.metrics import SCORES
 MOST_DOTS = 400
 """Cases that a plot shows; of more, every second, third, … in order of their difference."""
 
+RESERVED = ("id", "patient_id", "text")
+"""Columns of ``cases.csv`` that a run of the same name must not replace."""
+
 _LATEX = {
     **{sign: f"\\{sign}" for sign in "&%$#_{}"},
     "\\": r"\textbackslash{}",
@@ -57,7 +60,10 @@ def _csv(rows: list[dict[str, Any]]) -> str:
 
 
 def _case_rows(comparison: Comparison) -> list[dict[str, Any]]:
-    dice = {column.name: column.cases("dice") for column in comparison.columns}
+    names = {
+        column.name: f"dice_{column.name}" if column.name in RESERVED else column.name for column in comparison.columns
+    }
+    dice = {names[column.name]: column.cases("dice") for column in comparison.columns}
     first = comparison.first
     return [
         {"id": case, "patient_id": first.patients[index]}

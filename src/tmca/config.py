@@ -450,10 +450,10 @@ def config_hash(experiment: Experiment) -> str:
     """Return a short hash of what decides an experiment's result.
 
     Fields at their default do not count, so that a field added later does not change the hash of what ran before it;
-    weights count by the last part of their path or hub id, wherever the folder lies on this machine.
+    weights and tokenizers count by the last part of their path or hub id, wherever the folder lies on this machine.
     """
     values = _changed(experiment, Experiment(), "")
-    for name in ("model.image_encoder.weights", "model.text_encoder.weights"):
+    for name in ("model.image_encoder.weights", "model.text_encoder.weights", "model.text_encoder.tokenizer"):
         if name in values:
             values[name] = str(values[name]).rstrip("/").rpartition("/")[2]
     text = json.dumps({name: value for name, value in values.items() if name not in UNHASHED}, sort_keys=True)

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tmca.checkpoints import load_checkpoint
+from tmca.calibration import Calibration, read_calibration
+from tmca.checkpoints import load_checkpoint, resolve_checkpoint
 from tmca.config import Experiment
 from tmca.data.manifest import Manifest
-from tmca.errors import ConfigError
+from tmca.errors import ConfigError, StorageError
 from tmca.evaluation import Evaluation, Space, evaluate
 from tmca.evaluation.writing import write_evaluation
 from tmca.metrics import EmptyPolicy
@@ -78,7 +79,8 @@ def score_run(
     """Score a model on a split and write ``metrics.csv`` and ``summary.json``.
 
     Args:
-        model: Run folder, checkpoint folder or hub id; of several the probabilities are averaged.
+        model: Run folder, checkpoint folder or hub id; of several the probabilities are averaged. Of a calibrated model
+            they are the calibrated ones.
         manifest: All splits.
         split: The one to score.
         folder: Where the files go.
@@ -91,10 +93,16 @@ def score_run(
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
 
     Raises:
+        StorageError: The folder is a run or a checkpoint, whose own ``metrics.csv`` would be lost.
         ConfigError: A threshold was asked of nnU-Net, which gives masks and no probabilities.
         TMCAError: As :func:`tmca.evaluation.evaluate` and :func:`tmca.nnunet.evaluation.evaluate`.
     """
     names = [model] if isinstance(model, str | Path) else list(model)
+    if any((folder / name).exists() for name in ("experiment.json", "config.json")):
+        raise StorageError(
+            f"{folder} holds a model, whose files the scores would replace",
+            hint=f"give them a folder of their own, such as {folder / f'evaluation-{split}'}",
+        )
     if any(is_nnunet_run(Path(name)) for name in names):
         if len(names) > 1:
             raise ConfigError("nnU-Net gives masks and no probabilities to average", hint="name it alone")
@@ -114,6 +122,7 @@ def score_run(
         weights = nnunet_evaluation.weights_hash(Path(names[0]))
         write_evaluation(evaluation, names, manifest, folder, model_sha256=weights)
         return evaluation
+    calibrations = [read_calibration(resolve_checkpoint(name)) or Calibration() for name in names]
     evaluation = evaluate(
         [load_checkpoint(name) for name in names],
         manifest,
@@ -123,6 +132,7 @@ def score_run(
         empty_policy=empty_policy,
         surface_tolerance=surface_tolerance,
         mirrored=mirrored,
+        temperatures=[calibration.temperature for calibration in calibrations],
         seed=seed,
         device=device,
     )

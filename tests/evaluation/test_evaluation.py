@@ -13,10 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
+from tmca.calibration import Calibration
 from tmca.config import Experiment, config_hash, from_dict
 from tmca.data.grammar import contradict
 from tmca.data.manifest import Manifest, Record
-from tmca.errors import CheckpointError, ConfigError, DataError
+from tmca.errors import CheckpointError, ConfigError, DataError, StorageError
 from tmca.evaluation import Evaluation, evaluate, pixel_size, score_masks, sentence_variants, shuffled
 from tmca.evaluation.writing import case_table, write_evaluation, write_ledger
 from tmca.files import sha256_of
@@ -25,7 +26,8 @@ from tmca.inference import Predictor
 from tmca.metrics import OVERLAPS, SCORES
 from tmca.models import TMCA
 from tmca.presets import NO_ALIGNMENT, NO_ENHANCEMENT, change
-from tmca.training import fit
+from tmca.runs import score_run
+from tmca.training import fit, note_end
 from tmca.types import ModelOutput
 
 SIZE = 64
@@ -401,7 +403,8 @@ def test_the_summary_has_the_keys_of_nnunet_and_the_protocol(written: Path, halv
     assert summary["foreground_mean"]["Dice"] == pytest.approx(3.5 / 4)
 
     protocol = summary["protocol"]
-    assert set(protocol) == {"pooled", "per_case_mean", "ci95", "surface", "threshold", "space", "mirrored", "models"}
+    meaning = {"threshold", "space", "mirrored", "models", "temperatures"}
+    assert set(protocol) == {"pooled", "per_case_mean", "ci95", "surface"} | meaning
     assert set(protocol["pooled"]) == set(SCORES)
     assert set(protocol["per_case_mean"]) == {*SCORES, "empty_policy", "n_empty"}
     assert set(protocol["ci95"]) == {f"{kind}_{name}" for kind in ("pooled", "per_case") for name in OVERLAPS}
@@ -498,6 +501,46 @@ def test_the_ledger_does_not_tell_where_weights_lay(run: Path, phantoms: Manifes
     assert entry["experiment"]["model"]["image_encoder"]["weights"] == "some-encoder"
     assert entry["config_hash"] == config_hash(from_dict(Experiment, entry["experiment"]))
     assert str(tmp_path) not in text
+
+
+def test_the_ledger_tells_on_which_data_a_run_was_trained_and_whether_it_ended(
+    run: Path, phantoms: Manifest, tmp_path: Path
+):
+    others = replace(phantoms, records=phantoms.records[1:])
+    write_ledger(evaluate(TMCA.from_pretrained(run), others), run, others, "phantoms", tmp_path / "entry.json")
+    entry = json.loads((tmp_path / "entry.json").read_text("utf-8"))
+    assert (entry["train_data_hash"], entry["data_hash"]) == (phantoms.content_hash(), others.content_hash())
+    assert entry["stopped"] == "all epochs done"
+    interrupted = Path(shutil.copytree(run, tmp_path / "interrupted"))
+    note_end(interrupted, None)
+    write_ledger(evaluate(TMCA.from_pretrained(run), others), interrupted, others, "x", tmp_path / "half.json")
+    assert json.loads((tmp_path / "half.json").read_text("utf-8"))["stopped"] is None
+
+
+def test_scores_never_replace_the_files_of_a_run(run: Path, phantoms: Manifest, tmp_path: Path):
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    before = (copy / "metrics.csv").read_bytes()
+    for folder in (copy, copy / "checkpoints" / "best"):
+        with pytest.raises(StorageError, match="holds a model") as caught:
+            score_run(copy, phantoms, "test", folder)
+        assert str(folder / "evaluation-test") in caught.value.hint
+    assert (copy / "metrics.csv").read_bytes() == before
+
+
+def test_a_calibrated_model_is_scored_as_it_predicts(run: Path, phantoms: Manifest, tmp_path: Path):
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    Calibration(temperature=3.0).write(copy / "checkpoints" / "best")
+    record = phantoms.split("test").records[0]
+    predictor = Predictor.from_pretrained(copy, "cpu", "32")
+    predictor.set_image(phantoms.image_path(record))
+    threshold = float(np.median(predictor.probability(record.text)))
+    found = {}
+    for name, model in (("calibrated", copy), ("raw", run)):
+        evaluation = score_run(model, phantoms, "test", tmp_path / name, threshold=threshold, space="original")
+        found[name] = int(evaluation.counts["right"].true_positive[0] + evaluation.counts["right"].false_positive[0])
+        assert evaluation.protocol()["temperatures"] == [3.0 if name == "calibrated" else 1.0]
+    assert found["calibrated"] == predictor.predict(record.text, threshold=threshold).sum()
+    assert found["calibrated"] != found["raw"]
 
 
 def test_the_ledger_needs_a_run(stub: TMCA, halves: Manifest, model_folder: Path, tmp_path: Path):

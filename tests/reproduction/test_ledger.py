@@ -11,6 +11,8 @@ from tmca.config import Experiment, ImageEncoderConfig, config_hash, to_dict
 from tmca.presets import get_preset
 from tmca.reproduction.ledger import Ledger
 
+USUAL = {"threshold": 0.5, "space": str(get_preset("tiny").preprocessing.image_size)}
+
 
 def write_entry(folder: Path, name: str, experiment: Experiment, **fields: Any) -> Path:
     """Write a ledger entry with made-up scores."""
@@ -18,7 +20,7 @@ def write_entry(folder: Path, name: str, experiment: Experiment, **fields: Any) 
     values = {
         "name": name, "preset": experiment.name, "experiment": to_dict(experiment), "dataset": "kvasir_polyp",
         "split": "test", "data_hash": "a" * 64, "seed": experiment.seed, "seconds": 60.0, "epochs": 2,
-        "metrics": {"pooled": scores, "per_case_mean": scores},
+        "metrics": USUAL | {"pooled": scores, "per_case_mean": scores | {"empty_policy": "one"}},
         "text_ablation": {"shuffled": {"pooled": {"dice": 0.85}}},
     } | fields  # fmt: skip
     folder.mkdir(exist_ok=True)
@@ -58,9 +60,52 @@ def test_a_taken_name_is_not_overwritten(tmp_path: Path):
     assert ledger.free_path("run", "b" * 64) == tmp_path / "run.json"
     write_entry(tmp_path, "run", get_preset("tiny"))
     assert ledger.free_path("run", "b" * 64) == tmp_path / "run-bbbbbbbb.json"
+    write_entry(tmp_path, "run-bbbbbbbb", get_preset("tiny"))
+    assert ledger.free_path("run", "b" * 64) == tmp_path / "run-bbbbbbbb-2.json"
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"experiment": {"nothing": 1}}', "\x00"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"train_data_hash": "b" * 64},
+        {"stopped": None},
+        {"metrics": {"threshold": 0.3}},
+        {"metrics": {"space": "original"}},
+        {"metrics": {"per_case_mean": {"dice": 0.9, "empty_policy": "skip"}}},
+        {"metrics": {"mirrored": True}},
+        {"metrics": {"models": 2}},
+    ],
+    ids=lambda fields: str(fields),
+)
+def test_what_was_trained_or_scored_in_another_way_is_not_the_run_that_a_table_needs(
+    tmp_path: Path, fields: dict[str, Any]
+):
+    experiment = get_preset("tiny")
+    usual = json.loads(write_entry(tmp_path, "run", experiment).read_text("utf-8"))
+    for name, value in fields.items():
+        usual[name] = usual[name] | value if isinstance(value, dict) else value
+    (tmp_path / "run.json").write_text(json.dumps(usual), encoding="utf-8")
+    ledger = Ledger(tmp_path)
+    assert [entry.name for entry in ledger.entries] == ["run"]
+    assert ledger.find(experiment, "a" * 64, "test") is None
+    ended = {"train_data_hash": "a" * 64, "stopped": "all epochs done"}
+    write_entry(tmp_path, "whole", experiment, **ended)
+    found = Ledger(tmp_path).find(experiment, "a" * 64, "test")
+    assert found is not None
+    assert found.name == "whole"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"experiment": {"nothing": 1}}',
+        '{"experiment": null, "metrics": {"pooled": {"dice": 1}}}',
+        "\x00",
+    ],
+)
 def test_a_file_that_is_no_entry_is_named_and_left_out(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]):
     write_entry(tmp_path, "good", get_preset("tiny"))
     (tmp_path / "bad.json").write_text(text, encoding="utf-8")

@@ -8,10 +8,11 @@ import pytest
 
 import tmca.reproduction
 from tmca.data.manifest import Manifest
-from tmca.errors import ConfigError, WeightsError
+from tmca.errors import ConfigError, DataError, WeightsError
 from tmca.reproduction import Data, Reproduction, draw_smoke_data, plan, recorded, reproduce, run_folders
 from tmca.reproduction.ledger import Ledger
 from tmca.reproduction.tables import Row, Table
+from tmca.training import note_end
 
 ROWS = (Row("baseline", "ariadne"), Row("without language", "image-only"))
 TABLE = Table("table0", "Table 0: a test", ROWS)
@@ -169,6 +170,33 @@ def test_a_method_that_cannot_run_does_not_stop_the_others(
     assert result.problems == (problem,)
     assert [len(row.entries) for row in result.rows] == [0, 1]
     assert problem in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("untrained")
+def test_data_that_cannot_be_scored_is_not_trained_on(phantoms: Manifest, tmp_path: Path):
+    with pytest.raises(DataError, match="no split 'test'"):
+        _reproduce(replace(phantoms, records=tuple(r for r in phantoms.records if r.split != "test")), tmp_path)
+    without_masks = tuple(replace(r, mask=None) if r.split == "test" else r for r in phantoms.records)
+    with pytest.raises(DataError, match="no mask"):
+        _reproduce(replace(phantoms, records=without_masks), tmp_path)
+
+
+def test_an_unexpected_failure_does_not_stop_the_others(
+    phantoms: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("a fault of the method")
+
+    monkeypatch.setattr(tmca.reproduction, "train_run", fail)
+    problems = _reproduce(phantoms, tmp_path).problems
+    assert [problem.partition(": ")[2] for problem in problems] == ["ZeroDivisionError: a fault of the method"] * 2
+
+
+def test_the_figure_shows_no_model_that_is_still_training(copied: Path, phantoms: Manifest):
+    folders = run_folders(TABLE, phantoms, "smoke", 1, copied / "runs")
+    assert list(folders) == ["baseline", "without language"]
+    note_end(folders["baseline"], None)
+    assert list(run_folders(TABLE, phantoms, "smoke", 1, copied / "runs")) == ["without language"]
 
 
 def test_smoke_data_is_drawn_once(tmp_path: Path):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from tmca.cli.options import Device, PromptLevel, show
-from tmca.errors import ConfigError, PartialFailureError, TMCAError
+from tmca.errors import ConfigError, PartialFailureError, TMCAError, unknown_name
 from tmca.progress import say
 
 if TYPE_CHECKING:
@@ -60,9 +60,14 @@ class Reproduce:
             )
         if not self.seeds:
             raise ConfigError("--seeds is empty", hint="give at least one number")
-        for name in self.what:
-            if name != FIGURE:
-                get_table(name)  # a misspelt one is refused before hours of training
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ConfigError("--seeds names a number twice, which would count one run as two", hint="name each once")
+        # What is misspelt is refused before hours of training.
+        tables = [get_table(name) for name in self.what if name != FIGURE]
+        rows = {row.preset for table in tables for row in table.rows}
+        for name in self.only if tables else ():
+            if name not in rows:
+                raise unknown_name(f"row of {', '.join(table.name for table in tables)}", name, rows)
         manifest, problems = self._data(), []
         for name in self.what:
             problems += self._figure(manifest) if name == FIGURE else self._table(name, manifest)
@@ -96,9 +101,13 @@ class Reproduce:
         from tmca.reproduction.tables import get_table
 
         table = get_table(name)
+        only = [preset for preset in self.only if preset in {row.preset for row in table.rows}]
+        if self.only and not only:
+            say(f"note: {name} has none of these rows: {', '.join(self.only)}")
+            return []
         if self.dry_run:
             known = Ledger(self.ledger)
-            for run in plan(table, Data.of(manifest), self.scale, self.seeds, self.only):
+            for run in plan(table, Data.of(manifest), self.scale, self.seeds, only):
                 entry = known.find(run.experiment, run.data_hash, SPLIT)
                 say(f"{run.name}: {f'known, {entry.path}' if entry else 'would be trained'}")
         result = reproduce(
@@ -106,7 +115,7 @@ class Reproduce:
             manifest,
             self.scale,
             seeds=self.seeds,
-            only=self.only,
+            only=only,
             ledger=self.ledger,
             runs=self.runs,
             device=self.device,
@@ -136,6 +145,9 @@ class Reproduce:
         absent = [row.label for row in table.rows if row.label not in folders]
         if absent:
             say(f"note: no trained model in {self.runs} of: {', '.join(absent)}")
+        if self.dry_run:
+            show(f"{FIGURE} would show {len(folders)} methods: {', '.join(folders) or 'train them with table1'}")
+            return []
         path = (self.output or self.runs) / f"{manifest.name}-{self.scale}-{FIGURE}.png"
         try:
             draw_comparison(compare_cases(folders, manifest, cases=self.cases, device=self.device), path)

@@ -134,7 +134,7 @@ class Evaluate:
         """Score, write the files and print the table."""
         from tmca.checkpoints import resolve_checkpoint
         from tmca.data.layouts import open_dataset
-        from tmca.evaluation.writing import write_ledger
+        from tmca.evaluation.writing import read_run, write_ledger
         from tmca.inference import Predictor
         from tmca.nnunet.workspace import is_nnunet_run
         from tmca.report import score_table, surface_line, write_report
@@ -146,6 +146,11 @@ class Evaluate:
             resolve_checkpoint(name)  # a model that is not there is refused before the data is read
         if len(self.model) > 1 and self.output is None:
             raise ConfigError("Averaged models have no folder for their scores", hint="name one with --output")
+        if self.ledger is not None:
+            if self.ledger.suffix != ".json":
+                raise ConfigError(f"--ledger is {self.ledger}, expected a name that ends in .json", hint="rename it")
+            for name in self.model:
+                read_run(Path(name))  # what is no run folder is refused before an hour of scoring
         manifest = open_dataset(self.data, prompt=self.prompt_level)
         default = first if first.is_dir() else Path("runs") / first.name
         folder = self.output or default / f"evaluation-{self.split}"

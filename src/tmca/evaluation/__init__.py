@@ -76,6 +76,7 @@ class Evaluation:
         experiment: What the model was trained with; ``None`` where nobody knows.
         mirrored: Whether each image was segmented together with its mirror image; see :mod:`tmca.mirrored`.
         models: Number of models whose probabilities were averaged.
+        temperatures: By which the logits of each model were divided.
     """
 
     split: str
@@ -94,6 +95,7 @@ class Evaluation:
     experiment: Experiment | None = None
     mirrored: bool = False
     models: int = 1
+    temperatures: tuple[float, ...] = (1.0,)
 
     @property
     def compared_at(self) -> str:
@@ -125,6 +127,7 @@ class Evaluation:
             "space": self.compared_at,
             "mirrored": self.mirrored,
             "models": self.models,
+            "temperatures": list(self.temperatures),
         }
 
     def text_ablation(self) -> dict[str, Any]:
@@ -156,6 +159,7 @@ def evaluate(
     empty_policy: EmptyPolicy = "one",
     surface_tolerance: float | None = None,
     mirrored: bool = False,
+    temperatures: Sequence[float] | None = None,
     seed: int = 0,
     batch_size: int = 16,
     device: str = "auto",
@@ -172,6 +176,8 @@ def evaluate(
         surface_tolerance: Also measure the distances between outlines, and count those up to this one as none. In
             millimetres at the original size if every case has a spacing, else in pixels. ``None``: do not measure.
         mirrored: Segment each image together with its mirror image, and average; see :mod:`tmca.mirrored`.
+        temperatures: Of each model's calibration (see :mod:`tmca.calibration`): its logits are divided by it, as in a
+            prediction. ``None``: by 1.
         seed: Decides which other sentence an image gets.
         batch_size: Images encoded at a time.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
@@ -186,6 +192,7 @@ def evaluate(
         check_tolerance(surface_tolerance)
     models = [model] if isinstance(model, SegmentationModel) else list(model)
     experiment = _common_experiment(models)
+    scales = [1.0] * len(models) if temperatures is None else [float(value) for value in temperatures]
     started = time.monotonic()
     chosen = manifest.split(split)
     reads_text = any(member.reads_text for member in models)
@@ -207,8 +214,8 @@ def evaluate(
         for variant, sentences in texts.items():
             asked = [sentences[row] for row in rows]
             found = [
-                member.segment(encoded, member.encode_text(asked)).mask_logits.float().sigmoid()
-                for member, encoded in zip(models, features, strict=True)
+                (member.segment(encoded, member.encode_text(asked)).mask_logits.float() / scale).sigmoid()
+                for member, encoded, scale in zip(models, features, scales, strict=True)
             ]
             probabilities = (found[0] if len(found) == 1 else torch.stack(found).mean(0)).cpu()
             for predictions, masks in _compared(probabilities, batch.masks, threshold, space, chosen, rows):
@@ -235,6 +242,7 @@ def evaluate(
         experiment=experiment,
         mirrored=mirrored,
         models=len(models),
+        temperatures=tuple(scales),
     )
 
 

@@ -135,6 +135,8 @@ def write_ledger(
     """
     trainings = [read_run(folder) for folder in ([run] if isinstance(run, Path) else run)]
     training = trainings[0]
+    # The cases first: without its JSON file an entry is not known, and is written again.
+    write_text(path.with_suffix(".csv"), case_table(evaluation, with_text=False))
     write_json(
         path,
         {
@@ -146,21 +148,22 @@ def write_ledger(
             "n": len(evaluation.ids),
             "n_train": training["n_train"],
             "data_hash": manifest.content_hash(),
+            "train_data_hash": training["data_hash"],
             "commit": training["commit"],
             "evaluation_commit": source_commit(),
             "hardware": training["hardware"],
             "evaluation_hardware": describe_hardware(),
             "seconds": sum(each["seconds"] for each in trainings),
             "epochs": training["epochs"],
+            "stopped": training["stopped"],
             "metrics": evaluation.protocol(),
             "text_ablation": evaluation.text_ablation(),
         },
     )
-    write_text(path.with_suffix(".csv"), case_table(evaluation, with_text=False))
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """Return what a run folder says of its training: experiment, commit, hardware, images, epochs, seconds.
+    """Return what a run folder says of its training: experiment, commit, hardware, data, length, and why it ended.
 
     Raises:
         CheckpointError: The folder is no run folder.
@@ -176,6 +179,8 @@ def read_run(folder: Path) -> dict[str, Any]:
             "commit": environment["commit"],
             "hardware": environment["hardware"],
             "n_train": len(splits["train"]),
+            "data_hash": str(splits["hash"]),
+            "stopped": environment.get("stopped", "not recorded"),
             "epochs": len(rows),
             "seconds": float(rows[-1]["seconds"]) if rows else 0.0,
         }
@@ -190,10 +195,11 @@ def _trained_with(experiment: dict[str, Any] | None) -> dict[str, Any]:
     if experiment is None:
         return dict.fromkeys(("preset", "seed", "config_hash", "experiment"))
     # A folder's place on the machine that trained is nobody's business; its name tells which weights they were.
-    for encoder in ("image_encoder", "text_encoder"):
-        weights = experiment["model"][encoder]
-        if Path(weights["weights"]).is_dir():
-            weights["weights"] = Path(weights["weights"]).name
+    model = experiment["model"]
+    for encoder, field in (("image_encoder", "weights"), ("text_encoder", "weights"), ("text_encoder", "tokenizer")):
+        folder = Path(model[encoder][field])
+        if model[encoder][field] and folder.is_dir():
+            model[encoder][field] = folder.name
     return {
         "preset": experiment["name"],
         "seed": experiment["seed"],

@@ -28,7 +28,7 @@ from tmca.nnunet.workspace import (
 )
 from tmca.presets import differences
 from tmca.progress import say
-from tmca.training import RunRecord
+from tmca.training import RunRecord, note_end
 from tmca.training.writer import Row, write_history
 
 COLUMNS = {
@@ -93,7 +93,8 @@ def fit(
             export(chosen, Workspace(place).folder, image_size=exported_size(experiment))
             write_json(place / "splits.json", data)
             environment = describe_environment()
-            write_json(place / "environment.json", environment | {"packages": environment["packages"] | versions})
+            environment |= {"packages": environment["packages"] | versions, "stopped": None}
+            write_json(place / "environment.json", environment)
             write_json(place / "experiment.json", to_dict(experiment))
     if not workspace.trained.is_dir():
         say("nnU-Net plans network, augmentation and optimiser, and prepares the images")
@@ -103,7 +104,9 @@ def fit(
             _train(workspace, experiment, len(data["train"]), device)
         finally:
             _write_history(workspace)
-    return _record(workspace)
+    record = _record(workspace)
+    note_end(folder, record.stopped)
+    return record
 
 
 def _plan(workspace: Workspace, options: NnunetOptions, device: str) -> None:

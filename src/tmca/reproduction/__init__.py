@@ -16,7 +16,7 @@ from tmca.config import Experiment, config_hash
 from tmca.data.manifest import Manifest
 from tmca.data.phantom import write_phantoms
 from tmca.errors import TMCAError, unknown_name
-from tmca.evaluation.writing import write_ledger
+from tmca.evaluation.writing import read_run, write_ledger
 from tmca.presets import get_preset
 from tmca.progress import say
 from tmca.reproduction.ledger import Entry, Ledger
@@ -169,11 +169,16 @@ def reproduce(
 
     Raises:
         ConfigError: ``only`` names no row of the table.
+        DataError: A split is missing.
     """
+    for split in ("train", "val", SPLIT):
+        manifest.split(split)  # one that is missing is refused before the first training
     planned = plan(table, Data.of(manifest), scale, seeds)
     chosen = {run.folder_name for run in plan(table, Data.of(manifest), scale, seeds, only)}
     known = Ledger(ledger)
     missing = [run for run in planned if run.folder_name in chosen and _entry(known, run) is None]
+    if train and missing:
+        manifest.split(SPLIT).check(require_text=False, require_mask=True)  # what cannot be scored is not trained
     problems: dict[str, str] = {}
     started = time.monotonic()
     for number, run in enumerate(missing if train else (), start=1):
@@ -181,9 +186,10 @@ def reproduce(
         _say_of_other_data(known, run, manifest.name)
         try:
             _train_and_score(run, manifest, runs / run.folder_name, known.free_path(run.name, run.data_hash), device)
-        except TMCAError as error:
-            problems[run.folder_name] = f"{run.name}: {error}"
-            say(f"error: {run.name}: {error}")
+        except Exception as error:  # whatever one method does, the others have their night
+            said = str(error) if isinstance(error, TMCAError) else f"{type(error).__name__}: {error}"
+            problems[run.folder_name] = f"{run.name}: {said}"
+            say(f"error: {run.name}: {said}")
     return _collect(table, manifest.name, scale, planned, Ledger(ledger), problems)
 
 
@@ -217,9 +223,13 @@ def draw_smoke_data(folder: Path) -> Manifest:
 
 
 def run_folders(table: Table, manifest: Manifest, scale: Scale, seed: int, runs: Path) -> dict[str, Path]:
-    """Return label → run folder of the rows of a table that have a model in ``runs`` which can predict here."""
+    """Return label → run folder of the rows of a table whose training in ``runs`` has ended with a model of ours."""
     folders = {run.row.label: runs / run.folder_name for run in plan(table, Data.of(manifest), scale, [seed])}
-    return {label: folder for label, folder in folders.items() if (folder / "checkpoints" / "best").is_dir()}
+    return {label: folder for label, folder in folders.items() if _has_model(folder)}
+
+
+def _has_model(folder: Path) -> bool:
+    return (folder / "checkpoints" / "best").is_dir() and read_run(folder)["stopped"] is not None
 
 
 def _train_and_score(run: Planned, manifest: Manifest, folder: Path, entry: Path, device: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ class Entry:
     Attributes:
         path: Its file; the scores of the cases lie beside it as CSV.
         config_hash: Of its experiment as today's code reads it.
-        data_hash: Of the manifest it was trained and scored on.
+        data_hash: Of the manifest it was scored on.
         values: The content of the file.
     """
 
@@ -40,6 +41,22 @@ class Entry:
         metrics = self.values["metrics"]
         return bool(metrics.get("mirrored", False)) or int(metrics.get("models", 1)) > 1
 
+    @property
+    def is_usual(self) -> bool:
+        """Whether it is what a table needs: one trained model, scored as the paper's, on the data it was trained on.
+
+        Entries of before ``train_data_hash`` and ``stopped`` were recorded are taken to be.
+        """
+        metrics = self.values["metrics"]
+        size = self.values["experiment"]["preprocessing"]["image_size"]
+        protocol = (metrics["threshold"], str(metrics["space"]), metrics["per_case_mean"]["empty_policy"])
+        return (
+            not self.is_averaged
+            and protocol == (0.5, str(size), "one")
+            and self.values.get("train_data_hash", self.data_hash) == self.data_hash
+            and self.values.get("stopped", "unknown") is not None
+        )
+
     def score(self, protocol: str, name: str) -> float:
         """Return a score, for example ``("pooled", "dice")`` or ``("per_case_mean", "dice")``."""
         return float(self.values["metrics"][protocol][name])
@@ -57,10 +74,10 @@ class Ledger:
         self.entries = tuple(_entries(folder))
 
     def find(self, experiment: Experiment, data_hash: str, split: str) -> Entry | None:
-        """Return the entry of an experiment on a split of some data, or ``None``."""
+        """Return the usual entry (see :attr:`Entry.is_usual`) of an experiment on a split of some data, or ``None``."""
         wanted = (config_hash(experiment), data_hash, split)
         found = (e for e in self.entries if (e.config_hash, e.data_hash, e.values.get("split")) == wanted)
-        return next((entry for entry in found if not entry.is_averaged), None)
+        return next((entry for entry in found if entry.is_usual), None)
 
     def on_other_data(self, experiment: Experiment, data_hash: str, dataset: str) -> Entry | None:
         """Return an entry of the same experiment on a dataset of the same name but other content, or ``None``."""
@@ -73,9 +90,11 @@ class Ledger:
         return next(found, None)
 
     def free_path(self, name: str, data_hash: str) -> Path:
-        """Return where a new entry goes: ``NAME.json``, or with the data's hash where that name is taken."""
-        path = self.folder / f"{name}.json"
-        return path if not path.exists() else self.folder / f"{name}-{data_hash[:8]}.json"
+        """Return where a new entry goes: ``NAME.json``, or with the data's hash and a number where that is taken."""
+        stems = itertools.chain(
+            (name, f"{name}-{data_hash[:8]}"), (f"{name}-{data_hash[:8]}-{n}" for n in itertools.count(2))
+        )
+        return next(path for path in (self.folder / f"{stem}.json" for stem in stems) if not path.exists())
 
 
 def _entries(folder: Path) -> Iterator[Entry]:
@@ -84,6 +103,8 @@ def _entries(folder: Path) -> Iterator[Entry]:
             values = json.loads(path.read_text("utf-8"))
             experiment = from_dict(Experiment, values["experiment"])
             float(values["metrics"]["pooled"]["dice"])
-            yield Entry(path, config_hash(experiment), str(values["data_hash"]), values)
-        except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+            entry = Entry(path, config_hash(experiment), str(values["data_hash"]), values)
+            entry.is_usual  # noqa: B018  # reads what it needs, or is no entry
+            yield entry
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
             say(f"warning: {path} is no entry of a results ledger and is left out: {error}")

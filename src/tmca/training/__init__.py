@@ -23,7 +23,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from tmca.checkpoints import load_checkpoint
-from tmca.config import Experiment, from_dict, to_dict
+from tmca.config import Experiment, TrainerConfig, from_dict, to_dict
 from tmca.data.cache import DecodedCache
 from tmca.data.describe import provenance_notice
 from tmca.data.loading import SegmentationDataset, Shard, make_loader
@@ -160,6 +160,7 @@ def fit(
         write_json(folder / "environment.json", describe_environment())
     if layout.is_first:
         write_json(folder / "experiment.json", to_dict(experiment))  # a resumed run may have become longer
+        note_end(folder, None)
 
     task = SegmentationTask(channels_last(model), experiment)
     writer = RunWriter(task, folder)
@@ -168,11 +169,9 @@ def fit(
     with _readable_failures(trainer):
         state = last / TRAINER_STATE if resume else None
         trainer.fit(task, loaders[0], loaders[1], ckpt_path=state, weights_only=True)
-    stopped = "all epochs done"
-    if writer.out_of_time:
-        stopped = "time limit reached"
-    elif writer.history and writer.history[-1]["epoch"] < experiment.trainer.max_epochs:
-        stopped = f"no better validation {experiment.trainer.monitor} for {experiment.trainer.patience} epochs"
+    stopped = _reason(writer, experiment.trainer)
+    if layout.is_first:
+        note_end(folder, stopped)
     return RunRecord(folder, len(writer.history), writer.best_epoch, writer.best_score, writer.seconds, stopped)
 
 
@@ -193,6 +192,20 @@ def resolve(experiment: Experiment) -> Experiment:
         std=(std[0], std[1], std[2]),
     )
     return replace(experiment, preprocessing=fixed)
+
+
+def _reason(writer: RunWriter, config: TrainerConfig) -> str:
+    if writer.out_of_time:
+        return "time limit reached"
+    if writer.history and writer.history[-1]["epoch"] < config.max_epochs:
+        return f"no better validation {config.monitor} for {config.patience} epochs"
+    return "all epochs done"
+
+
+def note_end(folder: Path, stopped: str | None) -> None:
+    """Write into a run folder's ``environment.json`` why training ended; ``None`` while it has not."""
+    path = folder / "environment.json"
+    write_json(path, json.loads(path.read_text("utf-8")) | {"stopped": stopped})
 
 
 def _splits(experiment: Experiment, manifest: Manifest) -> tuple[Manifest, Manifest]:
