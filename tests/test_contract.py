@@ -136,6 +136,18 @@ def test_gradients_reach_every_trainable_parameter(
     assert zero == []
 
 
+def test_a_batch_without_a_sentence_takes_part_in_the_same_operations(
+    method: str, tiny_model: Callable[..., SegmentationModel], tiny_experiment: Experiment
+):
+    """Of processes that share a batch, one may have got no sentence; it must not leave parameters out."""
+    model = tiny_model(method=method).train()
+    before = {name: value.clone() for name, value in model.named_buffers() if "running" in name and "spread" in name}
+    losses = objective(model(_images(), _tokens(model, *([None] * len(TEXTS)))), _masks(), tiny_experiment.objective)
+    losses["loss"].backward()
+    assert [name for name, value in model.named_parameters() if value.requires_grad and value.grad is None] == []
+    assert all(torch.equal(dict(model.named_buffers())[name], value) for name, value in before.items())
+
+
 def test_evaluation_is_deterministic(model: SegmentationModel):
     first = _run(model, _images(), *TEXTS).mask_logits
     torch.randn(7)

@@ -501,6 +501,13 @@ def test_pooling_over_the_mask_by_hand():
     assert pooled.feature_map is None
     assert torch.equal(pooled.text_embedding, level.text_embedding)
     assert torch.equal(pool_masked(level, torch.zeros_like(mask)).image_embedding, level.image_embedding)
+    # An image of 9 × 13 pixels is padded to cells of 4 × 4: its last column of cells holds one pixel of it.
+    columns = torch.arange(4.0).expand(1, 1, 3, 4)
+    level = LevelEmbeddings(torch.zeros(1, 1), torch.zeros(1, 1), columns)
+    for pixel, cell in ((0, 0.0), (7, 1.0), (8, 2.0), (12, 3.0)):
+        mask = torch.zeros(1, 1, 9, 13, dtype=torch.bool)
+        mask[..., pixel] = True
+        assert float(pool_masked(level, mask).image_embedding) == pytest.approx(cell)
     plain = replace(level, feature_map=None)
     assert pool_masked(plain, mask) is plain
 

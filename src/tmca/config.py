@@ -290,7 +290,7 @@ class OptimiserConfig:
     """Steps of linear warm-up before the schedule."""
     schedule: Literal["cosine", "restarts", "plateau"] = "cosine"
     """cosine: down to min_learning_rate once; restarts: the same again every restart_epochs (LViT); plateau: a tenth
-    after plateau_patience epochs without a better validation loss (TGANet)."""
+    after plateau_patience epochs without a better validation loss (TGANet), whatever trainer.monitor is."""
     restart_epochs: int = 10
     """Length of each cosine of the restarts, in epochs."""
     plateau_patience: int = 5
@@ -319,6 +319,8 @@ class OptimiserConfig:
         for name in ("restart_epochs", "plateau_patience"):
             value = getattr(self, name)
             _require(value >= 1, f"optimiser.{name}", value, "at least 1")
+        warm = self.warmup_steps == 0 or self.schedule != "plateau"
+        _require(warm, "optimiser.warmup_steps", self.warmup_steps, "0 where optimiser.schedule is plateau")
         for name in ("schedule_epochs", "gradient_clip"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"optimiser.{name}", value, "a positive value or none")
@@ -329,7 +331,7 @@ class TrainerConfig:
     """How long and on what to train."""
 
     batch_size: int = 32
-    """Images a step and device; the alignment loss contrasts the images of one batch."""
+    """Images a step, of all processes together; the alignment loss contrasts the images of one batch."""
     evaluation_batch_size: int = 8
     """Images a step in validation."""
     accumulate_batches: int = 1

@@ -229,10 +229,17 @@ def pool_masked(level: LevelEmbeddings, masks: Bool[Tensor, "batch 1 height widt
     if level.feature_map is None:
         return level
     rows, cols = level.feature_map.shape[2:]
-    shares = functional.adaptive_avg_pool2d(masks.float(), (rows, cols))
+    stride = cell_size(masks.shape[2], rows)
+    padding = (0, cols * stride - masks.shape[3], 0, rows * stride - masks.shape[2])  # as the encoder pads images
+    shares = functional.avg_pool2d(functional.pad(masks.float(), padding), stride)
     covered = shares.sum((2, 3))
     inside = (level.feature_map.float() * shares).sum((2, 3)) / covered.clamp(min=1e-6)
     return LevelEmbeddings(torch.where(covered > 0, inside, level.image_embedding.float()), level.text_embedding)
+
+
+def cell_size(pixels: int, cells: int) -> int:
+    """Return the side of a map's cell in pixels, a power of two, where images are padded to whole cells."""
+    return 1 << max(0, (-(-pixels // cells) - 1).bit_length())
 
 
 def segmentation_loss(

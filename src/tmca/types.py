@@ -109,8 +109,13 @@ class TextTokens:
         return tuple(count > self.limit for count in self.token_counts)
 
     def to(self, device: torch.device | str) -> Self:
-        """Return the tokens on ``device``."""
-        return type(self)(self.input_ids.to(device), self.attention_mask.to(device), self.token_counts)
+        """Return the tokens on ``device``; a GPU copies them when it comes to it, and nobody waits."""
+        to_card = torch.device(device).type == "cuda"
+        ids, mask = (
+            (value.pin_memory() if to_card and not value.is_cuda else value).to(device, non_blocking=to_card)
+            for value in (self.input_ids, self.attention_mask)
+        )
+        return type(self)(ids, mask, self.token_counts)
 
 
 @dataclass(frozen=True)

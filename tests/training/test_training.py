@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -837,6 +837,65 @@ def test_a_stopped_run_goes_on_with_more_patience(few: Manifest, tiny_experiment
     assert fit(experiment, few, tmp_path / "run").epochs == 2
     record = fit(_with_trainer(experiment, patience=4), few, tmp_path / "run", resume=True)
     assert record.epochs == 5
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[float]], None]:
+    """Let the validation loss of each epoch, from the first on, be what is asked for."""
+
+    def prescribe(values: Sequence[float]) -> None:
+        original = task.SegmentationTask.log_dict
+
+        def log(self: task.SegmentationTask, named: dict[str, Any], **options: Any) -> None:
+            if "val_segmentation_loss" in named:
+                named = named | {"val_segmentation_loss": torch.tensor(float(values[self.current_epoch]))}
+            original(self, named, **options)
+
+        monkeypatch.setattr(task.SegmentationTask, "log_dict", log)
+
+    return prescribe
+
+
+def test_patience_that_ran_out_before_the_least_epochs_is_forgotten(
+    few: Manifest, tiny_experiment: Experiment, tmp_path: Path, scripted: Callable[[Sequence[float]], None]
+):
+    scripted([5, 6, 7, 4, 3, 2, 3, 3, 1])
+    experiment = _with_trainer(tiny_experiment, max_epochs=9, min_epochs=5, patience=2)
+    record = fit(experiment, few, tmp_path / "run")
+    assert (record.epochs, record.best_epoch) == (8, 6)
+    fit(_with_trainer(experiment, max_epochs=4), few, tmp_path / "parts")
+    again = fit(experiment, few, tmp_path / "parts", resume=True)
+    assert (again.epochs, again.best_epoch, again.stopped) == (8, 6, record.stopped)
+
+
+def test_a_run_that_has_ended_stays_ended_when_it_is_resumed(
+    few: Manifest, tiny_experiment: Experiment, tmp_path: Path, scripted: Callable[[Sequence[float]], None]
+):
+    scripted([5, 6, 7, 1, 1, 1, 1, 1])
+    experiment = _with_trainer(tiny_experiment, max_epochs=8, min_epochs=1, patience=2)
+    record = fit(experiment, few, tmp_path / "run")
+    assert record.epochs == 3
+    assert fit(experiment, few, tmp_path / "run", resume=True) == record
+    limited = _with_trainer(tiny_experiment, max_epochs=8, min_epochs=4, patience=9, max_train_seconds=1e-3)
+    record = fit(limited, few, tmp_path / "limited")
+    assert (record.epochs, record.stopped) == (1, "time limit reached")
+    assert fit(limited, few, tmp_path / "limited", resume=True) == record
+
+
+def test_a_resumed_plateau_counts_on(
+    few: Manifest, tiny_experiment: Experiment, tmp_path: Path, scripted: Callable[[Sequence[float]], None]
+):
+    scripted([1.0] * 6)
+    settings = {"schedule": "plateau", "plateau_patience": 1, "min_learning_rate": 0.0}
+    trainer = {"max_epochs": 6, "min_epochs": 6, "patience": 9, "monitor": "dice"}
+    experiment = change(tiny_experiment, "tiny", optimiser=settings, trainer=trainer)
+    fit(experiment, few, tmp_path / "whole")
+    for epochs in (2, 3, 6):
+        part = _with_trainer(experiment, max_epochs=epochs, min_epochs=epochs)
+        fit(part, few, tmp_path / "parts", resume=epochs > 2)
+    rates = [[row["learning_rate"] for row in _history(tmp_path / name)] for name in ("whole", "parts")]
+    assert rates[0] == rates[1]
+    assert float(rates[0][-1]) < float(rates[0][0]) / 50
 
 
 def test_training_stops_at_the_time_limit(few: Manifest, tiny_experiment: Experiment, tmp_path: Path):

@@ -80,6 +80,24 @@ _OPPOSITES = {
 
 _WORD = re.compile(r"[^\W_]+")
 _LUNG = re.compile(r"\b(lungs?|pulmonary|chest|thorax|lobes?)\b", re.IGNORECASE)
+_CHEST = re.compile(
+    r"\b(consolidations?|opacit(y|ies)|infiltrat\w+|pneumoni\w+|effusions?|zones?|apical|basal|hil(um|ar))\b",
+    re.IGNORECASE,
+)
+"""Words of chest reports that need not stand beside those of ``_LUNG``."""
+_HIDDEN_SIDES = {
+    "horizontal": re.compile(
+        r"\b((left|right)[^\W\d_]+|l|r|lt|rt|lft|rgt|rght|o\W?clock|links?|linke\w|rechts?|rechte\w|gauche\w?|droite?s?"
+        r"|izquierd\w+|derech\w+|sinistr\w+|destr[aoei])\b",
+        re.IGNORECASE,
+    ),
+    "vertical": re.compile(
+        r"\b((top|bottom|upper|lower)[^\W\d_]+|up|down|above|below|superior\w*|inferior\w*|o\W?clock|oben|unten|ober\w+"
+        r"|unter\w+|haut|bas|arriba|abajo|sopra|sotto)\b",
+        re.IGNORECASE,
+    ),
+}
+"""Words that name a side in another way than those that :func:`mirror` exchanges."""
 _LESION = re.compile(r"\blesions?\b", re.IGNORECASE)
 _NUMBER = rf"(?:\d+|{'|'.join(_COUNTS)})"
 _COUNTED = re.compile(rf"(?<!\w){_NUMBER}\b", re.IGNORECASE)
@@ -371,9 +389,12 @@ def mirror(text: str, axis: Literal["horizontal", "vertical"]) -> str | None:
 
     Returns:
         The sentence, unchanged where it names no side; ``None`` where it cannot be stated: a chest is never upside
-        down, and a lung sentence with an unknown (mostly misspelled) word may hide a side.
+        down, a lung sentence with an unknown (mostly misspelled) word may hide a side, and so does a word like
+        "leftmost", "9 o'clock" or "links".
     """
     if _LUNG.search(text) and (axis == "vertical" or unknown_words(text)):
+        return None
+    if _HIDDEN_SIDES[axis].search(text) or (axis == "vertical" and _CHEST.search(text)):
         return None
     return _replaced(text, _HORIZONTAL if axis == "horizontal" else _VERTICAL)
 

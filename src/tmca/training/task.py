@@ -26,6 +26,27 @@ MONITORS: dict[str, tuple[str, Literal["min", "max"]]] = {
 """``trainer.monitor`` → the column of a run's ``metrics.csv`` that chooses the best epoch, and which end is best."""
 
 
+class LossCheck:
+    """Whether a loss is a number, asked of a GPU now and read later without waiting for what it was given since.
+
+    Args:
+        loss: A scalar without gradient.
+    """
+
+    def __init__(self, loss: Tensor) -> None:
+        self.loss = loss
+        self._finite = torch.isfinite(loss).to("cpu", non_blocking=True)
+        self._copied = torch.cuda.Event() if loss.is_cuda else None  # type: ignore[no-untyped-call]
+        if self._copied is not None:
+            self._copied.record()
+
+    def is_finite(self) -> bool:
+        """Return the answer, after the loss and its copy are there."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return bool(self._finite)
+
+
 class SegmentationTask(pl.LightningModule):
     """Model, losses and optimiser joined for Lightning; one step serves training and validation."""
 
@@ -36,7 +57,7 @@ class SegmentationTask(pl.LightningModule):
         self.strict_loading = False
         self.average = averaged_copy(model) if experiment.optimiser.average_decay is not None else None
         self._counts: list[Counts] = []
-        self._last_loss: Tensor | None = None
+        self._last_loss: LossCheck | None = None
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:  # noqa: ARG002
         """Copy a batch to a GPU while it computes; Lightning by itself waits for what is no bare tensor."""
@@ -56,15 +77,15 @@ class SegmentationTask(pl.LightningModule):
         text = None if model.text_encoder is None else model.text_encoder.encode(batch.texts)
         output = model.segment(model.encode_image(images), text)
         losses = objective(output, batch.masks, self.experiment.objective, group)
-        self._check_last_loss(losses["loss"].detach())
+        self._check_last_loss(LossCheck(losses["loss"].detach()))
         return losses, output.mask_logits
 
-    def _check_last_loss(self, loss: Tensor | None = None) -> None:
+    def _check_last_loss(self, check: LossCheck | None = None) -> None:
         """Stop if the loss of the step before was no number: a step late, so that nobody waits for a GPU's last one."""
-        last, self._last_loss = self._last_loss, loss
-        if last is not None and not torch.isfinite(last):
+        last, self._last_loss = self._last_loss, check
+        if last is not None and not last.is_finite():
             raise TMCAError(
-                f"The loss became {float(last)} in epoch {self.current_epoch + 1}",
+                f"The loss became {float(last.loss)} in epoch {self.current_epoch + 1}",
                 hint="lower optimiser.learning_rate, set optimiser.gradient_clip, or use trainer.precision=32",
             )
 
@@ -107,7 +128,7 @@ class SegmentationTask(pl.LightningModule):
         self.log_dict({f"val_{name}_dice": value for name, value in scores.items()}, sync_dist=self._is_joined)
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401
-        """Return AdamW and a cosine schedule with linear warm-up, stepped every batch."""
+        """Return AdamW and its schedule: by plateau, stepped every epoch, or a cosine, stepped every batch."""
         config = self.experiment.optimiser
         encoder = [value for value in self.model.pretrained_parameters() if value.requires_grad]
         chosen = {id(value) for value in encoder}
@@ -121,12 +142,11 @@ class SegmentationTask(pl.LightningModule):
         floor = config.min_learning_rate / config.learning_rate
         scheduler: torch.optim.lr_scheduler.LRScheduler
         if config.schedule == "plateau":
-            name, mode = MONITORS[self.experiment.trainer.monitor]
             lowest = [group["lr"] * floor for group in optimiser.param_groups]
             scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
-                optimiser, mode, patience=config.plateau_patience, min_lr=lowest
+                optimiser, "min", patience=config.plateau_patience, min_lr=lowest
             )
-            return {"optimizer": optimiser, "lr_scheduler": {"scheduler": scheduler, "monitor": name}}
+            return {"optimizer": optimiser, "lr_scheduler": {"scheduler": scheduler, "monitor": MONITORS["loss"][0]}}
         steps = int(self.trainer.estimated_stepping_batches) / self.experiment.trainer.max_epochs
         restarts = config.schedule == "restarts"
         epochs = config.restart_epochs if restarts else config.schedule_epochs or self.experiment.trainer.max_epochs
@@ -137,6 +157,17 @@ class SegmentationTask(pl.LightningModule):
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:  # noqa: ANN401
+        """Leave a plateau to :meth:`on_train_epoch_end`: Lightning comes after the state of the epoch was written."""
+        if not isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            super().lr_scheduler_step(scheduler, metric)
+
+    def on_train_epoch_end(self) -> None:
+        """Let a schedule by plateau see the validation loss; validation has run by now."""
+        scheduler = self.lr_schedulers()
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            scheduler.step(float(self.trainer.callback_metrics[MONITORS["loss"][0]]))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: ARG002
         """Clip the gradient norm; Lightning's own clipping refuses the fused AdamW."""

@@ -38,6 +38,10 @@ class RunWriter(Checkpoint):
         self.out_of_time = False
         self._started = 0.0
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+        """Train no further where the time had run out."""
+        self._stop_out_of_time(trainer)
+
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
         """Start the epoch's clock."""
         self._started = time.monotonic()
@@ -56,13 +60,16 @@ class RunWriter(Checkpoint):
         is_best = score < self.best_score if self.best_end == "min" else score > self.best_score
         if is_best:
             self.best_score, self.best_epoch = score, trainer.current_epoch + 1
+        self._stop_out_of_time(trainer)
+        self._write(trainer, is_best=is_best)
+
+    def _stop_out_of_time(self, trainer: pl.Trainer) -> None:
         limit = self.task.experiment.trainer.max_train_seconds
         over = limit is not None and self.seconds >= limit
         if trainer.strategy.reduce_boolean_decision(over, all=False):
             self.out_of_time = True
             trainer.fit_loop.min_epochs = None
             trainer.should_stop = True
-        self._write(trainer, is_best=is_best)
 
     def _write(self, trainer: pl.Trainer, *, is_best: bool) -> None:
         checkpoints = self.folder / "checkpoints"
@@ -92,7 +99,22 @@ class RunWriter(Checkpoint):
 
 
 class Patience(EarlyStopping):
-    """Early stopping whose patience may be changed when a run is resumed."""
+    """Early stopping whose patience may be changed when a run is resumed.
+
+    Before ``min_epochs`` it only counts. A run that it has ended stays ended when it is resumed, unless the patience
+    has become longer.
+    """
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+        """Train no further where patience had run out."""
+        if self.wait_count >= self.patience and trainer.current_epoch >= (trainer.min_epochs or 0):
+            trainer.should_stop = True
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Count; Lightning would remember a stop of before ``min_epochs`` and stop there whatever came between."""
+        super().on_train_epoch_end(trainer, pl_module)
+        if trainer.current_epoch + 1 < (trainer.min_epochs or 0):
+            trainer.should_stop = False
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what was seen, not the patience."""

@@ -250,7 +250,10 @@ class LGA(SegmentationModel):
         ((patch, patches),) = images.feature_maps.items()
         features = patches.permute(0, 2, 3, 1)
         present = nobody(images) if text is None else text.present
-        token = None if text is None or not present.any() else self.project_text(text.sentence_embedding).unsqueeze(1)
+        token = None
+        # In training even if no image has one: of processes that share a batch, all take part in the same operations.
+        if text is not None and (self.training or present.any()):
+            token = self.project_text(text.sentence_embedding).unsqueeze(1)
         for index, layer in enumerate(self.image_encoder.layers):
             if token is not None and str(index) in self.fusions:
                 fused, token = self.fusions[str(index)](features, token)

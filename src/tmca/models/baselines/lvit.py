@@ -278,7 +278,8 @@ class LViT(SegmentationModel):
         maps = images.feature_maps
         grid = maps[DEEPEST_STRIDE].shape[-2:]
         told = None
-        if self.sentence is not None and text is not None and present.any():
+        # In training even if no image has one: of processes that share a batch, all take part in the same operations.
+        if self.sentence is not None and text is not None and (self.training or present.any()):
             told = self.sentence(text, grid)
 
         above, levels = None, []
