@@ -90,7 +90,7 @@ def read_png(data: bytes) -> Array | None:
         chunks.append((data[position + 4 : position + 8], data[position + 8 : end]))
         position = end + 4
     width, height, depth, colour, *_, interlaced = struct.unpack(">IIBBBBB", dict(chunks)[b"IHDR"])
-    if depth != 8 or colour not in PNG_CHANNELS or interlaced or b"eXIf" in dict(chunks) or width * height > MAX_PIXELS:
+    if depth != 8 or colour not in PNG_CHANNELS or interlaced or _may_be_turned(chunks) or width * height > MAX_PIXELS:
         return None
     channels = PNG_CHANNELS[colour]
     size = height * (1 + width * channels)
@@ -108,6 +108,16 @@ def read_png(data: bytes) -> Array | None:
         pixels[row + 1, col + 1] = (stored[row, col] + predicted) & 255
     upright = pixels[1:, 1:].astype(np.uint8)
     return upright if channels > 2 else upright[:, :, 0]
+
+
+def _may_be_turned(chunks: list[tuple[bytes, bytes]]) -> bool:
+    """Return whether an orientation may be noted: as EXIF, or in a text, which may be compressed."""
+    packed = any(
+        kind == b"zTXt" or (kind == b"iTXt" and part.partition(b"\0")[2][:1] == b"\1") for kind, part in chunks
+    )
+    texts = [part.lower() for kind, part in chunks if kind in (b"iTXt", b"tEXt")]
+    noted = any(word in text for text in texts for word in (b"orientation", b"exif"))
+    return packed or noted or b"eXIf" in dict(chunks)
 
 
 def resize(image: Array, size: int) -> Array:
@@ -297,6 +307,8 @@ def main() -> None:
     parser.add_argument("-o", "--output", default="mask.png", help="PNG to write; mask.png by default")
     parser.add_argument("--threshold", type=float, default=0.5, help="probability above which a pixel is marked")
     given = parser.parse_args()
+    if not 0 < given.threshold < 1:
+        parser.error(f"--threshold is {given.threshold}, expected a number between 0 and 1")
     try:
         segmenter = Segmenter.from_bundle(given.bundle)
         segmenter.set_image(read_image(given.image))

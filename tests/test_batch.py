@@ -525,3 +525,26 @@ def test_a_job_known_to_be_impossible_is_a_failure(predictor: Predictor, jobs: l
     assert report.failures[0]["message"] == "a slice is missing"
     runner = CaseRunner(predictor, tmp_path / "other", BatchOptions(), "-x")
     assert runner(broken)["failure"]["message"] == "a slice is missing"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_image_is_never_replaced_by_its_mask(predictor: Predictor, tmp_path: Path, overwrite: bool):
+    picture = _picture(tmp_path / "scans" / "a.png")
+    before = picture.read_bytes()
+    with pytest.raises(StorageError, match="would be replaced by a mask") as caught:
+        predict_batch(predictor, [Job(picture, PROMPT, "a")], tmp_path / "scans", BatchOptions(overwrite=overwrite))
+    assert "--overwrite" not in caught.value.hint
+    assert picture.read_bytes() == before
+    assert [path.name for path in (tmp_path / "scans").iterdir()] == ["a.png"]
+
+
+def test_results_of_another_sentence_are_not_removed_unasked(predictor: Predictor, jobs: list[Job], tmp_path: Path):
+    out = tmp_path / "out"
+    predict_batch(predictor, jobs[:1], out, BatchOptions(outputs=OutputOptions(("png",), overlays=False)))
+    other = Job(jobs[0].image, "two dark lesions", jobs[0].name)
+    options = BatchOptions(outputs=OutputOptions(("rle",), overlays=False))
+    with pytest.raises(StorageError, match=r"a\.png already"):
+        predict_batch(predictor, [other], out, options)
+    assert (out / "a.png").exists()
+    predict_batch(predictor, [other], out, replace(options, overwrite=True))
+    assert not (out / "a.png").exists()

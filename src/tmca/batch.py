@@ -21,9 +21,11 @@ from tmca.data.manifest import file_hash
 from tmca.environment import describe_environment
 from tmca.errors import DataError, StorageError, TMCAError
 from tmca.files import real_path, storage_error, write_json
+from tmca.imaging.dicom import is_dicom
 from tmca.imaging.dicom_results import INTENDED_USE
+from tmca.imaging.dicom_sources import read_sources
 from tmca.imaging.frames import Frame, Frames
-from tmca.imaging.reading import read_frames
+from tmca.imaging.reading import read_frames, split_frame
 from tmca.inference import BATCH_SIZE, Predictor
 from tmca.jobs import Job
 from tmca.outputs import CaseWriter, OutputOptions, output_paths, tell_apart
@@ -136,11 +138,12 @@ def predict_batch(
         engine: Works the jobs off elsewhere, with the same models; ``None`` does it here.
 
     Raises:
-        StorageError: The folder cannot be written, or holds a mask that this batch would replace.
+        StorageError: The folder cannot be written, or holds a mask or even an image that this batch would replace.
     """
     started = time.monotonic()
     options = options or BatchOptions()
     jobs = tell_apart(jobs, options.outputs)
+    refuse_to_replace_images(jobs, folder, options.outputs)
     run = _Run(predictor, folder, options)
     if options.overwrite:
         run.journal.replace_all(jobs)
@@ -152,6 +155,22 @@ def predict_batch(
     report.seconds = time.monotonic() - started
     write_json(folder / f"run_report{options.suffix}.json", report.as_dict(predictor))
     return report
+
+
+def refuse_to_replace_images(jobs: Sequence[Job], folder: Path, outputs: OutputOptions) -> None:
+    """Refuse a batch whose results would take the place of its own images, whatever it may replace otherwise.
+
+    Raises:
+        StorageError: An image would be replaced.
+    """
+    images = {real_path(split_frame(path)[0]): path for job in jobs for path in (job.image, *job.slices)}
+    for job in jobs:
+        for name in output_paths(job, outputs).values():
+            image = images.get(real_path(folder / name))
+            if image is not None:
+                raise StorageError(
+                    f"{image} would be replaced by a mask of that name", hint="choose another output folder"
+                )
 
 
 class _Run:
@@ -182,7 +201,12 @@ class _Run:
         """
         outputs = self.options.outputs
         left = [job for job in jobs if job.name not in self.done]
-        paths = [(job, path) for job in left for path in output_paths(job, outputs).values()]
+        # Those of an earlier run of another sentence or type as well: they would be removed.
+        paths = [
+            (job, path)
+            for job in left
+            for path in dict.fromkeys((*output_paths(job, outputs).values(), *self.journal.outputs_of(job)))
+        ]
         # The pictures of a volume lie in a folder of that name.
         existing = [
             (job, path)
@@ -321,6 +345,15 @@ class _Case:
         """Note how long something took."""
         self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 
+    def _voxel_volume(self) -> float | None:
+        """Return the volume of a voxel: in DICOM by the distance of the slices, which their thickness is not."""
+        if not (self.job.slices or is_dicom(self.job.image)):
+            return self.voxel_volume
+        try:
+            return read_sources(self.job.slices or [self.job.image]).voxel_volume
+        except DataError:  # no stack
+            return None
+
     def finish(self, key: Callable[[Job], str]) -> dict[str, Any]:
         """Write what is left and return the case's entry in the report."""
         started = time.perf_counter()
@@ -331,7 +364,7 @@ class _Case:
         known: dict[str, Any] = {"image": str(self.job.image), "name": self.job.name, "key": key(self.job)}
         known["sha256"] = _content_hash(self.job)
         report = {"report": None if self.job.report is None else self.job.report.as_dict()}
-        summary = self.entries[0] if len(self.entries) == 1 else _summary(self.entries, self.voxel_volume)
+        summary = self.entries[0] if len(self.entries) == 1 else _summary(self.entries, self._voxel_volume())
         seconds = {name: round(value, 4) for name, value in self.seconds.items()}
         return known | summary | report | {"outputs": outputs, "seconds": seconds}
 
@@ -375,7 +408,7 @@ def _summary(entries: Sequence[dict[str, Any]], voxel_volume: float | None) -> d
     pixels = sum(entry["pixels"] for entry in entries)
     size = sum(math.prod(entry["shape"]) for entry in entries)
     found = {str(number): entry["pixels"] for number, entry in enumerate(entries) if entry["region_found"]}
-    same = ("prompt", "setting", "threshold", "tokens", "truncated", "spacing")
+    same = ("prompt", "setting", "threshold", "tokens", "truncated", "spacing", "spacing_from")
     return {name: entries[0][name] for name in same} | {
         "shape": [len(entries), *entries[0]["shape"]],
         "answer": f"regions in {len(found)} of {len(entries)} slices" if found else "no region found",
@@ -477,6 +510,10 @@ class _Journal:
             return entry is not None and bool(entry["key"] == self.key(job))
         except DataError:  # it cannot be read any more, which is that case's own failure
             return False
+
+    def outputs_of(self, job: Job) -> tuple[str, ...]:
+        """Return what the last run that finished a job of this name wrote."""
+        return tuple((self._entries.get(job.name, {}).get("outputs") or {}).values())
 
     def _is_finished(self, job: Job) -> bool:
         outputs = self._entries.get(job.name, {}).get("outputs")

@@ -350,6 +350,7 @@ def _name(path: Path) -> str:
 
 
 def _described(name: str, details: Sequence[str]) -> str:
+    details = [detail for detail in details if detail not in name]
     return f"{name} ({', '.join(details)})" if details else name
 
 

@@ -148,6 +148,7 @@ class Prediction:
             "pixels": self.pixels,
             "square_millimetres": _rounded(self.square_millimetres),
             "spacing": None if self.geometry.spacing is None else list(self.geometry.spacing),
+            "spacing_from": self.geometry.spacing_from,
             "regions": [
                 {
                     "box": [region.top, region.left, region.bottom, region.right],

@@ -61,6 +61,16 @@ def _status(sentence: str, word: str = "opacity") -> str:
         ("Rule out opacity", "sought"),
         ("A film is recommended to exclude an opacity", "sought"),
         ("Follow-up of the opacity", "sought"),
+        ("The right lower zone no longer shows an opacity", "resolved"),
+        ("Failed to show any opacity", "negated"),
+        ("Nil focal opacity", "negated"),
+        ("An opacity has been ruled out", "negated"),
+        ("An opacity is felt to be unlikely", "negated"),
+        ("There isn't any opacity", "negated"),
+        ("Lungs devoid of opacity", "negated"),
+        ("Doubt opacity", "uncertain"),
+        ("No doubt an opacity", "affirmed"),
+        ("An opacity isn't seen", "negated"),
     ],
 )
 def test_what_a_sentence_says(sentence: str, status: str):

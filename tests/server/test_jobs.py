@@ -16,6 +16,7 @@ from starlette.testclient import TestClient
 
 from tmca.errors import StorageError
 from tmca.server import ServerSettings, create_app
+from tmca.server.api import stored_name
 from tmca.server.jobs import CANCELLED, DONE, FAILED, MOST_ATTEMPTS, QUEUED, RUNNING, JobRequest, JobState, JobStore
 from tmca.server.problems import BusyError, ConflictError, NotFoundError
 
@@ -36,6 +37,17 @@ def _add(store: JobStore, token: str | None = None, limit: int = 100) -> JobStat
 
 
 # --- the store ---
+
+
+def test_what_a_late_worker_writes_for_a_removed_job_is_deleted(store: JobStore):
+    job = _add(store)
+    store.finish(job.id, CANCELLED, {})
+    store.remove(job.id)
+    late = store.path(job.id) / "output"
+    late.mkdir(parents=True)
+    (late / "patient.dcm").write_bytes(b"x")
+    store.remove_old(3600)
+    assert not store.path(job.id).exists()
 
 
 def test_a_job_is_kept_as_it_was_asked(store: JobStore):
@@ -209,6 +221,42 @@ def test_each_image_gets_its_own_sentence(client: TestClient):
     files = _files(client, _finished(client, response))
     assert files["a.png"] != files["b.png"]
     assert not any(b"root:" in content for content in files.values())  # a column `report` is not read
+
+
+def test_a_sentence_goes_to_the_image_that_was_sent_under_its_name(client: TestClient):
+    table = f'image,text\nward/a+b.jpeg,"{LEFT}"\nA B.PNG,"{BOTTOM}"\n'.encode()
+    response = _post(client, "a+b.jpeg", "A B.PNG", prompts=[("sentences.csv", io.BytesIO(table))])
+    state = _finished(client, response)
+    assert (state["status"], state["cases_done"], state["failures"]) == (DONE, 2, [])
+    report = json.loads(_files(client, state)["run_report.json"])
+    assert {Path(case["image"]).name: case["prompt"] for case in report["cases"]} == {
+        "a_b.png": LEFT,
+        "A B.png": BOTTOM,
+    }
+
+
+@pytest.mark.parametrize(
+    ("names", "table", "words"),
+    [
+        (("scan.png", "scan.png"), "image,text\np1/scan.png,x\np2/scan.png,y\n", "2 images were sent with that name"),
+        (("a.png",), "image,text\nb.png,x\n", "no image was sent with that name"),
+        (("a.png", "b.png"), "image,text\na.png,x\n", "no line for 1 of 2 images, first 'b.png'"),
+    ],
+)
+def test_a_table_that_does_not_fit_the_images_is_refused(
+    client: TestClient, names: tuple[str, ...], table: str, words: str
+):
+    response = _post(client, *names, prompts=[("sentences.csv", io.BytesIO(table.encode()))])
+    assert response.status_code == 422
+    assert words in response.text
+
+
+@pytest.mark.parametrize(
+    ("image", "stored"), [("p1/x.dcm", "x.dcm"), ("p2/x.dcm", "x_2.dcm"), ("y", "y.dcm"), ("y.dicom", "y.dcm")]
+)
+def test_a_name_is_found_by_its_path_then_its_last_part_then_without_its_ending(image: str, stored: str):
+    sent = [("p1/x.dcm", "x.dcm"), ("p2\\x.dcm", "x_2.dcm"), ("y.dicom", "y.dcm")]
+    assert stored_name(image, sent) == stored
 
 
 def test_one_bad_image_does_not_end_the_others(client: TestClient):

@@ -503,6 +503,10 @@ def _spacing(source: Source, number: int) -> tuple[tuple[float, float] | None, s
     for keyword in _SPACINGS:
         numbers = _numbers(_tag(source, number, keyword), 2)
         if numbers is not None and min(numbers) > 0:
+            # PS3.3 10.7.1.3: equal to the spacing at the detector and not called calibrated, it is that.
+            same = keyword == "PixelSpacing" and numbers == _numbers(_tag(source, number, "ImagerPixelSpacing"), 2)
+            if same and not _tag(source, number, "PixelSpacingCalibrationType"):
+                keyword = "ImagerPixelSpacing"
             return (numbers[0], numbers[1]), keyword
     return None, ""
 

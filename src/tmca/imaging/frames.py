@@ -59,7 +59,8 @@ class Geometry:
         slice_index: Place of this plane on that axis.
         spacing: Millimetres between neighbouring rows and between neighbouring columns of the upright array.
         spacing_from: Where the spacing was found: ``affine``, ``PixelSpacing``, ``ImagerPixelSpacing`` (measured at
-            the detector, larger than in the patient) or ``NominalScannedPixelSpacing``; empty where unknown.
+            the detector, larger than in the patient; also where ``PixelSpacing`` repeats it uncalibrated) or
+            ``NominalScannedPixelSpacing``; empty where unknown.
         slice_spacing: Millimetres between neighbouring slices, or the slice's thickness.
         affine: 4×4 in rows: from (row, column, slices onwards, 1) of the upright array to millimetres towards the
             patient's right, front and head (RAS+, as in NIfTI).

@@ -99,12 +99,7 @@ def _measured_in(image: SourceImage) -> MeasuredIn:
     named = image.geometry.spacing_from
     if named == "NominalScannedPixelSpacing":
         return "film"
-    at_detector = image.source.tag("ImagerPixelSpacing", image.number or 0)
-    if named == "ImagerPixelSpacing":
-        return "detector"
-    # PS3.3 10.7.1.3: equal to the spacing at the detector and not called calibrated, it is that.
-    same = at_detector not in (None, "") and list(at_detector) == list(image.source.tag("PixelSpacing") or ())
-    return "detector" if same and not image.source.tag("PixelSpacingCalibrationType") else "patient"
+    return "detector" if named == "ImagerPixelSpacing" else "patient"
 
 
 def _regions(mask: NDArray[np.bool_]) -> int:

@@ -84,7 +84,7 @@ _BEFORE = (
         r"|document|look\s+for|assess|confirm|rule\s+out)|(?:evaluate|assess|look|screen(?:ing)?)\s+for|rule\s+out|r/o"
         r"|surveillance\s+(?:of|for)|in\s+case\s+of|if)\b",
     ),
-    _cue("resolved", r"\b(?:resolution|clearing|clearance|disappearance|regression)\s+of\b"),
+    _cue("resolved", r"\b(?:resolution|clearing|clearance|disappearance|regression)\s+of\b|\bno\s+longer\b"),
     _cue("resolved", r"\b(?:resolved|cleared)\b", to_comma=True),
     _cue(
         "historical",
@@ -94,13 +94,14 @@ _BEFORE = (
         "uncertain",
         r"\b(?:can\s?not|can't|could\s+not|unable\s+to|difficult\s+to)\s+(?:\w+\s+)?(?:exclude|rule\s+out)\b"
         r"|\b(?:concern(?:ing)?|suspicious|suspicion|question)\s+(?:for|of)\b|\b(?:(?<!\d\s)may(?!\s+\d)|might|could)\b|\bversus\b|\bvs\b"
-        r"|\bfavou?r\w*\b[^,;]*\bover\b|\bdifferential\b|\bpossibility\s+of\b",
+        r"|\bfavou?r\w*\b[^,;]*\bover\b|\bdifferential\b|\bpossibility\s+of\b|\bdoubt\b",
     ),
     _cue("uncertain", r"\b(?:possibl[ey]|questionable|equivocal|suspected|doubtful|perhaps)\b|\?", to_comma=True),
     _cue(
         "negated",
         rf"\b(?:no(?!\s+longer)|without|not(?!\s+(?:be\s+|been\s+)?(?:\w+ly\s+)?{_SEEN})|nor|neither|never|none"
-        r"|absence\s+of|absent|negative\s+for|free\s+(?:of|from)|denies|lack\s+of"
+        r"|absence\s+of|absent|negative\s+for|free\s+(?:of|from)|denies|lack\s+of|devoid\s+of|nil"
+        r"|(?:is|are|was|were|do|does|did|has|have|had)n['’]t|fail(?:s|ed|ure)?\s+to|ruled\s+out"
         r"|rather\s+than|unlikely|clear\s+of|excludes?)\b",
     ),
     _cue(
@@ -125,8 +126,8 @@ _AFTER = (
     _cue(
         "negated",
         rf"\b(?:is|are|was|were|has|have|could|can|been|be)\s+(?:\w+\s+)?not\s+(?:be\s+|been\s+)?(?:\w+ly\s+)?{_SEEN}\b"
-        rf"|\bnot\s+{_SEEN}\b|\b(?:is|are|was|were)\s+{_ADVERBS}(?:absent|excluded|ruled\s+out|denied)\b"
-        rf"|\b(?:is|are|was|were)\s+(?:\w+\s+)?unlikely\b|:\s*(?:none|no|absent|negative)\b|\bneither\b|\bnowhere\b",
+        rf"|\bnot\s+{_SEEN}\b|\b(?:is|are|was|were|(?:has|have|had)\s+been)\s+{_ADVERBS}(?:absent|excluded|ruled\s+out|denied)\b"
+        rf"|\b(?:is|are|was|were)\s+(?:\w+\s+)?(?:to\s+be\s+)?unlikely\b|\b(?:is|are|was|were|do|does|did)n['’]t\s+{_SEEN}\b|:\s*(?:none|no|absent|negative)\b|\bneither\b|\bnowhere\b",
     ),
     _cue(
         "historical", rf"\b{_REMOVED}\s+{_WHEN}\b|\bpreviously\s+{_REMOVED}\b|\b(?:was|were)\b[^,;]{{0,40}}?\b{_WHEN}\b"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from pathlib import Path
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Request, Response
@@ -146,7 +148,8 @@ async def add_job(
             names = [(await save(file, inputs)).path.name for file in files]
             prompts = None
             if has_prompts:
-                prompts = await _save_prompts(files_of(form, "prompts", most=1)[0], inputs)
+                sent = [(file.filename or "", name) for file, name in zip(files, names, strict=True)]
+                prompts = await _save_prompts(files_of(form, "prompts", most=1)[0], inputs, sent)
             request_ = JobRequest(
                 model=model,
                 images=tuple(names),
@@ -247,11 +250,47 @@ def _told(service: Service, state: JobState, status: int) -> Response:
     return JSONResponse(body, status, headers={"Location": f"/v1/jobs/{state.id}"})
 
 
-async def _save_prompts(file: Any, folder: Path) -> str:  # noqa: ANN401
+def stored_name(image: str, sent: Sequence[tuple[str, str]]) -> str:
+    """Return under which name an image lies here that a table names as its sender did.
+
+    By the whole name that was sent, else by its last part, else by that without its ending.
+
+    Args:
+        image: From the table; a path, or the last part of one.
+        sent: The name that each image was sent with, and the one that it got here.
+
+    Raises:
+        InvalidRequestError: No image was sent with that name, or several were.
+    """
+
+    def path(name: str) -> PurePosixPath:
+        return PurePosixPath(unicodedata.normalize("NFC", name).replace("\\", "/"))
+
+    for part in (lambda name: path(name), lambda name: path(name).name, lambda name: path(name).stem):
+        found = [stored for name, stored in sent if part(name) == part(image)]
+        if len(found) > 1:
+            raise InvalidRequestError(
+                f"`prompts` names {image[:80]!r}, and {len(found)} images were sent with that name",
+                hint="send each under a name of its own; with curl: -F 'image=@FILE;filename=NAME'",
+            )
+        if found:
+            return found[0]
+    raise InvalidRequestError(
+        f"`prompts` names {image[:80]!r}, and no image was sent with that name", hint="name it as the file is sent"
+    )
+
+
+async def _save_prompts(file: Any, folder: Path, images: Sequence[tuple[str, str]]) -> str:  # noqa: ANN401
     """Keep the images and sentences of a table, and nothing else: a column of it could name files of this machine.
+
+    Args:
+        file: The table.
+        folder: Where the images lie.
+        images: See :func:`stored_name`.
 
     Raises:
         DataError: It is no table of images and sentences.
+        InvalidRequestError: It names an image that was not sent, or not clearly, or leaves one out.
     """
     suffix = Path(file.filename or "").suffix.lower()
     if suffix not in (".csv", ".jsonl"):
@@ -269,10 +308,18 @@ async def _save_prompts(file: Any, folder: Path) -> str:  # noqa: ANN401
             raise DataError(error.message.replace(str(sent), "prompts"), hint=error.hint) from error
         finally:
             sent.unlink()
-        lines = [
-            json.dumps({"image": Path(row["image"]).name, "text": row.get("text") or row.get("prompt") or ""})
-            for row in rows
-        ]
+        lines = []
+        left = {stored: name for name, stored in images}
+        for row in rows:
+            stored = stored_name(row["image"], images)
+            left.pop(stored, None)
+            lines.append(json.dumps({"image": stored, "text": row.get("text") or row.get("prompt") or ""}))
+        if left:
+            first = next(iter(left.values()))[:80]
+            raise InvalidRequestError(
+                f"`prompts` has no line for {len(left)} of {len(images)} images, first {first!r}",
+                hint="add a line for each, with a blank text to segment it without a sentence",
+            )
         (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
 
     await asyncio.to_thread(rewrite)

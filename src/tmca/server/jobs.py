@@ -144,6 +144,10 @@ class JobState:
 _LINKS = {"self": "", "result": "/result", "cancel": "/cancel"}
 
 
+LATEST_WRITE = 3600.0
+"""Seconds after which nobody writes for a cancelled job any more."""
+
+
 class JobStore:
     """The database and the folders of all jobs; every call is short, and safe from any thread.
 
@@ -156,6 +160,7 @@ class JobStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = real_path(folder)
+        self._removed: dict[str, float] = {}
         self._lock = threading.Lock()
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -314,9 +319,14 @@ class JobStore:
             raise ConflictError("The job is not finished", hint="cancel it first")
         self._execute("DELETE FROM jobs WHERE id = ?", id_)
         remove_folder(self.path(id_))
+        self._removed[id_] = time.time()
 
     def remove_old(self, seconds: float) -> None:
-        """Forget jobs that finished so long ago."""
+        """Forget jobs that finished so long ago; delete what a late worker wrote for a job that was removed."""
+        for id_, when in list(self._removed.items()):
+            remove_folder(self.path(id_))
+            if time.time() - when > LATEST_WRITE:
+                self._removed.pop(id_, None)
         rows = self._rows("SELECT id FROM jobs WHERE finished < ?", time.time() - seconds)
         for row in rows:
             with contextlib.suppress(TMCAError):
