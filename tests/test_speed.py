@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,6 +83,12 @@ def test_an_untrained_model_needs_no_weights(preset: str):
     assert model.experiment is not None
     assert model.experiment.preprocessing.normalisation == "fixed"
     assert model.reads_text == (preset != "image-only")
+
+
+@pytest.mark.parametrize("sizes", [{"batch_sizes": ()}, {"batch_sizes": (0,)}, {"training_batch": -1}])
+def test_impossible_batch_sizes_are_refused(tiny_model: Callable[..., TMCA], sizes: dict[str, Any]):
+    with pytest.raises(ConfigError, match="expected"):
+        measure_speed(tiny_model(), device="cpu", **sizes)
 
 
 def test_a_model_must_know_its_preprocessing(tiny_model: Callable[..., TMCA]):

@@ -148,7 +148,7 @@ def _recorded(path: str, size: int, changed: int) -> str:  # noqa: ARG001
 
 def home() -> Path:
     """Return the folder of models and caches: ``$TMCA_HOME``, or ``~/.cache/tmca``."""
-    return Path(os.environ.get("TMCA_HOME", "") or Path.home() / ".cache" / "tmca")
+    return Path(os.environ.get("TMCA_HOME", "") or Path.home() / ".cache" / "tmca").expanduser()
 
 
 def _sibling(target: Path) -> Path:

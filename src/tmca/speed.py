@@ -174,8 +174,12 @@ def measure_speed(
         training_batch: Images of a training step; 0 leaves training out.
 
     Raises:
-        ConfigError: The model does not know its preprocessing, or the device is not there.
+        ConfigError: The model does not know its preprocessing, the device is not there, or a batch size is impossible.
     """
+    if not batch_sizes or min(batch_sizes) < 1:
+        raise ConfigError(f"--batch-sizes is {list(batch_sizes)}, expected numbers from 1", hint="e.g. 1 8")
+    if training_batch < 0:
+        raise ConfigError(f"--training-batch is {training_batch}, expected 0 or more", hint="0 leaves training out")
     experiment = model.experiment
     if experiment is None:
         raise ConfigError("This model does not know its preprocessing", hint="load it with from_pretrained")

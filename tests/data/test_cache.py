@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from tmca.data import cache as module
-from tmca.data.cache import DecodedCache, decode, drawn, make_room
+from tmca.data.cache import IN_USE_SECONDS, DecodedCache, decode, drawn, make_room
 from tmca.data.manifest import Manifest
 from tmca.data.preprocessing import resize_image, resize_mask
 from tmca.errors import DataError, StorageError
@@ -154,7 +154,7 @@ def test_what_was_used_longest_ago_is_given_up(tmp_path: Path, monkeypatch: pyte
     now = time.time()
     for number, name in enumerate(("old.npy", "middle.npy", "new.npy", "notes.txt")):
         (tmp_path / name).write_bytes(bytes(3000))
-        os.utime(tmp_path / name, (now - 100 + number,) * 2)
+        os.utime(tmp_path / name, (now - IN_USE_SECONDS - 100 + number,) * 2)
     for name, age in (("abandoned", 48 * 3600), ("current", 60)):
         (tmp_path / f".tmp-{name}").write_bytes(b"")
         os.utime(tmp_path / f".tmp-{name}", (now - age,) * 2)
@@ -163,6 +163,15 @@ def test_what_was_used_longest_ago_is_given_up(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("TMCA_CACHE_GB", "much")
     with pytest.raises(StorageError, match="TMCA_CACHE_GB is 'much'"):
         make_room(tmp_path, 1)
+
+
+def test_what_is_in_use_is_not_given_up(training: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TMCA_CACHE_GB", "0.000001")
+    first = _filled(training, tmp_path)
+    _filled(training.with_records(training.records[1:]), tmp_path)
+    assert first.path.exists()
+    first.path.unlink()  # as another program might
+    assert first[0].shape == (4, SIZE, SIZE)
 
 
 def test_a_file_that_is_used_again_counts_as_new(training: Manifest, tmp_path: Path):

@@ -100,6 +100,16 @@ def test_blank_cells_take_defaults(tmp_path: Path):
     assert manifest.records == (Record(id="a", image="a.png", mask=None, text=None, language="en", split="train"),)
 
 
+def test_paths_lead_to_the_files_from_behind_a_link(tmp_path: Path):
+    (tmp_path / "deep" / "a" / "b").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "deep" / "a" / "b")
+    (tmp_path / "ds").mkdir()
+    (tmp_path / "ds" / "x.png").write_bytes(b"x")
+    Manifest(tmp_path / "ds", (Record("x", "x.png"),), "ds").write(tmp_path / "link" / "m.csv")
+    written = Manifest.read(tmp_path / "link" / "m.csv")
+    assert written.image_path(written.records[0]).read_bytes() == b"x"
+
+
 def test_sentences_are_kept_to_the_letter(tmp_path: Path):
     manifest = _read(tmp_path / "a.csv", 'image,text\na.png," two polyps, located in ""top"" "\n')
     assert manifest.records[0].text == ' two polyps, located in "top" '
@@ -124,7 +134,8 @@ def test_json_lines_accept_null_numbers_and_blank_lines(tmp_path: Path):
         ("a.csv", "Image\na.png\n", "rename 'Image'"),
         ("a.csv", "image;mask\na.png;b\n", "commas"),
         ("a.csv", "image,text\na.png,x\n ,y\n", "line 3: the cell image is blank"),
-        ("a.csv", "image,text\na.png,one polyp, in top\n", r"line 2: 2 cells expected.*double quotes"),
+        ("a.csv", "image,text\na.png,one polyp, in top\n", r"line 2: 2 cells expected, more.*double quotes"),
+        ("a.csv", "image,text,split\na.png,one polyp\n", r"line 2: 3 cells expected, fewer.*leave cells blank"),
         ("a.csv", "id,image\n1,a.png\n1,b.png\n2,c.png\n2,d.png\n", r"a\.csv.* 2 ids more than once: 1, 2"),
         ("a.csv", "image\nx/a.png\ny/a.png\n", "more than once: a"),
         ("a.csv", "id,image\n../a,a.png\n", "line 2: the id '../a' holds a slash"),

@@ -16,11 +16,11 @@ from tmca.errors import ConfigError, DataError
 def _manifest(sizes: list[int], singles: int = 0, split: str = "") -> Manifest:
     """Patients with so many cases each, and cases whose patient is not known."""
     records = [
-        Record(f"p{patient}-{number}", "x", split=split, patient_id=f"p{patient}")
+        Record(f"p{patient}-{number}", f"p{patient}-{number}.png", split=split, patient_id=f"p{patient}")
         for patient, size in enumerate(sizes)
         for number in range(size)
     ]
-    return Manifest(Path(), (*records, *(Record(f"s{n}", "x", split=split) for n in range(singles))), "toy")
+    return Manifest(Path(), (*records, *(Record(f"s{n}", f"s{n}.png", split=split) for n in range(singles))), "toy")
 
 
 def _splits_of_patients(manifest: Manifest) -> dict[str, set[str]]:
@@ -92,6 +92,17 @@ def test_large_and_small_patients_reach_every_split():
     ]
     large = sum(int(patient[1:]) < 10 for patient in in_test) / len(in_test)
     assert 0.5 < large < 0.95  # 0.75 of all cases are of large patients
+
+
+def test_slices_of_a_volume_and_sentences_on_an_image_stay_together():
+    slices = [Record(f"v{volume}-{n}", f"v{volume}.nii.gz#{n}") for volume in range(6) for n in range(5)]
+    twice = [Record(f"i{image}-{n}", f"i{image}.png") for image in range(6) for n in range(2)]
+    split = split_manifest(Manifest(Path(), (*slices, *twice), "toy"))
+    found: dict[str, set[str]] = defaultdict(set)
+    for record in split.records:
+        found[record.image.partition("#")[0]].add(record.split)
+    assert all(len(splits) == 1 for splits in found.values())
+    assert set().union(*found.values()) == {"train", "val", "test"}
 
 
 def test_the_seed_decides():

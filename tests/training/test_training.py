@@ -20,6 +20,7 @@ from transformers import BertConfig, BertModel
 
 from tmca.checkpoints import TEXT_ENCODER_FILE, load_checkpoint
 from tmca.config import Experiment, from_dict
+from tmca.data.cache import DecodedCache
 from tmca.data.loading import SegmentationDataset, make_loader
 from tmca.data.manifest import Manifest
 from tmca.data.phantom import draw_phantom
@@ -37,7 +38,7 @@ from tmca.losses import objective
 from tmca.models import TMCA, build_model
 from tmca.models.text import SentenceTokenizer
 from tmca.presets import NO_ALIGNMENT, NO_ENHANCEMENT, change
-from tmca.training import fit, resolve, task
+from tmca.training import fit, resolve, task, writer
 from tmca.training.task import SegmentationTask, averaged_copy, follow, learning_rate_factor
 from tmca.types import Batch
 
@@ -837,6 +838,50 @@ def test_a_stopped_run_goes_on_with_more_patience(few: Manifest, tiny_experiment
     assert fit(experiment, few, tmp_path / "run").epochs == 2
     record = fit(_with_trainer(experiment, patience=4), few, tmp_path / "run", resume=True)
     assert record.epochs == 5
+
+
+def test_a_run_that_was_started_meanwhile_is_not_replaced(
+    few: Manifest, tiny_experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    other = tmp_path / "run" / "experiment.json"
+
+    def fill(cache: DecodedCache) -> Iterator[int]:
+        other.parent.mkdir(exist_ok=True)
+        other.write_text("another's")
+        yield from original(cache)
+
+    original = DecodedCache.fill
+    monkeypatch.setattr(DecodedCache, "fill", fill)
+    with pytest.raises(StorageError, match="holds a training run already"):
+        fit(tiny_experiment, few, tmp_path / "run")
+    assert other.read_text() == "another's"
+
+
+def test_a_best_epoch_is_kept_before_it_is_taken_for_kept(
+    few: Manifest,
+    tiny_experiment: Experiment,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    scripted: Callable[[Sequence[float]], None],
+):
+    scripted([3.0, 1.0, 2.0])
+    experiment = _with_trainer(tiny_experiment, max_epochs=3, min_epochs=3, patience=5)
+    whole = fit(experiment, few, tmp_path / "whole")
+    writes = iter(range(100))
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        if next(writes) == 3:  # best and last of the first epoch, best of the second: the disk is full
+            raise StorageError("The disk is full", hint="")
+        write(*arguments, **options)
+
+    write = writer.write_checkpoint
+    monkeypatch.setattr(writer, "write_checkpoint", fail)
+    with pytest.raises(StorageError):
+        fit(experiment, few, tmp_path / "run")
+    again = fit(experiment, few, tmp_path / "run", resume=True)
+    assert (again.epochs, again.best_epoch) == (whole.epochs, whole.best_epoch) == (3, 2)
+    best = [load_file(tmp_path / name / "checkpoints" / "best" / "model.safetensors") for name in ("whole", "run")]
+    assert all(torch.equal(value, best[1][name]) for name, value in best[0].items())
 
 
 @pytest.fixture

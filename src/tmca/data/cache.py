@@ -87,9 +87,15 @@ class DecodedCache(Sequence[Planes]):
         return len(self.manifest.records)
 
     def __getitem__(self, index: Any) -> Any:  # noqa: ANN401
+        return self._map()[index]
+
+    def _map(self) -> Any:  # noqa: ANN401
+        """Return the mapped file, which stays readable then even if it is deleted, and count it as used now."""
         if self._cases is None:
+            with contextlib.suppress(OSError):
+                os.utime(self.path)
             self._cases = np.load(self.path, mmap_mode="r")
-        return self._cases[index]
+        return self._cases
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the mapping behind: a worker process maps the file itself."""
@@ -108,8 +114,8 @@ class DecodedCache(Sequence[Planes]):
             StorageError: The file cannot be written.
         """
         if self.is_full:
-            with contextlib.suppress(OSError):
-                os.utime(self.path)  # used now: make_room() gives up what was used longest ago
+            self._cases = None
+            self._map()
             return
         shape = (len(self), 4, self.size, self.size)
         aside = self.path.with_name(f".tmp-{uuid.uuid4().hex}")
@@ -127,6 +133,7 @@ class DecodedCache(Sequence[Planes]):
                         stream.write(planes.data)
                         yield case
             _settle(aside, self.path)
+            self._map()
         except OSError as error:
             raise storage_error(self.path, error) from error
         finally:
@@ -134,8 +141,13 @@ class DecodedCache(Sequence[Planes]):
                 aside.unlink(missing_ok=True)
 
 
+IN_USE_SECONDS = 3600.0
+
+
 def make_room(folder: Path, needed: int) -> None:
     """Delete the files of decoded cases that were used longest ago, so that ``needed`` bytes fit into the limit.
+
+    What was used within :data:`IN_USE_SECONDS` stays: this training's other split, or another training's.
 
     Raises:
         StorageError: The disk has too little room.
@@ -151,7 +163,7 @@ def make_room(folder: Path, needed: int) -> None:
         if file.name.startswith(".tmp-"):
             spare = time.time() - used > STALE_SECONDS  # else another process is writing it
         else:
-            spare = file.suffix == ".npy" and kept + needed > limit
+            spare = file.suffix == ".npy" and kept + needed > limit and time.time() - used > IN_USE_SECONDS
         if spare:
             with contextlib.suppress(OSError):  # on Windows a mapped file stays
                 file.unlink()

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 
 from tmca.data.tables import read_rows, write_rows
 from tmca.errors import ConfigError, DataError
-from tmca.files import recorded_sha256_of
+from tmca.files import real_path, recorded_sha256_of
 from tmca.imaging.reading import case_name, image_size, split_frame
 from tmca.progress import track
 
@@ -267,7 +267,8 @@ class Manifest:
         if folder != self.root.absolute():
             for name in ("image", "mask"):
                 if row[name] and not PurePosixPath(row[name]).is_absolute():
-                    row[name] = Path(os.path.relpath(self.root.absolute() / row[name], folder)).as_posix()
+                    # Without links: ".." behind one leads out of where it points to.
+                    row[name] = Path(os.path.relpath(real_path(self.root) / row[name], real_path(folder))).as_posix()
         return row
 
 

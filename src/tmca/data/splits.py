@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from tmca.data.manifest import Manifest, Record, seeded_number
 from tmca.errors import ConfigError, DataError
+from tmca.imaging.reading import split_frame
 
 SHARES = {"train": 0.7, "val": 0.1, "test": 0.2}
 """Shares of the cases that a split gets if nothing else is asked for."""
@@ -120,9 +121,18 @@ def _checked_shares(shares: Mapping[str, float]) -> dict[str, float]:
 
 
 def _groups(cases: Iterable[Record]) -> dict[str, list[Record]]:
+    cases = list(cases)
+    files = {record.id: split_frame(record.image)[0] for record in cases}
+    repeated = Counter(files.values())
     groups: dict[str, list[Record]] = defaultdict(list)
     for record in cases:
-        groups[f"patient:{record.patient_id}" if record.patient_id else f"case:{record.id}"].append(record)
+        if record.patient_id:
+            name = f"patient:{record.patient_id}"
+        elif repeated[files[record.id]] > 1:  # slices of a volume, or several sentences on one image
+            name = f"file:{files[record.id]}"
+        else:
+            name = f"case:{record.id}"
+        groups[name].append(record)
     return groups
 
 

@@ -108,12 +108,14 @@ def _csv_rows(path: Path, content: bytes, required: tuple[str, ...], _: frozense
         reader.fieldnames = header
         _require(path, required, header)
         for row in reader:
-            if None in row:
+            if None in row or None in row.values():
+                found = "more" if None in row else "fewer"
                 raise DataError(
-                    f"{path}, line {reader.line_num}: {len(header)} cells expected, more were found",
-                    hint='put a sentence that holds commas in double quotes: "one polyp, located in top"',
+                    f"{path}, line {reader.line_num}: {len(header)} cells expected, {found} were found",
+                    hint='put a sentence that holds commas in double quotes: "one polyp, located in top"; leave cells '
+                    "blank, not out",
                 )
-            yield reader.line_num, {name: value or "" for name, value in row.items()}
+            yield reader.line_num, dict(row)
     except csv.Error as error:
         is_long = "field larger" in str(error)
         hint = "check the quotes around the cells" + ", or use JSON Lines for so long a text" * is_long

@@ -153,7 +153,9 @@ def fit(
         )
         loaders.append(loader)
     if layout.is_first and not resume:
-        # Only now, when nothing can be wrong with weights and data any more, may an older run be given up.
+        # Only now, when nothing can be wrong with weights and data any more, may an older run be given up; of another
+        # training that was started on this folder meanwhile, nothing.
+        _check_folder(folder, overwrite=overwrite)
         with replace_folder(folder) as fresh:
             (fresh / "checkpoints").mkdir()
         write_json(folder / "splits.json", data)

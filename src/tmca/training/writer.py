@@ -78,12 +78,13 @@ class RunWriter(Checkpoint):
         if not trainer.is_global_zero:
             trainer.save_checkpoint(last / TRAINER_STATE)  # takes part, and writes nothing
             return
-        with replace_folder(last) as place:
-            write_checkpoint(self.task.model, self.task.experiment, place, metrics=scores, link_from=last)
-            trainer.save_checkpoint(place / TRAINER_STATE)
+        # The best first: interrupted between the two, the epoch is repeated, and not taken for kept.
         if is_best:
             with replace_folder(best) as place:
                 write_checkpoint(self.task.kept, self.task.experiment, place, metrics=scores, link_from=last)
+        with replace_folder(last) as place:
+            write_checkpoint(self.task.model, self.task.experiment, place, metrics=scores, link_from=best)
+            trainer.save_checkpoint(place / TRAINER_STATE)
         write_history(self.history, self.folder / "metrics.csv")
         draw_curves(self.history, self.best_epoch, self.folder / "curves.png")
 

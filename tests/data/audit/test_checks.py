@@ -166,6 +166,13 @@ def test_one_image_with_several_masks_is_no_duplicate(data: Manifest):
     assert list(audit(data.with_records([*data.records, elsewhere])).by_check) == ["same_image_across_splits"]
 
 
+def test_a_volume_in_two_splits(data: Manifest):
+    records = [Record(f"s{n}", f"scan.nii.gz#{n}", split="train" if n < 3 else "test") for n in range(4)]
+    findings = audit(replace(data, records=(*data.records, *records))).findings
+    (finding,) = [finding for finding in findings if finding.check == "patient_across_splits"]
+    assert finding.message.startswith("Volume scan.nii.gz has images in several splits: 3 in train, 1 in test")
+
+
 def test_a_patient_in_two_splits(data: Manifest):
     spoiled = _changed(_changed(data, 0, patient_id="P7"), 25, patient_id="P7")
     (finding,) = audit(spoiled).findings

@@ -190,17 +190,19 @@ def _copies(cases: Cases, *, across: bool) -> Iterator[Hit]:
 
 
 def _patient_across_splits(cases: Cases) -> Iterator[Hit]:
-    patients: dict[str, list[Record]] = defaultdict(list)
+    patients: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for record in cases.manifest.records:
+        file, number = split_frame(record.image)
         if record.patient_id:
-            patients[record.patient_id].append(record)
-    for name, records in patients.items():
+            patients["Patient", record.patient_id].append(record)
+        elif number is not None:
+            patients["Volume", str(file)].append(record)
+    for (kind, name), records in patients.items():
         counts = Counter(record.split for record in records)
         if len(counts) > 1:
             spread = ", ".join(f"{count} in {split or '(none)'}" for split, count in counts.items())
-            yield cases.hit(
-                f"Patient {name} has images in several splits: {spread}", records, patient=name, splits=counts
-            )
+            message = f"{kind} {name} has images in several splits: {spread}"
+            yield cases.hit(message, records, patient=name, splits=counts)
 
 
 def _contradicted(kind: str, cases: Cases) -> Iterator[Hit]:

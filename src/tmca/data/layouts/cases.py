@@ -12,7 +12,7 @@ from typing import Literal, get_args
 from tmca.data.manifest import Manifest, Record
 from tmca.data.tables import write_rows
 from tmca.errors import DataError
-from tmca.imaging.reading import IMAGE_SUFFIXES
+from tmca.imaging.reading import IMAGE_SUFFIXES, split_frame
 
 SUFFIXES = tuple(sorted(IMAGE_SUFFIXES, key=len, reverse=True))
 """Endings of the files that can be images or masks, lower case, the longest first."""
@@ -209,7 +209,7 @@ class CaseList:
             ("missing mask", record.mask),
         )
         for kind, file in named:
-            if file is not None and not (self.root / file).is_file():
+            if file is not None and not split_frame(self.root / file)[0].is_file():
                 self.report(kind, file, f"case {record.id} names {file}, but there is no such file")
                 is_complete = False
         if is_complete:
