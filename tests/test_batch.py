@@ -20,7 +20,7 @@ from tmca.errors import DataError, StorageError
 from tmca.files import sha256_of
 from tmca.imaging.raster import read_mask
 from tmca.inference import Predictor
-from tmca.jobs import Job, make_jobs, part_of
+from tmca.jobs import Job, make_jobs, make_series_jobs, part_of
 from tmca.models import TMCA
 from tmca.outputs import OutputOptions
 from tmca.prediction import PredictionOptions
@@ -548,3 +548,15 @@ def test_results_of_another_sentence_are_not_removed_unasked(predictor: Predicto
     assert (out / "a.png").exists()
     predict_batch(predictor, [other], out, replace(options, overwrite=True))
     assert not (out / "a.png").exists()
+
+
+def test_the_volume_of_a_series_goes_by_the_distance_of_its_slices(
+    predictor: Predictor, draw_slices: Callable[..., list[Path]], tmp_path: Path
+):
+    pixels = np.random.default_rng(0).integers(0, 200, (4, 40, 48)).astype(np.uint8)
+    draw_slices(tmp_path / "series", pixels, step=(0, 0, 2.5), SliceThickness=5.0)  # they overlap
+    (job,) = make_series_jobs([str(tmp_path / "series")], PROMPT, None)
+    (case,) = predict_batch(predictor, [job], tmp_path / "out", BatchOptions(PredictionOptions(threshold=0.4))).cases
+    assert case["pixels"] > 0
+    assert case["cubic_millimetres"] == pytest.approx(case["pixels"] * 0.5 * 0.25 * 2.5)
+    assert case["spacing_from"] == "PixelSpacing"

@@ -479,7 +479,9 @@ def _entry(name: str, **model: Any) -> dict[str, Any]:
     experiment = json.loads(json.dumps(dataclasses.asdict(get_preset(name))))
     experiment["model"] |= model
     scores = {"pooled": {"dice": 0.5}, "per_case_mean": {"dice": 0.25}}
-    metrics = {"pooled": {"dice": 0.9}, "per_case_mean": {"dice": 0.8}, "ci95": {"pooled_dice": [0.85, 0.95]}}
+    metrics = {"pooled": {"dice": 0.9}, "per_case_mean": {"dice": 0.8, "empty_policy": "one"}}
+    space = str(experiment["preprocessing"]["image_size"])
+    metrics |= {"ci95": {"pooled_dice": [0.85, 0.95]}, "threshold": 0.5, "space": space}
     return {
         "name": name, "preset": name, "experiment": experiment, "dataset": "kvasir_polyp", "data_hash": "a" * 64,
         "split": "test", "n": 100, "n_train": 800, "seed": 1,
@@ -516,7 +518,8 @@ def test_the_runs_of_a_table_are_shown_there(tables: ModuleType, tmp_path: Path)
     for run in (run for run in runs if run.row.preset in ("tmca", "ariadne")):
         entry = _entry("tmca") | {"experiment": to_dict(run.experiment), "seed": run.experiment.seed, "name": run.name}
         scores = {"dice": 0.9, "jaccard": 0.82, "accuracy": 0.98}
-        entry["metrics"] = {"pooled": scores, "per_case_mean": scores}
+        space = str(run.experiment.preprocessing.image_size)
+        entry["metrics"] |= {"pooled": scores, "per_case_mean": scores | {"empty_policy": "one"}, "space": space}
         (tmp_path / "results" / f"{run.name}.json").write_text(json.dumps(entry), encoding="utf-8")
     ledger = Ledger(tmp_path / "results")
     rows = _rows(tables.content("table2 kvasir_polyp cpu", ledger))

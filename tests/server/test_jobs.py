@@ -16,7 +16,7 @@ from starlette.testclient import TestClient
 
 from tmca.errors import StorageError
 from tmca.server import ServerSettings, create_app
-from tmca.server.api import stored_name
+from tmca.server.api import SentNames
 from tmca.server.jobs import CANCELLED, DONE, FAILED, MOST_ATTEMPTS, QUEUED, RUNNING, JobRequest, JobState, JobStore
 from tmca.server.problems import BusyError, ConflictError, NotFoundError
 
@@ -46,7 +46,7 @@ def test_what_a_late_worker_writes_for_a_removed_job_is_deleted(store: JobStore)
     late = store.path(job.id) / "output"
     late.mkdir(parents=True)
     (late / "patient.dcm").write_bytes(b"x")
-    store.remove_old(3600)
+    store.remove_old(3600.0)
     assert not store.path(job.id).exists()
 
 
@@ -239,6 +239,7 @@ def test_a_sentence_goes_to_the_image_that_was_sent_under_its_name(client: TestC
     ("names", "table", "words"),
     [
         (("scan.png", "scan.png"), "image,text\np1/scan.png,x\np2/scan.png,y\n", "2 images were sent with that name"),
+        (("scan.png",), "image,text\np1/scan.png,x\np2/scan.png,y\n", "would be the same image"),
         (("a.png",), "image,text\nb.png,x\n", "no image was sent with that name"),
         (("a.png", "b.png"), "image,text\na.png,x\n", "no line for 1 of 2 images, first 'b.png'"),
     ],
@@ -256,7 +257,7 @@ def test_a_table_that_does_not_fit_the_images_is_refused(
 )
 def test_a_name_is_found_by_its_path_then_its_last_part_then_without_its_ending(image: str, stored: str):
     sent = [("p1/x.dcm", "x.dcm"), ("p2\\x.dcm", "x_2.dcm"), ("y.dicom", "y.dcm")]
-    assert stored_name(image, sent) == stored
+    assert SentNames(sent).stored(image) == stored
 
 
 def test_one_bad_image_does_not_end_the_others(client: TestClient):

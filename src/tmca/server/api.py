@@ -250,34 +250,48 @@ def _told(service: Service, state: JobState, status: int) -> Response:
     return JSONResponse(body, status, headers={"Location": f"/v1/jobs/{state.id}"})
 
 
-def stored_name(image: str, sent: Sequence[tuple[str, str]]) -> str:
-    """Return under which name an image lies here that a table names as its sender did.
+class SentNames:
+    """Under which name an image lies here, by the name that it was sent with.
 
-    By the whole name that was sent, else by its last part, else by that without its ending.
+    A table may name it by the whole name that was sent, else by its last part, else by that without its ending.
 
     Args:
-        image: From the table; a path, or the last part of one.
         sent: The name that each image was sent with, and the one that it got here.
-
-    Raises:
-        InvalidRequestError: No image was sent with that name, or several were.
     """
 
-    def path(name: str) -> PurePosixPath:
-        return PurePosixPath(unicodedata.normalize("NFC", name).replace("\\", "/"))
+    def __init__(self, sent: Sequence[tuple[str, str]]) -> None:
+        self._places: tuple[dict[str, list[str]], ...] = ({}, {}, {})
+        self._meant: dict[str, str] = {}
+        for name, stored in sent:
+            for key, places in zip(self._keys(name), self._places, strict=True):
+                places.setdefault(key, []).append(stored)
 
-    for part in (lambda name: path(name), lambda name: path(name).name, lambda name: path(name).stem):
-        found = [stored for name, stored in sent if part(name) == part(image)]
-        if len(found) > 1:
-            raise InvalidRequestError(
-                f"`prompts` names {image[:80]!r}, and {len(found)} images were sent with that name",
-                hint="send each under a name of its own; with curl: -F 'image=@FILE;filename=NAME'",
-            )
-        if found:
-            return found[0]
-    raise InvalidRequestError(
-        f"`prompts` names {image[:80]!r}, and no image was sent with that name", hint="name it as the file is sent"
-    )
+    @staticmethod
+    def _keys(name: str) -> tuple[str, str, str]:
+        path = PurePosixPath(unicodedata.normalize("NFC", name).replace("\\", "/"))
+        return str(path), path.name, path.stem
+
+    def stored(self, image: str) -> str:
+        """Return where the image lies that a line of a table names.
+
+        Raises:
+            InvalidRequestError: No image was sent with that name, or several were, or another name meant it already.
+        """
+        hint = "send each under a name of its own, and name it so; with curl: -F 'image=@FILE;filename=NAME'"
+        for key, places in zip(self._keys(image), self._places, strict=True):
+            found = places.get(key, [])
+            if len(found) > 1:
+                raise InvalidRequestError(
+                    f"`prompts` names {image[:80]!r}, and {len(found)} images were sent with that name", hint=hint
+                )
+            if found:
+                before = self._meant.setdefault(found[0], self._keys(image)[0])
+                if before != self._keys(image)[0]:
+                    raise InvalidRequestError(
+                        f"`prompts` names {before[:80]!r} and {image[:80]!r}, which would be the same image", hint=hint
+                    )
+                return found[0]
+        raise InvalidRequestError(f"`prompts` names {image[:80]!r}, and no image was sent with that name", hint=hint)
 
 
 async def _save_prompts(file: Any, folder: Path, images: Sequence[tuple[str, str]]) -> str:  # noqa: ANN401
@@ -286,7 +300,7 @@ async def _save_prompts(file: Any, folder: Path, images: Sequence[tuple[str, str
     Args:
         file: The table.
         folder: Where the images lie.
-        images: See :func:`stored_name`.
+        images: The name that each image was sent with, and the one that it got here.
 
     Raises:
         DataError: It is no table of images and sentences.
@@ -309,9 +323,10 @@ async def _save_prompts(file: Any, folder: Path, images: Sequence[tuple[str, str
         finally:
             sent.unlink()
         lines = []
+        names = SentNames(images)
         left = {stored: name for name, stored in images}
         for row in rows:
-            stored = stored_name(row["image"], images)
+            stored = names.stored(row["image"])
             left.pop(stored, None)
             lines.append(json.dumps({"image": stored, "text": row.get("text") or row.get("prompt") or ""}))
         if left:

@@ -35,7 +35,7 @@ class LossCheck:
 
     def __init__(self, loss: Tensor) -> None:
         self.loss = loss
-        self._finite = torch.isfinite(loss).to("cpu", non_blocking=True)
+        self._finite = torch.isfinite(loss).to("cpu", non_blocking=loss.is_cuda)
         self._copied = torch.cuda.Event() if loss.is_cuda else None  # type: ignore[no-untyped-call]
         if self._copied is not None:
             self._copied.record()
