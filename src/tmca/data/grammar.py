@@ -87,13 +87,13 @@ _CHEST = re.compile(
 """Words of chest reports that need not stand beside those of ``_LUNG``."""
 _HIDDEN_SIDES = {
     "horizontal": re.compile(
-        r"\b((left|right)[^\W\d_]+|l|r|lt|rt|lft|rgt|rght|o\W?clock|links?|linke\w|rechts?|rechte\w|gauche\w?|droite?s?"
+        r"\b((left|right)[^\W\d_]+|l|r|lt|rt|lft|rgt|rght|o\W?clock|link\w{0,2}|rechts?|rechte\w|gauche\w?|droite?s?"
         r"|izquierd\w+|derech\w+|sinistr\w+|destr[aoei])\b",
         re.IGNORECASE,
     ),
     "vertical": re.compile(
         r"\b((top|bottom|upper|lower)[^\W\d_]+|up|down|above|below|superior\w*|inferior\w*|o\W?clock|oben|unten|ober\w+"
-        r"|unter\w+|haut|bas|arriba|abajo|sopra|sotto)\b",
+        r"|unt\w{3,}|haut|bas|arriba|abajo|sopra|sotto)\b",
         re.IGNORECASE,
     ),
 }

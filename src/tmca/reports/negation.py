@@ -101,7 +101,7 @@ _BEFORE = (
         "negated",
         rf"\b(?:no(?!\s+longer)|without|not(?!\s+(?:be\s+|been\s+)?(?:\w+ly\s+)?{_SEEN})|nor|neither|never|none"
         r"|absence\s+of|absent|negative\s+for|free\s+(?:of|from)|denies|lack\s+of|devoid\s+of|nil"
-        r"|(?:is|are|was|were|do|does|did|has|have|had)n['’]t|fail(?:s|ed|ure)?\s+to|ruled\s+out"
+        r"|(?:is|are|was|were|do|does|did|has|have|had)n['’]t|(?:fail(?:s|ed)?|failure)\s+to|ruled\s+out"
         r"|rather\s+than|unlikely|clear\s+of|excludes?)\b",
     ),
     _cue(
