@@ -16,9 +16,9 @@ from starlette.testclient import TestClient
 
 from tmca.errors import StorageError
 from tmca.server import ServerSettings, create_app
-from tmca.server.api import SentNames
 from tmca.server.jobs import CANCELLED, DONE, FAILED, MOST_ATTEMPTS, QUEUED, RUNNING, JobRequest, JobState, JobStore
 from tmca.server.problems import BusyError, ConflictError, NotFoundError
+from tmca.server.uploads import SentNames
 
 REQUEST = JobRequest("small", ("a.png", "b.png"), prompt="John Smith's polyp", types=("png",))
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import unicodedata
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Request, Response
@@ -22,7 +21,7 @@ from tmca.server.jobs import JobRequest, JobState
 from tmca.server.messages import Ask, Form
 from tmca.server.problems import InvalidRequestError, NotAcceptableError
 from tmca.server.service import Service
-from tmca.server.uploads import files_of, read_form, remove_folder, save, texts_of, truth, value_of
+from tmca.server.uploads import SentNames, files_of, read_form, remove_folder, save, texts_of, truth, value_of
 
 router = APIRouter(prefix="/v1", tags=["segmentation"])
 
@@ -248,50 +247,6 @@ def _natural(text: str) -> int | None:
 def _told(service: Service, state: JobState, status: int) -> Response:
     body = state.as_dict(service.store.done(state.id))
     return JSONResponse(body, status, headers={"Location": f"/v1/jobs/{state.id}"})
-
-
-class SentNames:
-    """Under which name an image lies here, by the name that it was sent with.
-
-    A table may name it by the whole name that was sent, else by its last part, else by that without its ending.
-
-    Args:
-        sent: The name that each image was sent with, and the one that it got here.
-    """
-
-    def __init__(self, sent: Sequence[tuple[str, str]]) -> None:
-        self._places: tuple[dict[str, list[str]], ...] = ({}, {}, {})
-        self._meant: dict[str, str] = {}
-        for name, stored in sent:
-            for key, places in zip(self._keys(name), self._places, strict=True):
-                places.setdefault(key, []).append(stored)
-
-    @staticmethod
-    def _keys(name: str) -> tuple[str, str, str]:
-        path = PurePosixPath(unicodedata.normalize("NFC", name).replace("\\", "/"))
-        return str(path), path.name, path.stem
-
-    def stored(self, image: str) -> str:
-        """Return where the image lies that a line of a table names.
-
-        Raises:
-            InvalidRequestError: No image was sent with that name, or several were, or another name meant it already.
-        """
-        hint = "send each under a name of its own, and name it so; with curl: -F 'image=@FILE;filename=NAME'"
-        for key, places in zip(self._keys(image), self._places, strict=True):
-            found = places.get(key, [])
-            if len(found) > 1:
-                raise InvalidRequestError(
-                    f"`prompts` names {image[:80]!r}, and {len(found)} images were sent with that name", hint=hint
-                )
-            if found:
-                before = self._meant.setdefault(found[0], self._keys(image)[0])
-                if before != self._keys(image)[0]:
-                    raise InvalidRequestError(
-                        f"`prompts` names {before[:80]!r} and {image[:80]!r}, which would be the same image", hint=hint
-                    )
-                return found[0]
-        raise InvalidRequestError(f"`prompts` names {image[:80]!r}, and no image was sent with that name", hint=hint)
 
 
 async def _save_prompts(file: Any, folder: Path, images: Sequence[tuple[str, str]]) -> str:  # noqa: ANN401

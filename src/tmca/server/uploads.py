@@ -11,10 +11,10 @@ import shutil
 import tempfile
 import unicodedata
 import zlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO, TypeVar
 
 from starlette.datastructures import FormData, UploadFile
@@ -178,6 +178,50 @@ async def save(file: UploadFile, folder: Path, name: str = "") -> Upload:
     names = itertools.chain([name or own], (f"{name or own}_{number}" for number in itertools.count(2)))
     path = next(path for each in names if not (path := folder / f"{each}{suffix}").exists())
     return await asyncio.to_thread(_copy, file.file, path, own)
+
+
+class SentNames:
+    """Under which name an image lies here, by the name that it was sent with.
+
+    A table may name it by the whole name that was sent, else by its last part, else by that without its ending.
+
+    Args:
+        sent: The name that each image was sent with, and the one that it got here.
+    """
+
+    def __init__(self, sent: Sequence[tuple[str, str]]) -> None:
+        self._places: tuple[dict[str, list[str]], ...] = ({}, {}, {})
+        self._meant: dict[str, str] = {}
+        for name, stored in sent:
+            for key, places in zip(self._keys(name), self._places, strict=True):
+                places.setdefault(key, []).append(stored)
+
+    @staticmethod
+    def _keys(name: str) -> tuple[str, str, str]:
+        path = PurePosixPath(unicodedata.normalize("NFC", name).replace("\\", "/"))
+        return str(path), path.name, path.stem
+
+    def stored(self, image: str) -> str:
+        """Return where the image lies that a line of a table names.
+
+        Raises:
+            InvalidRequestError: No image was sent with that name, or several were, or another name meant it already.
+        """
+        hint = "send each under a name of its own, and name it so; with curl: -F 'image=@FILE;filename=NAME'"
+        for key, places in zip(self._keys(image), self._places, strict=True):
+            found = places.get(key, [])
+            if len(found) > 1:
+                raise InvalidRequestError(
+                    f"`prompts` names {image[:80]!r}, and {len(found)} images were sent with that name", hint=hint
+                )
+            if found:
+                before = self._meant.setdefault(found[0], self._keys(image)[0])
+                if before != self._keys(image)[0]:
+                    raise InvalidRequestError(
+                        f"`prompts` names {before[:80]!r} and {image[:80]!r}, which would be the same image", hint=hint
+                    )
+                return found[0]
+        raise InvalidRequestError(f"`prompts` names {image[:80]!r}, and no image was sent with that name", hint=hint)
 
 
 def suffix_of(head: bytes) -> str:
