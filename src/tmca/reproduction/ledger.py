@@ -23,39 +23,21 @@ class Entry:
         config_hash: Of its experiment as today's code reads it.
         data_hash: Of the manifest it was scored on.
         values: The content of the file.
+        is_usual: Whether it is what a table needs: one trained model whose training ended by itself, scored as the
+            paper's, on the data it was trained on. Entries of before ``train_data_hash`` and ``stopped`` were recorded
+            are taken to be.
     """
 
     path: Path
     config_hash: str
     data_hash: str
     values: dict[str, Any]
+    is_usual: bool = True
 
     @property
     def name(self) -> str:
         """Name of the entry."""
         return self.path.stem
-
-    @property
-    def is_averaged(self) -> bool:
-        """Whether the scores are of mirror images or several models averaged, and not of a model alone."""
-        metrics = self.values["metrics"]
-        return bool(metrics.get("mirrored", False)) or int(metrics.get("models", 1)) > 1
-
-    @property
-    def is_usual(self) -> bool:
-        """Whether it is what a table needs: one trained model, scored as the paper's, on the data it was trained on.
-
-        Entries of before ``train_data_hash`` and ``stopped`` were recorded are taken to be.
-        """
-        metrics = self.values["metrics"]
-        size = self.values["experiment"]["preprocessing"]["image_size"]
-        protocol = (metrics["threshold"], str(metrics["space"]), metrics["per_case_mean"]["empty_policy"])
-        return (
-            not self.is_averaged
-            and protocol == (0.5, str(size), "one")
-            and self.values.get("train_data_hash", self.data_hash) == self.data_hash
-            and self.values.get("stopped", "unknown") is not None
-        )
 
     def score(self, protocol: str, name: str) -> float:
         """Return a score, for example ``("pooled", "dice")`` or ``("per_case_mean", "dice")``."""
@@ -74,7 +56,7 @@ class Ledger:
         self.entries = tuple(_entries(folder))
 
     def find(self, experiment: Experiment, data_hash: str, split: str) -> Entry | None:
-        """Return the usual entry (see :attr:`Entry.is_usual`) of an experiment on a split of some data, or ``None``."""
+        """Return the usual entry of an experiment on a split of some data, or ``None``; see :class:`Entry`."""
         wanted = (config_hash(experiment), data_hash, split)
         found = (e for e in self.entries if (e.config_hash, e.data_hash, e.values.get("split")) == wanted)
         return next((entry for entry in found if entry.is_usual), None)
@@ -103,8 +85,18 @@ def _entries(folder: Path) -> Iterator[Entry]:
             values = json.loads(path.read_text("utf-8"))
             experiment = from_dict(Experiment, values["experiment"])
             float(values["metrics"]["pooled"]["dice"])
-            entry = Entry(path, config_hash(experiment), str(values["data_hash"]), values)
-            entry.is_usual  # noqa: B018  # reads what it needs, or is no entry
-            yield entry
+            yield Entry(path, config_hash(experiment), str(values["data_hash"]), values, _is_usual(values))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
             say(f"warning: {path} is no entry of a results ledger and is left out: {error}")
+
+
+def _is_usual(values: dict[str, Any]) -> bool:
+    metrics = values["metrics"]
+    protocol = (metrics["threshold"], str(metrics["space"]), metrics["per_case_mean"]["empty_policy"])
+    return (
+        protocol == (0.5, str(values["experiment"]["preprocessing"]["image_size"]), "one")
+        and not metrics.get("mirrored", False)
+        and int(metrics.get("models", 1)) == 1
+        and values.get("train_data_hash", values["data_hash"]) == values["data_hash"]
+        and values.get("stopped", "not recorded") is not None
+    )
