@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import itertools
-import json
 import math
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tmca.data.manifest import file_hash
 from tmca.environment import describe_environment
 from tmca.errors import DataError, StorageError, TMCAError
-from tmca.files import real_path, storage_error, write_json
+from tmca.files import real_path, write_json
 from tmca.imaging.dicom import is_dicom
 from tmca.imaging.dicom_results import INTENDED_USE
 from tmca.imaging.dicom_sources import read_sources
@@ -28,6 +23,7 @@ from tmca.imaging.frames import Frame, Frames
 from tmca.imaging.reading import read_frames, split_frame
 from tmca.inference import BATCH_SIZE, Predictor
 from tmca.jobs import Job
+from tmca.journal import Journal, content_hash
 from tmca.outputs import CaseWriter, OutputOptions, output_paths, tell_apart
 from tmca.prediction import Prediction, PredictionOptions
 from tmca.progress import say, track
@@ -180,7 +176,7 @@ class _Run:
         self.predictor = predictor
         self.folder = folder
         self.options = options
-        self.journal = _Journal(folder, options, predictor, options.suffix)
+        self.journal = _journal(folder, options, predictor, options.suffix)
         self.done: dict[str, dict[str, Any]] = {}
         self.failures: list[dict[str, str]] = []
         self.resumed = 0
@@ -289,7 +285,7 @@ class CaseRunner:
         self.predictor = predictor
         self.folder = folder
         self.options = options
-        self.journal = _Journal(folder, options, predictor, journal)
+        self.journal = _journal(folder, options, predictor, journal)
 
     def __call__(self, job: Job) -> dict[str, Any]:
         """Return ``case``, the job's entry in the report, or ``failure``.
@@ -362,7 +358,7 @@ class _Case:
         outputs = self.writer.close()
         self.spend("write", time.perf_counter() - started)
         known: dict[str, Any] = {"image": str(self.job.image), "name": self.job.name, "key": key(self.job)}
-        known["sha256"] = _content_hash(self.job)
+        known["sha256"] = content_hash(self.job)
         report = {"report": None if self.job.report is None else self.job.report.as_dict()}
         summary = self.entries[0] if len(self.entries) == 1 else _summary(self.entries, self._voxel_volume())
         seconds = {name: round(value, 4) for name, value in self.seconds.items()}
@@ -434,134 +430,8 @@ def _ahead(
         yield queue.popleft()
 
 
-class _Journal:
-    """Which cases are begun and which are finished: a line of JSON each.
-
-    A case is known by its key, a hash of image, sentence, model and options, so that another threshold or model is not
-    taken for the same work. Files of a case that is begun and not finished are ours to replace.
-    """
-
-    def __init__(self, folder: Path, options: BatchOptions, predictor: Predictor, suffix: str) -> None:
-        self.folder = folder
-        self.path = folder / f"journal{suffix}.jsonl"
-        source = predictor.provenance()
-        del source["device"], source["precision"]  # they change no mask that anybody would see
-        source["models"] = [model | {"id": ""} for model in source["models"]]  # the same weights in another folder
-        settings = [asdict(options.prediction), asdict(options.outputs), source, version("tmca")]
-        if options.outputs.codes is not None:
-            settings.append(file_hash(options.outputs.codes))
-        self._settings = json.dumps(settings, sort_keys=True, default=str)
-        self._entries: dict[str, dict[str, Any]] = {}
-        self._replaced: dict[str, int] = {}
-        self._read()
-
-    def key(self, job: Job) -> str:
-        """Return the hash of a case.
-
-        Raises:
-            DataError: The image cannot be read.
-        """
-        content = json.dumps([_content_hash(job), job.text, self._settings])
-        return hashlib.sha256(content.encode()).hexdigest()[:16]
-
-    def finished(self, jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
-        """Return the entries of the jobs that any share of an earlier run finished, whose files are still there."""
-        done = {job.name: self._entries[job.name] for job in jobs if self._is_finished(job)}
-        return {name: {key: value for key, value in entry.items() if key != "at"} for name, entry in done.items()}
-
-    def _read(self) -> None:
-        for path in sorted(self.folder.glob("journal*.jsonl")):
-            try:
-                lines = path.read_text("utf-8", errors="replace").splitlines()
-            except OSError as error:
-                raise storage_error(path, error) from error
-            for line in lines:
-                try:
-                    entry = json.loads(line)
-                    if "replaces" in entry:
-                        self._replaced[entry["replaces"]] = entry["at"]
-                        continue
-                    known = self._entries.get(entry["name"], {"at": 0})
-                    if entry["at"] >= known["at"]:  # several shares, and runs, have a journal each
-                        self._entries[entry["name"]] = entry
-                except (ValueError, KeyError, TypeError):
-                    continue  # cut off in the middle
-
-    def replaced_since(self, jobs: Sequence[Job]) -> int:
-        """Return when a run of these very jobs was asked to replace what is in the folder; 0: never."""
-        return self._replaced.get(self._of_all(jobs), 0)
-
-    def may_replace(self, job: Job, since: int) -> bool:
-        """Whether the files of a job are ours to replace: it was begun, or nobody wrote them since the order to."""
-        return self.has_begun(job) or bool(self._entries.get(job.name, {"at": 0})["at"] < since)
-
-    def replace_all(self, jobs: Sequence[Job]) -> None:
-        """Note that whatever lies under the names of these jobs is to be replaced, and forget what was finished."""
-        self._append({"replaces": self._of_all(jobs)})
-
-    def _of_all(self, jobs: Sequence[Job]) -> str:
-        asked = [[job.name, str(job.image), job.text] for job in jobs]
-        return hashlib.sha256(json.dumps([asked, self._settings]).encode()).hexdigest()[:16]
-
-    def has_begun(self, job: Job) -> bool:
-        """Whether an earlier run began this very case."""
-        entry = self._entries.get(job.name)
-        try:
-            return entry is not None and bool(entry["key"] == self.key(job))
-        except DataError:  # it cannot be read any more, which is that case's own failure
-            return False
-
-    def outputs_of(self, job: Job) -> tuple[str, ...]:
-        """Return what the last run that finished a job of this name wrote."""
-        return tuple((self._entries.get(job.name, {}).get("outputs") or {}).values())
-
-    def _is_finished(self, job: Job) -> bool:
-        outputs = self._entries.get(job.name, {}).get("outputs")
-        if not outputs or not all((self.folder / path).exists() for path in outputs.values()):
-            return False
-        return self.has_begun(job)
-
-    def begin(self, job: Job) -> None:
-        """Note that a case's files will be written."""
-        self.note({"name": job.name, "key": self.key(job)})
-
-    def note(self, entry: dict[str, Any]) -> dict[str, Any]:
-        """Add a finished case, remove what an earlier one of its name had and it has not, and return it."""
-        before = self._entries.get(entry["name"], {}).get("outputs") or {}
-        for path in before.values() if "outputs" in entry else ():
-            if path not in entry["outputs"].values():
-                _remove(self.folder, path)
-        self._append(entry)
-        return entry
-
-    def _append(self, entry: dict[str, Any]) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(entry | {"at": time.time_ns()}) + "\n")
-        except OSError as error:
-            raise storage_error(self.path, error) from error
-
-
-def _remove(folder: Path, name: str) -> None:
-    """Remove a file, or a folder of a volume's pictures, that an earlier run wrote."""
-    path = real_path(folder / name)
-    if real_path(folder) not in path.parents:
-        return
-    with contextlib.suppress(OSError):
-        if path.is_dir():
-            for picture in path.glob("*.png"):
-                picture.unlink()
-            path.rmdir()
-        else:
-            path.unlink()
-
-
-def _content_hash(job: Job) -> str:
-    """Return the SHA-256 of an image's bytes; of a series, of the hashes of its slices."""
-    if not job.slices:
-        return file_hash(job.image)
-    return hashlib.sha256("".join(file_hash(file) for file in job.slices).encode()).hexdigest()
+def _journal(folder: Path, options: BatchOptions, predictor: Predictor, suffix: str) -> Journal:
+    return Journal(folder, options.prediction, options.outputs, predictor.provenance(), suffix)
 
 
 def _problem(job: Job) -> DataError | None:
