@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tmca.errors import DataError, StorageError
-from tmca.files import replace_file, replace_folder, sha256_of, write_bytes, write_json, write_text
+from tmca.files import home, replace_file, replace_folder, sha256_of, write_bytes, write_json, write_text
 
 
 def _names(folder: Path) -> set[str]:
@@ -137,6 +137,12 @@ def test_replace_folder_writes_through_a_link(tmp_path: Path):
         (folder / "new").write_text("")
     assert (tmp_path / "link").is_symlink()
     assert _names(tmp_path / "real") == {"new"}
+
+
+def test_the_home_may_be_named_from_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("TMCA_HOME", "~/models")
+    assert home() == tmp_path / "models"
 
 
 def test_sha256_of(tmp_path: Path):

@@ -551,6 +551,15 @@ def test_missing_files_of_an_own_manifest_are_listed(tmp_path: Path):
         read_layout(tmp_path / "list.csv", "qata")
 
 
+def test_images_of_a_volume_are_found_in_its_file(tmp_path: Path):
+    nibabel = pytest.importorskip("nibabel")
+    nibabel.save(nibabel.Nifti1Image(np.zeros((8, 8, 2), np.int16), np.eye(4)), tmp_path / "scan.nii.gz")
+    (tmp_path / "list.csv").write_text("id,image\n0,scan.nii.gz#0\n1,scan.nii.gz#1\n2,other.nii.gz#0\n")
+    imported = read_layout(tmp_path / "list.csv")
+    assert [record.image for record in imported.manifest.records] == ["scan.nii.gz#0", "scan.nii.gz#1"]
+    assert imported.counts == {"missing image": 1}
+
+
 def test_a_published_layout_wins_over_a_manifest_beside_it(medvlsm: Path):
     (medvlsm / "manifest.csv").write_text("image\nb.png\n")
     assert len(open_dataset(medvlsm).records) == 10

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import tmca_run
 from tmca.config import PreprocessingConfig
@@ -119,6 +120,26 @@ def test_a_picture_that_is_none_is_refused_in_a_line(bundle_file: Path, tmp_path
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "m.png").exists()
+
+
+@pytest.mark.parametrize("threshold", ["50", "0", "nan"])
+def test_a_threshold_that_is_no_probability_is_refused(tmp_path: Path, threshold: str):
+    command = [sys.executable, "-m", "tmca_run", str(tmp_path / "x.tmca"), "x.png", "--threshold", threshold]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "expected a number between 0 and 1" in done.stderr
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_png_that_notes_an_orientation_in_a_text_is_left_to_pillow(tmp_path: Path, packed: bool):
+    texts = PngInfo()
+    texts.add_itxt("XML:com.adobe.xmp", '<x tiff:Orientation="6"/>', zip=packed)
+    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(tmp_path / "turned.png", pnginfo=texts)
+    assert tmca_run.read_png((tmp_path / "turned.png").read_bytes()) is None
+    texts = PngInfo()
+    texts.add_text("Software", "a scanner")
+    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(tmp_path / "plain.png", pnginfo=texts)
+    assert tmca_run.read_png((tmp_path / "plain.png").read_bytes()).shape == (20, 30, 3)
 
 
 def test_a_file_that_is_no_bundle_is_refused_in_a_line(tmp_path: Path):

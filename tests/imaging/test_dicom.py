@@ -499,6 +499,7 @@ def test_an_orientation_that_is_none_gives_no_affine(tmp_path: Path, orientation
         ({}, None, ""),
         ({"PixelSpacing": [0.2, 0.3], "ImagerPixelSpacing": [1, 1]}, (0.2, 0.3), "PixelSpacing"),
         ({"ImagerPixelSpacing": [0.15, 0.15]}, (0.15, 0.15), "ImagerPixelSpacing"),
+        ({"PixelSpacing": [0.2, 0.2], "ImagerPixelSpacing": [0.2, 0.2]}, (0.2, 0.2), "ImagerPixelSpacing"),
         ({"NominalScannedPixelSpacing": [0.1, 0.1]}, (0.1, 0.1), "NominalScannedPixelSpacing"),
         ({"PixelSpacing": [0, 0], "ImagerPixelSpacing": [1, 1]}, (1, 1), "ImagerPixelSpacing"),
         ({"PixelSpacing": 0.5}, None, ""),
