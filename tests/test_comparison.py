@@ -12,20 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from tmca.comparison import (
-    RESAMPLES,
-    Comparison,
-    ScoredRun,
-    compare,
-    holm,
-    read_runs,
-    read_scores,
-    signed_rank_p,
-)
+from tmca.comparison import RESAMPLES, Comparison, compare, holm, signed_rank_p
 from tmca.comparison_report import write_comparison
 from tmca.config import to_dict
 from tmca.errors import ConfigError, DataError
 from tmca.evaluation import Evaluation
+from tmca.evaluation.reading import ScoredRun, read_runs, read_scores
 from tmca.evaluation.writing import case_table
 from tmca.files import write_json, write_text
 from tmca.metrics import Counts, bootstrap_intervals, pooled_scores

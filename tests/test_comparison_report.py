@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from tmca.comparison import Comparison, Protocol, ScoredRun, compare, read_runs
+from tmca.comparison import Comparison, compare
 from tmca.comparison_report import (
     MOST_DOTS,
     case_list,
@@ -24,6 +24,7 @@ from tmca.comparison_report import (
     run_table,
     write_comparison,
 )
+from tmca.evaluation.reading import Protocol, ScoredRun, read_runs
 from tmca.metrics import Counts
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"

@@ -24,13 +24,14 @@ import torch
 
 from tmca import cli, errors
 from tmca.batch import predict_batch
-from tmca.comparison import compare, read_runs
+from tmca.comparison import compare
 from tmca.comparison_report import write_comparison
 from tmca.config import Experiment, ImageEncoderConfig, ModelConfig, to_dict
 from tmca.data.manifest import COLUMNS, Manifest
 from tmca.data.phantom import write_phantoms
 from tmca.demo import run_demo
 from tmca.evaluation import evaluate
+from tmca.evaluation.reading import read_runs
 from tmca.evaluation.writing import write_ledger
 from tmca.inference import Predictor
 from tmca.jobs import find_images, make_jobs

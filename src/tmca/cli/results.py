@@ -30,7 +30,7 @@ class Compare:
 
     def run(self) -> None:
         """Compare and print the tables."""
-        from tmca.comparison import compare, read_runs
+        from tmca.comparison import compare
         from tmca.comparison_report import (
             case_list,
             in_words,
@@ -39,6 +39,7 @@ class Compare:
             run_table,
             write_comparison,
         )
+        from tmca.evaluation.reading import read_runs
 
         comparison = compare(read_runs(self.runs, self.split), group_seeds=self.group_seeds)
         show(in_words(comparison))
