@@ -21,6 +21,7 @@ from tmca.checkpoints import (
     TEXT_ENCODER_FILE,
     file_hashes,
     load_checkpoint,
+    model_card,
     resolve_checkpoint,
     save_checkpoint,
 )
@@ -153,6 +154,13 @@ def test_the_model_card_says_what_the_model_is_for(saved: Path, tiny_experiment:
     assert card.startswith("---\n")
     model = load_checkpoint(saved)
     assert f"{sum(value.numel() for value in model.parameters()):,} trained parameters, 0 frozen" in card
+
+
+def test_the_card_of_another_method_is_its_own(tiny_model: ModelFactory, tiny_experiment: Experiment):
+    card = model_card(tiny_model(method="unet"), change(tiny_experiment, "unet", model={"method": "unet"}), {})
+    assert "method `unet` (image-only)" in card
+    assert "predictor.predict()" in card
+    assert not any(words in card for words in ("Contrastive", "Prompts", "language", "small round polyp"))
 
 
 def test_an_unscored_model_says_so(tiny_model: ModelFactory, tmp_path: Path):
@@ -371,6 +379,14 @@ def test_a_folder_that_does_not_exist_is_refused(tmp_path: Path):
     with pytest.raises(CheckpointError, match="There is no folder") as caught:
         load_checkpoint(tmp_path / "nothing")
     assert "tmca train" in caught.value.hint
+
+
+def test_a_mistyped_run_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TMCA_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(CheckpointError, match="There is no folder 'runs/kvasr-mobile'"):
+        load_checkpoint("runs/kvasr-mobile")
 
 
 def test_a_hub_id_is_not_looked_up_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

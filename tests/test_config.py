@@ -251,6 +251,25 @@ def test_what_changes_no_result_is_not_hashed():
     assert config_hash(replace(Experiment(), trainer=TrainerConfig(batch_size=3))) != config_hash(Experiment())
 
 
+@pytest.mark.parametrize("form", [{"dice_form": "batch"}, {"cross_entropy_form": "balanced"}])
+def test_the_size_of_validation_batches_counts_where_their_pixels_are_joined(form: dict[str, Any]):
+    joined = replace(Experiment(), objective=ObjectiveConfig(**form))
+    trainer = TrainerConfig(evaluation_batch_size=3)
+    assert config_hash(replace(joined, trainer=trainer)) != config_hash(joined)
+
+
+def test_options_are_what_json_gives_back():
+    options = {"widths": (4, 8), "inner": {"depths": ((1, 2), 3)}}
+    plain = {"widths": [4, 8], "inner": {"depths": [[1, 2], 3]}}
+    assert ModelConfig(options=options).options == ImageEncoderConfig(options=options).options == plain
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_no_generator_takes_is_refused(seed: int):
+    with pytest.raises(ConfigError, match=f"seed is {seed}, expected a number from 0 to 4294967295"):
+        Experiment(seed=seed)
+
+
 def _hash_with(**image_encoder: Any) -> str:
     model = ModelConfig(image_encoder=ImageEncoderConfig(**image_encoder))
     return config_hash(replace(Experiment(), model=model))

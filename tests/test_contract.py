@@ -221,9 +221,3 @@ def test_one_image_takes_many_sentences(reader: SegmentationModel):
     together = reader.segment(image.repeat(len(texts)), reader.encode_text(texts)).mask_logits
     alone = [reader.segment(image, reader.encode_text([text])).mask_logits for text in texts]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
-
-
-@torch.no_grad()
-def test_one_sentence_serves_many_images(reader: SegmentationModel):
-    together = reader.segment(reader.encode_image(_images()), reader.encode_text([FIRST]).expand(4)).mask_logits
-    torch.testing.assert_close(together, _run(reader, _images(), *[FIRST] * 4).mask_logits, rtol=1e-4, atol=1e-5)

@@ -139,10 +139,12 @@ def resolve_checkpoint(name: str | Path) -> Path:
         CheckpointError: There is a folder, but no checkpoint in it.
         WeightsError: There is neither a folder nor a model of that id.
     """
+    path = Path(name).expanduser()
     try:
         folder = locate(str(name))
     except WeightsError as error:
-        if error.message.startswith("No model folder"):
+        # A path below a folder that is there was not meant as a hub id: a run folder, mistyped.
+        if error.message.startswith("No model folder") or (path.parent != Path() and path.parent.is_dir()):
             hint = "give a run folder of `tmca train`, a checkpoint folder or a hub id"
             raise CheckpointError(f"There is no folder {str(name)!r}", hint=hint) from error
         raise
@@ -180,24 +182,41 @@ def preprocessor_config(config: PreprocessingConfig) -> dict[str, Any]:
     }
 
 
+_TMCA = """, after Li et al., *Language-guided Medical Image Segmentation
+with Target-informed Multi-level Contrastive Alignments*"""
+
+_PROMPTS = """## Prompts
+
+A sentence in the style of the training data, up to {limit} tokens; longer ones are cut and reported.
+Good: "two large white round polyp, located in top left, top of the image". Bad: a whole report, a question, a negation.
+"left" and "right" mean the image's left and right. Without a sentence the model falls back on the image alone.
+"""
+
+
 def model_card(model: SegmentationModel, experiment: Experiment, metrics: dict[str, Any]) -> str:
     """Return the README of a model folder."""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in model.parameters())
     rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items())
     scores = f"| score | value |\n|---|---|\n{rows}" if rows else "Not scored yet: run `tmca evaluate`."
-    limit = experiment.model.text_encoder.max_tokens
     size = experiment.preprocessing.image_size
+    method = experiment.model.method
+    reads = "language-guided" if model.reads_text else "image-only"
+    source = _TMCA if method == "tmca" and model.reads_text else ""
+    target = "what a sentence names" if model.reads_text else "what its training masks mark"
+    sentence = '"one small round polyp, located in top left of the image"' if model.reads_text else ""
+    prompts = "The model reads no sentence.\n"
+    if model.reads_text:
+        prompts = _PROMPTS.format(limit=experiment.model.text_encoder.max_tokens)
     return f"""---
 library_name: tmca
 license: apache-2.0
 pipeline_tag: image-segmentation
-tags: [medical-image-segmentation, language-guided, tmca]
+tags: [medical-image-segmentation, {reads}, tmca]
 ---
 # {experiment.name}
 
-A language-guided segmentation model trained with tmca, after Li et al., *Language-guided Medical Image Segmentation
-with Target-informed Multi-level Contrastive Alignments*.
+A segmentation model of the method `{method}` ({reads}), trained with tmca{source}.
 {trained:,} trained parameters, {total - trained:,} frozen ones; images are resized to {size} × {size} pixels.
 
 ## Use
@@ -207,15 +226,10 @@ from tmca import Predictor
 
 predictor = Predictor.from_pretrained("path/to/this/folder")
 predictor.set_image("image.png")
-mask = predictor.predict("one small round polyp, located in top left of the image")
+mask = predictor.predict({sentence})
 ```
 
-## Prompts
-
-A sentence in the style of the training data, up to {limit} tokens; longer ones are cut and reported.
-Good: "two large white round polyp, located in top left, top of the image". Bad: a whole report, a question, a negation.
-"left" and "right" mean the image's left and right. Without a sentence the model falls back on the image alone.
-
+{prompts}
 ## Scores of this checkpoint
 
 {scores}
@@ -224,8 +238,8 @@ Validation scores choose the checkpoint and are no estimate of its quality on ne
 
 ## Intended use and limits
 
-Research only; not a medical device. Made to delineate what a sentence names in images like those of its training set.
-Out of scope: finding disease without a sentence, other modalities or populations than the training data's, any
+Research only; not a medical device. Made to delineate {target} in images like those of its training set.
+Out of scope: finding disease unasked, other modalities or populations than the training data's, any
 decision about a patient. The licence of the training data may restrict the use of these weights.
 """
 

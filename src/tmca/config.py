@@ -21,6 +21,13 @@ STRIDES = (4, 8, 16, 32)
 """Strides at which an image encoder hands over its feature maps."""
 
 
+def _plain(value: Any) -> Any:  # noqa: ANN401
+    """Return what JSON would give back: lists for tuples."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
 def _require(condition: bool, field_name: str, got: object, expected: str) -> None:
     if not condition:
         raise ConfigError(f"{field_name} is {got!r}, expected {expected}", hint="change this field of the preset")
@@ -102,6 +109,9 @@ class ImageEncoderConfig:
     options: dict[str, Any] = field(default_factory=dict)
     """Fields of the transformers config when weights is "none", e.g. {"depths": [1, 1, 1, 1]}."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "options", _plain(self.options))  # else it would differ from what a run has stored
+
 
 @dataclass(frozen=True)
 class TextEncoderConfig:
@@ -131,7 +141,8 @@ class TextEncoderConfig:
     dropout: float = 0.1
     """Dropout of a scratch encoder while training."""
     vocabulary_size: int = 1000
-    """Largest vocabulary learned from the training sentences when no tokenizer is given."""
+    """Largest vocabulary learned from the training sentences when no tokenizer is given; letters, digits and their
+    continuations, 82 entries and more, are always in it."""
 
     def __post_init__(self) -> None:
         _require(4 <= self.max_tokens <= 512, "text_encoder.max_tokens", self.max_tokens, "a number from 4 to 512")
@@ -227,6 +238,7 @@ class ModelConfig:
     page lists them."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "options", _plain(self.options))
         aligned = bool(self.alignment.strides) or self.alignment.align_global
         if not self.guidance and (aligned or self.enhancement.mode != "off"):
             raise ConfigError(
@@ -281,7 +293,7 @@ class OptimiserConfig:
     learning_rate: float = 3e-4
     """Peak learning rate."""
     encoder_factor: float = 1.0
-    """Factor on the learning rate of a pretrained image encoder."""
+    """Factor on the learning rate of a pretrained image encoder; one of random weights learns at the full rate."""
     min_learning_rate: float = 1e-6
     """Learning rate at the end of the cosine."""
     weight_decay: float = 0.01
@@ -378,6 +390,9 @@ class Experiment:
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
+    def __post_init__(self) -> None:
+        _require(0 <= self.seed < 2**32, "seed", self.seed, "a number from 0 to 4294967295")
+
 
 ConfigT = TypeVar("ConfigT")
 
@@ -444,7 +459,7 @@ def _tuple_from_plain(hint: Any, value: Any, where: str) -> tuple[Any, ...]:  # 
     raise ConfigError(f"{where} is {value!r}, expected a list of {length} values", hint="see `tmca presets show NAME`")
 
 
-UNHASHED = frozenset({"name", "trainer.evaluation_batch_size", "trainer.num_workers"})
+UNHASHED = frozenset({"name", "trainer.num_workers"})
 """Fields of an experiment that change no result."""
 
 
@@ -458,7 +473,11 @@ def config_hash(experiment: Experiment) -> str:
     for name in ("model.image_encoder.weights", "model.text_encoder.weights", "model.text_encoder.tokenizer"):
         if name in values:
             values[name] = str(values[name]).rstrip("/").rpartition("/")[2]
-    text = json.dumps({name: value for name, value in values.items() if name not in UNHASHED}, sort_keys=True)
+    unhashed = UNHASHED
+    if experiment.objective.dice_form != "batch" and experiment.objective.cross_entropy_form != "balanced":
+        # A mean over images, however many are validated at once; the two forms join the pixels of a batch.
+        unhashed |= {"trainer.evaluation_batch_size"}
+    text = json.dumps({name: value for name, value in values.items() if name not in unhashed}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

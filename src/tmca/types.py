@@ -138,14 +138,6 @@ class TextFeatures:
         """Which images have a sentence."""
         return self.attention_mask.any(dim=1)
 
-    def expand(self, batch_size: int) -> Self:
-        """Return the features of one sentence repeated for ``batch_size`` images, without a copy."""
-        return type(self)(
-            self.word_features.expand(batch_size, -1, -1),
-            self.attention_mask.expand(batch_size, -1),
-            self.sentence_embedding.expand(batch_size, -1),
-        )
-
 
 @dataclass(frozen=True)
 class ImageFeatures:

@@ -27,10 +27,13 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    RobertaConfig,
+    RobertaModel,
 )
 
 from tmca.config import TextEncoderConfig
 from tmca.errors import ConfigError, WeightsError
+from tmca.models.preparation import prepare_for_prediction
 from tmca.models.text import (
     SentenceTokenizer,
     TextEncoder,
@@ -592,7 +595,6 @@ def test_the_features_of_a_clip_equal_those_of_transformers(clip_folder: Path):
         torch.testing.assert_close(features.sentence_embedding[row], expected.text_embeds[0])
     assert not features.sentence_embedding[3].any()
     assert features.present.tolist() == [True, True, True, False]
-    assert features.expand(4).sentence_embedding.shape == (4, CLIP_SIZE)
 
 
 @torch.no_grad()
@@ -620,6 +622,34 @@ def test_a_clip_folder_may_hold_the_text_side_only(clip_folder: Path, tmp_path: 
     assert torch.equal(plain.word_features, expected.word_features)
     last = plain.attention_mask.sum(dim=1) - 1
     assert torch.equal(plain.sentence_embedding, plain.word_features[torch.arange(3), last])
+
+
+@torch.no_grad()
+def test_a_projected_clip_predicts_in_bfloat16(clip_folder: Path, tiny_model: Callable[..., Any]):
+    clip = TextEncoderConfig(
+        weights=str(clip_folder), word_layers=1, sentence_pooling="last", max_tokens=CLIP_LIMIT, freeze=True
+    )
+    model = tiny_model(text_encoder=clip).eval()
+    network = prepare_for_prediction(model, torch.device("cpu"), half=True)
+    images = torch.randn(2, 3, 64, 64)
+    expected = model.segment(model.encode_image(images), model.encode_text(CLIP_TEXTS[:2])).mask_logits
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = network.segment(network.encode_image(images), network.encode_text(CLIP_TEXTS[:2])).mask_logits
+    torch.testing.assert_close(logits.float(), expected, rtol=0.1, atol=0.1)
+
+
+def test_what_is_neither_bert_nor_clip_is_refused(tmp_path: Path):
+    sizes = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    RobertaModel(RobertaConfig(**sizes, intermediate_size=32, max_position_embeddings=40)).save_pretrained(tmp_path)
+    _write_vocabulary(tmp_path)
+    with pytest.raises(ConfigError, match="'roberta', which is not supported") as caught:
+        _build(tmp_path)
+    assert "bert, cxr-bert, clip" in caught.value.hint
+
+
+def test_bytes_that_are_no_text_are_read_as_unknown_characters():
+    tokens = TOKENIZER(["one \udce9 polyp", "one ? polyp"])
+    assert torch.equal(tokens.input_ids[0], tokens.input_ids[1])
 
 
 def test_a_clip_in_half_precision_runs_in_float32(clip_folder: Path, tmp_path: Path):

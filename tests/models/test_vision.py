@@ -33,8 +33,9 @@ from tmca.models.vision import (
     check_images,
     describe_architecture,
     encoder_normalisation,
+    image_backbone_config,
 )
-from tmca.models.weights import load_config, load_tensors
+from tmca.models.weights import find_local, load_config, load_tensors
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "convnext": {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1], "layer_scale_init_value": 0.5},
@@ -224,6 +225,32 @@ def test_a_hub_model_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, tmp
     assert ("offline mode is on" if name else "the hub cannot be reached") in caught.value.message
     assert "download" in caught.value.hint
     assert str(tmp_path / "models" / "somebody" / "some-model") in caught.value.hint
+
+
+def test_a_download_that_was_cut_short_is_finished(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    snapshot = tmp_path / "models--somebody--some-model" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    for module in ("constants", "utils._cache_manager", "file_download"):
+        monkeypatch.setattr(f"huggingface_hub.{module}.HF_HUB_CACHE", str(tmp_path), raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("TMCA_HOME", str(tmp_path / "home"))
+    (snapshot / "model.safetensors").write_bytes(b"")
+    assert find_local("somebody/some-model") is None
+    (snapshot / "config.json").write_text('{"sha256": {"model.safetensors": "", "text_encoder.safetensors": ""}}')
+    assert find_local("somebody/some-model") is None
+    (snapshot / "text_encoder.safetensors").write_bytes(b"")
+    assert find_local("somebody/some-model") == snapshot
+
+
+@pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation", "_attn_implementation_internal"])
+def test_a_config_cannot_choose_code_of_the_hub(name: str, tmp_path: Path):
+    with pytest.raises(ConfigError, match="option of convnext"):
+        image_backbone_config(ImageEncoderConfig(weights="none", options={"_attn_implementation": "somebody/kernel"}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "convnext", name: "somebody/kernel"}))
+    config = image_backbone_config(ImageEncoderConfig(weights=str(tmp_path)))
+    assert config._attn_implementation != "somebody/kernel"
 
 
 def test_a_model_is_found_in_the_home_folder(

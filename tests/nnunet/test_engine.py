@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -148,6 +150,15 @@ def test_an_interruption_stops_the_command_and_its_workers(
         run("train", [], {"nnUNet_results": str(tmp_path)}, tmp_path / "log")
     time.sleep(1.5)
     assert not (tmp_path / "alive").exists()
+
+
+def test_a_command_that_dies_does_not_wait_for_its_workers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(engine, "_SECONDS_TO_STOP", 0.2)
+    script = f"(sleep 60; touch {tmp_path}/alive) & echo training; kill -9 $$"
+    start = time.monotonic()
+    code, last = engine._follow(["bash", "-c", script], dict(os.environ), tmp_path / "log")
+    assert time.monotonic() - start < 30
+    assert (code, last) == (-signal.SIGKILL, ["training"])
 
 
 @pytest.mark.usefixtures("installed")

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from tmca.config import Experiment
+from tmca.config import Experiment, from_dict, to_dict
 from tmca.models import list_models
 from tmca.presets import get_preset
 from tmca.reproduction.scales import CPU_SIZES, SMOKE_SIZES, at_scale
@@ -39,6 +39,13 @@ def test_an_ablation_keeps_what_it_ablates(scale: str):
         assert after.objective == before.objective
         assert after.name == before.name
         assert after.seed == before.seed
+
+
+@pytest.mark.parametrize("scale", ["smoke", "cpu", "paper"])
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_row_is_what_its_run_has_stored(name: str, scale: str):
+    experiment = at_scale(get_preset(name), scale, 800)
+    assert from_dict(Experiment, to_dict(experiment)) == experiment  # else the run could not be resumed
 
 
 def test_the_schedule_of_a_laptop():

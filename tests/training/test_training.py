@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertModel
 
 from tmca.checkpoints import TEXT_ENCODER_FILE, load_checkpoint
-from tmca.config import Experiment, from_dict
+from tmca.config import Experiment, ImageEncoderConfig, from_dict
 from tmca.data.cache import DecodedCache
 from tmca.data.loading import SegmentationDataset, make_loader
 from tmca.data.manifest import Manifest
@@ -37,6 +37,7 @@ from tmca.evaluation import evaluate
 from tmca.losses import objective
 from tmca.models import TMCA, build_model
 from tmca.models.text import SentenceTokenizer
+from tmca.models.vision import build_image_encoder
 from tmca.presets import NO_ALIGNMENT, NO_ENHANCEMENT, change
 from tmca.training import fit, resolve, task, writer
 from tmca.training.task import SegmentationTask, averaged_copy, follow, learning_rate_factor
@@ -664,8 +665,9 @@ def test_gradients_of_several_batches_make_one_step(
     assert float(_history(tmp_path / "run")[-1]["learning_rate"]) == pytest.approx(1e-6)
 
 
-def test_every_trained_parameter_is_optimised_once_and_the_encoder_at_its_own_rate(
-    few: Manifest, tiny_experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_every_trained_parameter_is_optimised_once_and_a_pretrained_encoder_at_its_own_rate(
+    few: Manifest, tiny_experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pretrained: bool
 ):
     seen: list[list[dict]] = []
     configure = SegmentationTask.configure_optimizers
@@ -685,9 +687,14 @@ def test_every_trained_parameter_is_optimised_once_and_the_encoder_at_its_own_ra
     experiment = change(
         tiny_experiment, "tiny", optimiser={"encoder_factor": 0.1, "weight_decay": 0.05}, trainer={"max_epochs": 1}
     )
+    encoder = experiment.model.image_encoder
+    if pretrained:
+        build_image_encoder(encoder, pooled=True).backbone.save_pretrained(tmp_path / "weights")
+        encoder = ImageEncoderConfig(weights=str(tmp_path / "weights"))
+    experiment = replace(experiment, model=replace(experiment.model, image_encoder=encoder))
     fit(experiment, few, tmp_path / "run")
     (groups,) = seen
-    assert [group["initial_lr"] for group in groups] == pytest.approx([1e-4, 1e-3])
+    assert [group["initial_lr"] for group in groups] == pytest.approx([1e-4 if pretrained else 1e-3, 1e-3])
     assert [group["decay"] for group in groups] == [0.05, 0.05]
 
 

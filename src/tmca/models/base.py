@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from tmca.config import Experiment, ModelConfig, TextEncoderConfig, from_dict
+from tmca.config import Experiment, ImageEncoderConfig, ModelConfig, TextEncoderConfig, from_dict
 from tmca.errors import ConfigError
 from tmca.models.text import SentenceTokenizer, TextEncoder, build_text_encoder, build_tokenizer
 from tmca.types import ImageFeatures, ModelOutput, TextFeatures, TextTokens
@@ -144,6 +144,25 @@ def read_options(cls: type[OptionsT], config: ModelConfig) -> OptionsT:
         ConfigError: A field is unknown or of another type; the known ones are listed.
     """
     return from_dict(cls, config.options, where="model.options")
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """The options of a method that has none."""
+
+
+def refuse_image_weights(config: ModelConfig, parts: Parts) -> None:
+    """Refuse pretrained image weights that a method could not take; what was left at its default asks for none.
+
+    Raises:
+        ConfigError: ``image_encoder.weights`` names some.
+    """
+    weights = config.image_encoder.weights
+    if parts.load_weights and weights not in ("none", ImageEncoderConfig().weights):
+        raise ConfigError(
+            f"image_encoder.weights is {weights!r}, but {config.method!r} starts from random weights",
+            hint="set it to none, or choose a method that takes an image encoder",
+        )
 
 
 def nobody(features: ImageFeatures) -> Bool[Tensor, " batch"]:

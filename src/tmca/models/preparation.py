@@ -20,6 +20,9 @@ from tmca.models.operations import channels_last
 HALVED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.MultiheadAttention)
 """Layers whose weights are kept in bfloat16: those that only multiply."""
 
+EXACT = ("cross_attention", "text_projection")
+"""Parts that switch autocast off and compute in float32 by themselves."""
+
 
 class InFloat32(nn.Module):
     """Runs a network in float32 in the middle of autocast."""
@@ -76,7 +79,7 @@ def _fold_normalisations(network: nn.Module) -> None:
 
 
 def _halve(network: nn.Module, name: str = "") -> None:
-    if isinstance(network, InFloat32) or name == "cross_attention":  # which computes in float32 by itself
+    if isinstance(network, InFloat32) or name in EXACT:
         return
     if isinstance(network, HALVED):
         for key, parameter in network._parameters.items():

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from tmca.config import TextEncoderConfig
 from tmca.errors import ConfigError, WeightsError
-from tmca.models.weights import changed_fields, load_config, load_state_dict, locate
+from tmca.models.weights import changed_fields, load_config, load_state_dict, locate, without_kernels
 from tmca.types import TextFeatures, TextTokens
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 SCRATCH = "scratch"
 CLIP_TEXT = "clip_text_model"
+BERTS = ("bert", "cxr-bert")
+"""What the config of a BERT calls its kind."""
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789,.-"
 CACHE_SIZE = 5_000
@@ -68,7 +70,8 @@ class SentenceTokenizer:
         attention_mask = torch.zeros(len(texts), self.max_tokens, dtype=torch.bool)
         counts = []
         for row, text in enumerate(texts):
-            ids = self.tokenizer.encode(text).ids if text and text.strip() else []
+            # Of bytes that are no UTF-8 the command line makes lone surrogates, which `tokenizers` refuses.
+            ids = self.tokenizer.encode(text.encode(errors="replace").decode()).ids if text and text.strip() else []
             counts.append(len(ids))
             if len(ids) > self.max_tokens:
                 ids = [*ids[: self.max_tokens - 1], self._last_id]
@@ -333,6 +336,7 @@ def build_text_encoder(
 
     Raises:
         WeightsError: The weights are neither on disk nor reachable, or do not fit.
+        ConfigError: The encoder is neither a BERT nor a CLIP.
     """
     if architecture is not None:
         values, state = architecture, None
@@ -341,7 +345,15 @@ def build_text_encoder(
     else:
         folder = locate(config.weights)
         values, state = load_config(folder), load_state_dict(folder)
-    if values.get("model_type") in ("clip", CLIP_TEXT):
+    values = without_kernels(values)
+    kind = values.get("model_type", "bert")
+    if kind not in (*BERTS, "clip", CLIP_TEXT):
+        # The tensors of a RoBERTa, for one, have a BERT's names, but its positions count from two.
+        raise ConfigError(
+            f"The text encoder {config.weights!r} is of the kind {kind!r}, which is not supported",
+            hint=f"supported are {', '.join((*BERTS, 'clip', CLIP_TEXT))}",
+        )
+    if kind in ("clip", CLIP_TEXT):
         backbone = _clip(values, projected=config.sentence_pooling == "last")
         state = None if state is None else clip_weights(state, backbone)
     else:

@@ -17,7 +17,7 @@ from torch.nn import functional
 from tmca.config import ModelConfig
 from tmca.errors import ConfigError
 from tmca.models.alignment import AlignmentHeads
-from tmca.models.base import Parts, SegmentationModel, nobody
+from tmca.models.base import NoOptions, Parts, SegmentationModel, nobody, read_options
 from tmca.models.decoder import GuidedDecoderStage, LanguageGuide, SubpixelHead, UpsampleBlock
 from tmca.models.enhancement import TargetEnhancement, target_attention
 from tmca.models.text import TextEncoder
@@ -127,6 +127,7 @@ def build(config: ModelConfig, parts: Parts) -> TMCA:
         ConfigError: An encoder or an option is unknown, or they do not fit together.
         WeightsError: Pretrained weights are neither on disk nor reachable.
     """
+    read_options(NoOptions, config)
     image_encoder = build_image_encoder(
         config.image_encoder,
         pooled=config.alignment.align_global and config.alignment.train_image_encoder,

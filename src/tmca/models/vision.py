@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tmca.config import STRIDES, ImageEncoderConfig
 from tmca.errors import ConfigError, DataError, WeightsError, unknown_name
 from tmca.models.operations import speed_up_depthwise
-from tmca.models.weights import changed_fields, load_config, load_state_dict, locate
+from tmca.models.weights import changed_fields, load_config, load_state_dict, locate, without_kernels
 from tmca.types import ImageFeatures
 
 if TYPE_CHECKING:
@@ -140,12 +140,12 @@ def image_backbone_config(config: ImageEncoderConfig) -> Any:  # noqa: ANN401
         raise unknown_name("image encoder architecture", architecture, ENCODERS)
     backbone_config = CONFIG_MAPPING[architecture]()
     if config.weights == "none":
+        known = [key for key in vars(backbone_config) if not key.startswith("_")]
         for name in values:
-            if not hasattr(backbone_config, name):
-                known = [key for key in vars(backbone_config) if not key.startswith("_")]
+            if name.startswith("_") or not hasattr(backbone_config, name):
                 raise unknown_name(f"option of {architecture}", name, known)
     try:
-        return CONFIG_MAPPING[architecture](**values)
+        return CONFIG_MAPPING[architecture](**without_kernels(values))
     except (TypeError, ValueError) as error:
         problem = (str(error).splitlines() or [""])[-1].strip()
         raise ConfigError(

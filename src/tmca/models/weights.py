@@ -70,11 +70,20 @@ def find_local(name: str) -> Path | None:
     from huggingface_hub.errors import HFValidationError
 
     with contextlib.suppress(HFValidationError):
-        for file in WEIGHT_FILES:  # a download that was cut short has none yet
+        for file in WEIGHT_FILES:
             path = try_to_load_from_cache(name, file)
-            if isinstance(path, str):
+            if isinstance(path, str) and _is_complete(Path(path).parent):
                 return Path(path).parent
     return None
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether no file is left to download: files come side by side, and the small ones need not be first."""
+    try:
+        hashes = json.loads((folder / "config.json").read_text("utf-8")).get("sha256", {})  # a model of ours lists them
+        return all((folder / name).is_file() for name in hashes)
+    except (OSError, ValueError, AttributeError, TypeError):
+        return False
 
 
 def is_offline() -> bool:
@@ -98,6 +107,15 @@ def load_config(folder: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise WeightsError(f"{path} holds no JSON object", hint="download it again")
     return values
+
+
+def without_kernels(values: dict[Any, Any]) -> dict[Any, Any]:
+    """Return a transformers configuration without the choice of attention, which may name code on the hub to run."""
+    return {
+        key: without_kernels(value) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if not str(key).removeprefix("_").startswith(("attn_implementation", "experts_implementation"))
+    }
 
 
 def changed_fields(config: Any) -> dict[str, Any]:  # noqa: ANN401

@@ -6,6 +6,7 @@ sees the packages of the one that runs tmca, so that torch is neither downloaded
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -15,6 +16,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -221,6 +223,8 @@ def _follow(command: Sequence[str], environment: Mapping[str, str], log: Path) -
         errors="replace",
         start_new_session=True,  # so that its worker processes can be stopped with it
     )
+    ended = threading.Event()
+    threading.Thread(target=_stop_orphans, args=(process, ended), daemon=True).start()
     with stream, process:
         try:
             for line in process.stdout or ():
@@ -231,7 +235,17 @@ def _follow(command: Sequence[str], environment: Mapping[str, str], log: Path) -
         except BaseException:
             _stop(process)
             raise
+        finally:
+            ended.set()
     return process.returncode, list(last)
+
+
+def _stop_orphans(process: subprocess.Popen[str], ended: threading.Event) -> None:
+    """Stop the workers of a program that has died: they hold its output open, whose end would never come."""
+    process.wait()
+    if not ended.wait(_SECONDS_TO_STOP):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _stop(process: subprocess.Popen[str]) -> None:

@@ -2,7 +2,8 @@
 
 Each of N processes takes an Nth of every batch. Images are decoded, encoded and segmented where they are; embeddings
 and masks are joined, because the alignment contrasts each pair with all others. A step of N processes is then the step
-of one process with the whole batch: the same loss, the same gradients.
+of one process with the whole batch: the same loss, the same gradients; but that a BatchNorm on CPUs, which cannot join
+its statistics, sees the images of its own process only.
 """
 
 from __future__ import annotations

@@ -130,11 +130,12 @@ class SegmentationTask(pl.LightningModule):
     def configure_optimizers(self) -> Any:  # noqa: ANN401
         """Return AdamW and its schedule: by plateau, stepped every epoch, or a cosine, stepped every batch."""
         config = self.experiment.optimiser
+        pretrained = self.experiment.model.image_encoder.weights != "none"
         encoder = [value for value in self.model.pretrained_parameters() if value.requires_grad]
         chosen = {id(value) for value in encoder}
         others = [value for value in self.model.parameters() if value.requires_grad and id(value) not in chosen]
         groups = [
-            {"params": encoder, "lr": config.learning_rate * config.encoder_factor},
+            {"params": encoder, "lr": config.learning_rate * (config.encoder_factor if pretrained else 1.0)},
             {"params": others, "lr": config.learning_rate},
         ]
         groups = [group for group in groups if group["params"]]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tmca.config import ModelConfig
 from tmca.errors import ConfigError
-from tmca.models.base import Parts, SegmentationModel, nobody, read_options
+from tmca.models.base import Parts, SegmentationModel, nobody, read_options, refuse_image_weights
 from tmca.models.baselines.unet import DEEPEST_STRIDE, PlainEncoder, convolutions, decoder_channels
 from tmca.models.text import TextEncoder
 from tmca.models.vision import check_images, pad_images
@@ -300,9 +300,10 @@ def build(config: ModelConfig, parts: Parts) -> LViT:
     """Build LViT, or with guidance off LViT-TW.
 
     Raises:
-        ConfigError: An option is unknown or out of range.
+        ConfigError: An option is unknown or out of range, or image weights are named, which LViT cannot take.
         WeightsError: The text encoder's weights are neither on disk nor reachable, or do not fit.
     """
+    refuse_image_weights(config, parts)
     options = read_options(LViTOptions, config)
     return LViT(parts.text_encoder(config.text_encoder) if config.guidance else None, options)
 

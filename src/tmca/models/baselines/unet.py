@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tmca.config import ModelConfig
 from tmca.errors import ConfigError
-from tmca.models.base import Parts, SegmentationModel, nobody, read_options
+from tmca.models.base import Parts, SegmentationModel, nobody, read_options, refuse_image_weights
 from tmca.models.vision import check_images, pad_images
 from tmca.types import ImageFeatures, ModelOutput, TextFeatures
 
@@ -171,7 +171,7 @@ def decoder_channels(widths: Sequence[int]) -> list[tuple[int, int, int]]:
     return stages
 
 
-def build_unet(config: ModelConfig, _: Parts) -> UNet:
+def build_unet(config: ModelConfig, parts: Parts) -> UNet:
     """Build U-Net.
 
     Raises:
@@ -179,13 +179,13 @@ def build_unet(config: ModelConfig, _: Parts) -> UNet:
     """
     from monai.networks.nets.basic_unet import BasicUNet
 
-    widths = _options(UNetOptions, config).widths
+    widths = _options(UNetOptions, config, parts).widths
     network = BasicUNet(2, 3, 1, features=(*widths, widths[0]), act="RELU", norm="batch")
     head, network.final_conv = network.final_conv, nn.Identity()
     return UNet(network, [head])
 
 
-def build_unet_plus_plus(config: ModelConfig, _: Parts) -> UNet:
+def build_unet_plus_plus(config: ModelConfig, parts: Parts) -> UNet:
     """Build U-Net++.
 
     Raises:
@@ -193,7 +193,7 @@ def build_unet_plus_plus(config: ModelConfig, _: Parts) -> UNet:
     """
     from monai.networks.nets.basic_unetplusplus import BasicUNetPlusPlus
 
-    options = _options(UNetPlusPlusOptions, config)
+    options = _options(UNetPlusPlusOptions, config, parts)
     network = BasicUNetPlusPlus(
         2,
         3,
@@ -210,7 +210,7 @@ def build_unet_plus_plus(config: ModelConfig, _: Parts) -> UNet:
     return UNet(network, heads if options.deep_supervision else heads[-1:])
 
 
-def build_attention_unet(config: ModelConfig, _: Parts) -> UNet:
+def build_attention_unet(config: ModelConfig, parts: Parts) -> UNet:
     """Build Attention U-Net.
 
     Raises:
@@ -218,28 +218,29 @@ def build_attention_unet(config: ModelConfig, _: Parts) -> UNet:
     """
     from monai.networks.nets.attentionunet import AttentionUnet
 
-    widths = _options(UNetOptions, config).widths
+    widths = _options(UNetOptions, config, parts).widths
     network = AttentionUnet(2, 3, 1, channels=widths, strides=(2, 2, 2, 2))
     head, network.model[-1] = network.model[-1], nn.Identity()
     return UNet(network, [head])
 
 
-def build_lvit_unet(config: ModelConfig, _: Parts) -> UNet:
+def build_lvit_unet(config: ModelConfig, parts: Parts) -> UNet:
     """Build the U-Net that LViT is built on.
 
     Raises:
         ConfigError: Guidance is on, or an option is unknown or out of range.
     """
-    widths = _options(LViTUNetOptions, config).widths
+    widths = _options(LViTUNetOptions, config, parts).widths
     return UNet(LViTUNet(widths), [nn.Conv2d(widths[0], 1, kernel_size=1)])
 
 
-def _options(cls: type[OptionsT], config: ModelConfig) -> OptionsT:
+def _options(cls: type[OptionsT], config: ModelConfig, parts: Parts) -> OptionsT:
     if config.guidance:
         raise ConfigError(
             f"Method {config.method!r} sees the image alone, but guidance is on",
             hint="set model.guidance, and with it alignment and enhancement, off, as the preset of that name does",
         )
+    refuse_image_weights(config, parts)
     return read_options(cls, config)
 
 
