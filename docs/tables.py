@@ -15,6 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tmca.config import Experiment, from_dict
+from tmca.presets import PRESETS, differences, get_preset
 from tmca.reproduction import recorded
 from tmca.reproduction.ledger import Ledger
 from tmca.reproduction.printing import markdown_table, table_lines
@@ -26,6 +28,11 @@ BLOCK = re.compile(r"(<!-- results:begin ([^>]+) -->\n).*?(<!-- results:end -->)
 NOTHING = "No run is recorded in `results/` yet."
 ABSENT = "n/a"
 WRONG = {"shuffled": "shuffled", "contradictory": "contradictory", "none": "no sentence"}
+UNCOUNTED = {
+    *("name", "seed", "preprocessing.normalisation", "preprocessing.mean", "preprocessing.std"),
+    *("model.image_encoder.weights", "trainer.precision", "trainer.evaluation_batch_size", "trainer.num_workers"),
+}
+"""Fields in which a run may differ from its preset: the normalisation, for one, was looked up beside the weights."""
 PAPER = {"kvasir": {"TMCA": 0.922, "Ariadne": 0.893}, "qata": {"TMCA": 0.909, "Ariadne": 0.898}}
 
 
@@ -44,12 +51,21 @@ def paper_value(entry: dict[str, Any]) -> str:
     return f"{values[method]:.3f}" if same and method in values else ABSENT
 
 
+def started_from(entry: dict[str, Any]) -> str:
+    """Return the preset that repeats a run, or the one it came from and that its settings were changed."""
+    experiment = from_dict(Experiment, entry["experiment"])
+    for name in (entry["preset"], *PRESETS):
+        if name in PRESETS and not differences(get_preset(name), experiment).keys() - UNCOUNTED:
+            return str(name)
+    return f"{entry['preset']}, changed"
+
+
 def cells(entry: dict[str, Any]) -> dict[str, str]:
     """Return the cells of one recorded run by heading."""
-    metrics, name, preset = entry["metrics"], entry["name"], entry["preset"]
+    metrics, name = entry["metrics"], entry["name"]
     interval = [f"{end:.3f}" for end in metrics["ci95"].get("pooled_dice", ())]
     row = {
-        "run (preset)": name if name == preset else f"{name} ({preset})",
+        "run (preset)": f"{name} ({started_from(entry)})" if started_from(entry) != name else name,
         "data": f"{entry['dataset']}, {entry['split']} ({entry['n']})",
         "training images": str(entry.get("n_train", ABSENT)),
         "epochs": str(entry["epochs"]),
