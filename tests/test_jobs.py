@@ -1,18 +1,22 @@
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from tmca.errors import ConfigError, DataError
-from tmca.jobs import Job, find_images, make_jobs, part_of, read_jobs, slug
+from tmca.jobs import Job, find_images, make_jobs, make_series_jobs, part_of, read_jobs, slug
 
+PARAMETRIC_MAP = "1.2.840.10008.5.1.4.1.1.30"
 PROMPT = "one small bright round lesion, located in top left of the image"
 
 
@@ -230,6 +234,42 @@ def test_sentences_are_taken_from_reports(tmp_path: Path):
     (tmp_path / "jobs.csv").write_text("image,report\na.png,gone.txt\n")
     with pytest.raises(DataError, match=r"gone\.txt"):
         read_jobs(tmp_path / "jobs.csv")
+
+
+# Series ----------------------------------------------------------------------------------------------------------
+
+
+def _of_kind(path: Path, syntax: str, **tags: str) -> None:
+    dataset = pydicom.dcmread(path)
+    dataset.file_meta.TransferSyntaxUID = syntax
+    if pydicom.uid.UID(syntax).is_compressed:
+        dataset.PixelData = pydicom.encaps.encapsulate([b"film"])
+    for keyword, value in tags.items():
+        setattr(dataset, keyword, value)
+    dataset.save_as(path)
+
+
+@pytest.mark.parametrize(
+    ("syntax", "tags", "reason"),
+    [
+        (pydicom.uid.MPEG4HP41, {}, "is compressed as MPEG-4"),
+        (pydicom.uid.ExplicitVRLittleEndian, {"SOPClassUID": PARAMETRIC_MAP}, "holds a parametric map, which is not"),
+    ],
+)
+def test_a_file_that_is_not_supported_refuses_only_the_series_that_it_names(
+    draw_slices: Callable, draw_dicom: Callable, tmp_path: Path, syntax: str, tags: dict[str, str], reason: str
+):
+    draw_slices(tmp_path, np.zeros((5, 8, 8), np.int16), SeriesInstanceUID="1.2.3")
+    clip = draw_dicom(tmp_path / "clip.dcm", np.zeros((8, 8), np.uint8), SeriesInstanceUID="1.2.4")
+    _of_kind(clip, syntax, **tags)
+    alone, series = make_series_jobs([tmp_path], PROMPT)
+    assert (alone.image, len(series.slices)) == (clip, 5)
+    assert reason in str(alone.problem)
+    assert "damaged" not in str(alone.problem)
+    assert series.problem is None
+    _of_kind(clip, syntax, **tags, SeriesInstanceUID="1.2.3")
+    _, series = make_series_jobs([tmp_path], PROMPT)
+    assert re.search(f"clip.dcm of the same series cannot be used: .*clip.dcm {reason}", str(series.problem))
 
 
 # Shares of the work ----------------------------------------------------------------------------------------------

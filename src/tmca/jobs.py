@@ -17,7 +17,7 @@ from tmca.data.tables import read_rows
 from tmca.errors import ConfigError, DataError
 from tmca.files import real_path
 from tmca.imaging.reading import IMAGE_SUFFIXES, case_name, is_image, split_frame
-from tmca.imaging.series import problem_of, survey_series
+from tmca.imaging.series import Series, Unread, problem_of, survey_series
 from tmca.reports.prompt import ReportPrompt, check_report, grammar_of_report, prompt_from_report
 from tmca.reports.reading import read_report
 
@@ -85,18 +85,18 @@ def make_series_jobs(folders: Sequence[str | Path], text: str | None, report: Re
     """Return one job a DICOM series in some folders: the slices of a stack are one volume, other images one each.
 
     A series whose slices are not all there, or do not fit each other, gets a job that fails before anything of it is
-    computed; so does a damaged file, and every series beside it, since it may be a slice of that.
+    computed. So does a file that cannot be read, and the series that its header names; where that cannot be read
+    either, every series beside it, since it may be a slice of that.
 
     Raises:
         DataError: A folder does not exist or holds no DICOM image.
     """
     jobs: dict[str, Job] = {}
     for folder in map(Path, folders):
-        surveyed, damaged = survey_series(folder)
-        found = [Job(path, text, case_name(path), report, problem=error) for path, error in damaged.items()]
+        surveyed, unread = survey_series(folder)
+        found = [Job(path, text, case_name(path), report, problem=each.error) for path, each in unread.items()]
         for number, series in enumerate(surveyed, start=1):
-            beside = [path for path in damaged if any(path.parent == slice_.parent for slice_ in series.paths)]
-            problems = [*series.problems, *(f"{path.name} beside its slices is damaged" for path in beside)]
+            problems = [*series.problems, *_lost_slices(series, unread)]
             if series.is_stack or series.problems:
                 name = f"{folder.name or 'series'}_{number}"
                 problem = problem_of(f"{folder}, series {series.uid}", problems)
@@ -108,6 +108,18 @@ def make_series_jobs(folders: Sequence[str | Path], text: str | None, report: Re
             free = next(name for name in names if name not in jobs)
             jobs[free] = replace(job, name=free)
     return list(jobs.values())
+
+
+def _lost_slices(series: Series, unread: dict[Path, Unread]) -> list[str]:
+    """Return which files that cannot be read are slices of a series, or may be."""
+    folders = {path.parent for path in series.paths}
+    lost = []
+    for path, each in unread.items():
+        if each.series_uid and each.series_uid == series.uid:
+            lost.append(f"{path.name} of the same series cannot be used: {each.error.message}")
+        elif not each.series_uid and path.parent in folders:
+            lost.append(f"{path.name} beside its slices is damaged")
+    return lost
 
 
 def read_prompt(report: Path | str) -> ReportPrompt:

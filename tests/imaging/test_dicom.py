@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import io
 import itertools
+import struct
 import sys
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -189,6 +191,40 @@ def test_lookup_tables(tmp_path: Path):
     # After a rescale the values are real numbers, the table still counts whole ones.
     path = _saved(tmp_path / "b.dcm", pixels, RescaleSlope=100, RescaleIntercept=100, VOILUTSequence=[display])
     assert np.abs(_grey(path) - _scaled(np.array([[0, 1000, 2000, 3000]]), 0, 4095)).max() <= 0.5
+
+
+@pytest.mark.parametrize("syntax", [uids.ImplicitVRLittleEndian, uids.ExplicitVRLittleEndian])
+@pytest.mark.parametrize(
+    ("stored", "intercept", "first"),
+    [
+        (np.array([[0, 100, 900, 2000]], np.uint16), -1000, -1000),
+        (np.array([[-1000, -900, -100, 1000]], np.int16), 0, -1000),
+        (np.array([[0, 100, 900, 2000]], np.uint16), 40000, 40000),
+        (np.array([[-5000, -4900, -4100, -3000]], np.int16), 45000, 40000),
+    ],
+)
+def test_the_first_value_of_a_lookup_table_has_a_sign_where_values_have(
+    tmp_path: Path, stored: np.ndarray, intercept: int, first: int, syntax: str
+):
+    display = _item(LUTDescriptor=[1001, first, 12], LUTData=list(range(0, 4004, 4)))
+    display["LUTDescriptor"].VR, display["LUTData"].VR = "SS" if first < 0 else "US", "US"
+    dataset = _dataset(
+        stored, VOILUTSequence=[display], RescaleSlope=1, RescaleIntercept=intercept, NumberOfFrames=None
+    )
+    shown = _grey(_written(tmp_path / "a.dcm", dataset, syntax))
+    assert np.abs(shown - _scaled(np.array([[0, 400, 3600, 4000]]), 0, 4095)).max() <= 0.5
+
+
+def test_values_over_a_short_lookup_table_are_shown_as_its_last(tmp_path: Path):
+    display = _item(LUTDescriptor=[256, 0, 8], LUTData=list(range(256)))
+    display["LUTDescriptor"].VR = display["LUTData"].VR = "US"
+    path = _saved(tmp_path / "a.dcm", np.array([[0, 255, 300, 4000]], np.uint16), bits=12, VOILUTSequence=[display])
+    np.testing.assert_array_equal(_grey(path), [[0, 255, 255, 255]])
+
+
+def test_a_rescale_that_changes_nothing_changes_nothing(tmp_path: Path):
+    path = _saved(tmp_path / "a.dcm", RAMP // 4 + 10, RescaleSlope=1, RescaleIntercept=0)
+    np.testing.assert_array_equal(_grey(path), RAMP // 4 + 10)
 
 
 def test_bits_over_the_stored_ones_are_ignored(tmp_path: Path):
@@ -588,6 +624,7 @@ def _bad_files(folder: Path) -> dict[str, Path]:
         "1 values in 'HSV'": _saved(folder / "hsv.dcm", RAMP, "HSV"),
         "1 frames of 0 × 4": _saved(folder / "zero.dcm", RAMP, Rows=0),
         "is too large: 60000 × 60000": _saved(folder / "huge.dcm", RAMP, Rows=60000, Columns=60000),
+        "stores its values up to bit 15, expected bit 11": _saved(folder / "high.dcm", WIDE << 4, bits=12, HighBit=15),
         "more.dcm is damaged or cut off": _saved(folder / "more.dcm", RAMP, Rows=300),
         "frames.dcm is damaged or cut off": _saved(folder / "frames.dcm", RAMP, NumberOfFrames=3),
         "palette.dcm": _saved(folder / "palette.dcm", RAMP, "PALETTE COLOR"),
@@ -640,6 +677,37 @@ def test_a_deflated_bomb_is_not_inflated(tmp_path: Path, monkeypatch: pytest.Mon
         read_frames(path)
 
 
+@pytest.mark.parametrize("syntax", [uids.ExplicitVRLittleEndian, uids.RLELossless])
+def test_more_frames_than_the_file_has_bytes_for(tmp_path: Path, syntax: uids.UID):
+    pixels = RAMP.tobytes() if syntax == uids.ExplicitVRLittleEndian else encapsulate([RAMP.tobytes()])
+    dataset = _dataset(RAMP, NumberOfFrames=2**31 - 1, PixelData=pixels)
+    path = _written(tmp_path / "a.dcm", dataset, syntax)
+    with pytest.raises(DataError, match=r"a\.dcm says it has 2147483647 frames, more than its bytes can hold"):
+        dicom.read_source(path)
+
+
+@pytest.mark.parametrize("tags", [{}, {"PerFrameFunctionalGroupsSequence": [_item()]}])
+def test_frames_without_positions_of_their_own_are_not_looked_through(
+    tmp_path: Path, tags: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    source = dicom.read_source(_saved(tmp_path / "a.dcm", np.stack([RAMP] * 5), **tags))
+    monkeypatch.setattr(dicom, "_position", lambda *_: pytest.fail("was asked for a position"))
+    assert source.step is None
+
+
+def test_what_is_inflated_is_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    whole = _written(tmp_path / "a.dcm", _dataset(np.zeros((100, 100), np.uint8)), uids.DeflatedExplicitVRLittleEndian)
+    content = whole.read_bytes()
+    packer = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    decoy = content + packer.compress(b"tiny") + packer.flush()
+    length = struct.pack("<I", len(content) - 144)
+    whole.write_bytes(decoy[:140] + length + decoy[144:])
+    assert (_grey(whole) == 0).all()
+    monkeypatch.setattr(dicom, "MAX_INFLATED_BYTES", 5000)
+    with pytest.raises(DataError, match="when decompressed"):
+        read_frames(whole)
+
+
 def test_undefined_values_are_counted(tmp_path: Path):
     path = _saved(tmp_path / "a.dcm", RAMP, RescaleSlope="1e308", RescaleIntercept="1e308")
     with pytest.raises(DataError, match=r"a\.dcm holds 11 pixels that are not finite"):
@@ -664,6 +732,58 @@ def test_a_frame_that_is_cut_or_of_another_size_is_never_shown(
     other = _written(tmp_path / "b.dcm", _dataset(noise[:9], PixelData=encapsulate([stream.getvalue()])), syntax)
     with pytest.raises(DataError, match=r"b\.dcm is damaged"):
         _grey(other)
+
+
+def _encoded(form: str, size: tuple[int, int], **options: Any) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(np.zeros(size, np.uint8)).save(stream, form, **options)
+    return stream.getvalue()
+
+
+def _box(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", 8 + len(content)) + kind + content
+
+
+def _refused_sizes() -> list[tuple[uids.UID, bytes, str]]:
+    jpeg, large = _encoded("JPEG", (64, 64)), _encoded("JPEG2000", (600, 600), no_jp2=True)
+    small_header = struct.pack(">BBHBHHB", 0xFF, 0xC0, 11, 8, 8, 8, 1) + b"\1\x11\0"
+    runs = struct.pack("<16L", 1, 64, *[0] * 14) + b"\x81\0" * 10_000  # each stands for 128 pixels
+    return [
+        (uids.JPEG2000, large, "is encoded as 600 × 600 × 1"),
+        (uids.HTJ2KLossless, large, "is encoded as 600 × 600 × 1"),
+        (uids.JPEG2000, _encoded("JPEG2000", (600, 600)), "is encoded as 600 × 600 × 1"),
+        (uids.JPEG2000, large[:2] + b"\xff\x64\0\4\0\1" + large[2:], "does not say its size"),
+        (uids.JPEG2000, _box(b"jP  ", b"\r\n\x87\n") + struct.pack(">I", 1) + b"long", "does not say its size"),
+        (uids.JPEGBaseline8Bit, jpeg, "is encoded as 64 × 64 × 1"),
+        (uids.JPEGBaseline8Bit, jpeg[:2] + b"\xff\1\xff" + jpeg[2:], "is encoded as 64 × 64 × 1"),
+        (uids.JPEGBaseline8Bit, jpeg[:2] + small_header + jpeg[2:], "is encoded as 64 × 64 × 1"),
+        (uids.JPEGLosslessSV1, jpeg.replace(b"\xff\xc0", b"\xff\xc3"), "is encoded as 64 × 64 × 1"),
+        (uids.JPEGLSLossless, jpeg.replace(b"\xff\xc0", b"\xff\xf7"), "is encoded as 64 × 64 × 1"),
+        (uids.JPEGBaseline8Bit, b"\0" + jpeg, "does not say its size"),
+        (uids.RLELossless, runs, "holds far more pixels than 8 × 8"),
+    ]
+
+
+@pytest.mark.parametrize(("syntax", "stream", "reason"), _refused_sizes())
+def test_a_frame_of_another_size_is_refused_before_it_is_decoded(
+    tmp_path: Path, syntax: uids.UID, stream: bytes, reason: str, monkeypatch: pytest.MonkeyPatch
+):
+    if not pydicom.pixels.get_decoder(syntax).is_available:
+        pytest.skip(f"no decoder for {syntax.name}")
+    path = _written(tmp_path / "a.dcm", _dataset(np.zeros((8, 8), np.uint8), PixelData=encapsulate([stream])), syntax)
+    monkeypatch.setattr("pydicom.pixels.utils.pixel_array", lambda *_, **__: pytest.fail("was decoded"))
+    with pytest.raises(DataError, match=f"a.dcm is damaged: frame 0 {reason}") as caught:
+        _grey(path)
+    assert caught.value.hint
+
+
+def test_runs_are_counted_as_they_are_decoded():
+    rows = [np.zeros(300, np.uint8), np.arange(300).astype(np.uint8), np.repeat(np.arange(60), 5).astype(np.uint8)]
+    dataset = _dataset(np.stack([np.stack(rows).astype(np.uint16) * 257] * 2))
+    dataset.compress(uids.RLELossless)
+    for frame in pydicom.encaps.generate_frames(dataset.PixelData, number_of_frames=2):
+        assert not dicom._is_longer_than(frame, 900)
+        assert dicom._is_longer_than(frame, 899)
 
 
 def test_frames_that_are_not_there_and_windows_that_show_nothing(tmp_path: Path):

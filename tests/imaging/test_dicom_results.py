@@ -4,14 +4,20 @@ import dataclasses
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pydicom
 import pytest
 
 from tmca.errors import ConfigError, DataError
+from tmca.imaging.dicom_capture import write_capture
+from tmca.imaging.dicom_report import write_report
 from tmca.imaging.dicom_results import INTENDED_USE, ResultContext, quiet, uid_of, write_checked
+from tmca.imaging.dicom_segmentation import write_segmentation
 
 
 def test_the_sentence_is_not_shown(context: ResultContext):
@@ -73,6 +79,29 @@ def test_uids():
     assert uid == uid_of("a", "b") != uid_of("a", "c")
 
 
+def test_results_of_one_series_agree_in_what_they_say_of_it(
+    tmp_path: Path, draw_dicom: Callable, context: ResultContext
+):
+    mask = np.zeros((8, 9), bool)
+    writers: dict[str, Callable] = {"seg": write_segmentation, "sr": write_report, "sc": write_capture}
+    series = set()
+    for kind, write in writers.items():
+        films = []
+        for number in (1, 2):
+            film = draw_dicom(tmp_path / f"film{number}.dcm", mask.astype(np.uint8), InstanceNumber=number)
+            made = dataclasses.replace(context, created=datetime(2026, 1, 2, 3, 4, number))
+            write(tmp_path / f"{kind}{number}.dcm", [film], [mask], made)
+            films.append(pydicom.dcmread(tmp_path / f"{kind}{number}.dcm"))
+        assert [film.InstanceNumber for film in films] == [1, 2]
+        for keyword in ("SeriesInstanceUID", "SeriesDescription", "SeriesDate", "SeriesTime", "SeriesNumber"):
+            assert films[0].get(keyword) == films[1].get(keyword), keyword
+        write(tmp_path / "lesion.dcm", [film], [mask], dataclasses.replace(context, target="lesion"))
+        lesion = pydicom.dcmread(tmp_path / "lesion.dcm")
+        assert lesion.SeriesDescription != films[0].SeriesDescription
+        series |= {lesion.SeriesInstanceUID, films[0].SeriesInstanceUID}
+    assert len(series) == 6
+
+
 def test_a_failed_check_leaves_nothing(tmp_path: Path):
     result = pydicom.Dataset()
     result.SOPClassUID, result.SOPInstanceUID = "1.2", "1.3"
@@ -88,9 +117,9 @@ def test_a_failed_check_leaves_nothing(tmp_path: Path):
             raise error
 
         with pytest.raises(raised):
-            write_checked(tmp_path / "out" / "a.dcm", result, check)
+            write_checked(tmp_path / "out" / "a.dcm", result, result, check)
         assert list((tmp_path / "out").iterdir()) == []
-    write_checked(tmp_path / "out" / "a.dcm", result, lambda _: None)
+    write_checked(tmp_path / "out" / "a.dcm", result, result, lambda _: None)
     assert pydicom.dcmread(tmp_path / "out" / "a.dcm").SOPInstanceUID == "1.3"
 
 

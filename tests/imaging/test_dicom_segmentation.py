@@ -28,6 +28,7 @@ from tmca.imaging import dicom_segmentation
 from tmca.imaging.dicom import read_frames
 from tmca.imaging.dicom_results import ResultContext
 from tmca.imaging.dicom_segmentation import check_mask, write_fractional, write_segmentation
+from tmca.imaging.dicom_sources import SourceImage, SourceImages
 
 hd = pytest.importorskip("highdicom", reason="DICOM results need highdicom")
 
@@ -263,6 +264,22 @@ def test_compressed_sources(tmp_path: Path, draw_dicom: Callable, context: Resul
     np.testing.assert_array_equal(pydicom.dcmread(tmp_path / "out.dcm").pixel_array, mask)
 
 
+def test_the_sources_are_looked_through_a_fixed_number_of_times(
+    tmp_path: Path, draw_slices: Callable, context: ResultContext, monkeypatch: pytest.MonkeyPatch
+):
+    original = SourceImages.thickness
+    asked: list[SourceImage] = []
+    monkeypatch.setattr(SourceImages, "thickness", lambda self, image: (asked.append(image), original(self, image))[1])
+
+    def times(count: int) -> int:
+        asked.clear()
+        paths = draw_slices(tmp_path / str(count), np.zeros((count, *SIZE), np.int16))
+        write_segmentation(tmp_path / "out.dcm", paths, _masks(count), context)
+        return len(asked)
+
+    assert times(12) <= 3 * times(4)
+
+
 def test_what_the_file_says_about_itself(tmp_path: Path, draw_dicom: Callable, context: ResultContext):
     path = draw_dicom(tmp_path / "a.dcm", np.zeros(SIZE, np.uint8), "ES")
     write_segmentation(tmp_path / "out.dcm", [path], _masks(1), context)
@@ -327,10 +344,14 @@ def test_uids_change_with_what_they_stand_for(tmp_path: Path, draw_dicom: Callab
     series, instance = uids(path)
     assert uids(moved) == (series, instance)
     assert uids(other)[0] == series
-    for changed in (uids(path, model_hash="f"), uids(path, prompt="two polyps"), uids(elsewhere)):
+    for changed in (
+        *(uids(path, **change) for change in ({"model_hash": "f"}, {"prompt": "two polyps"}, {"target": "lesion"})),
+        uids(path, model_version="2"),
+        uids(elsewhere),
+    ):
         assert changed[0] != series
         assert changed[1] != instance
-    for changed in (uids(other), uids(path, seed=1), uids(path, target="lesion")):
+    for changed in (uids(other), uids(path, seed=1), uids(path, corrected=True)):
         assert changed == (series, changed[1])
         assert changed[1] != instance
 
@@ -382,6 +403,23 @@ def test_a_file_that_is_not_what_was_meant_does_not_stay(
             write_segmentation(tmp_path / "out" / "mask.dcm", paths, _masks(3), context)
         assert "please report it" in caught.value.hint
         assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_result_of_another_patient_does_not_stay(
+    tmp_path: Path, draw_dicom: Callable, context: ResultContext, monkeypatch: pytest.MonkeyPatch
+):
+    path = draw_dicom(tmp_path / "a.dcm", np.zeros(SIZE, np.uint8))
+    original = dicom_segmentation._build
+
+    def build(*args: Any) -> pydicom.Dataset:
+        result = original(*args)
+        result.PatientID, result.StudyDate = "P-18", "20260103"
+        return result
+
+    monkeypatch.setattr(dicom_segmentation, "_build", build)
+    with pytest.raises(DataError, match="differs: PatientID, StudyDate; nothing was written"):
+        write_segmentation(tmp_path / "out.dcm", [path], _masks(1), context)
+    assert not (tmp_path / "out.dcm").exists()
 
 
 def test_an_old_file_stays_when_a_new_one_fails(tmp_path: Path, draw_dicom: Callable, context: ResultContext):
@@ -447,6 +485,49 @@ def test_names_in_every_script(
     assert str(written.PatientName) == name
     assert written.ManufacturerModelName == own
     assert written.get("SpecificCharacterSet") == ("ISO_IR 192" if own == "é" else character_set)
+
+
+def _draw_name(draw_dicom: Callable, path: Path, character_set: Any, name: bytes, implicit: bool = False) -> Path:
+    """Draw an image whose patient has a name of bytes that need not fit its character set."""
+    stand_in = "N" * len(name)
+    tags = {"SpecificCharacterSet": character_set, "PatientName": stand_in, "InstitutionName": stand_in}
+    draw_dicom(path, np.zeros(SIZE, np.uint8), **tags)
+    if implicit:
+        plain = pydicom.dcmread(path)
+        plain.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
+        plain.save_as(path, implicit_vr=True, little_endian=True, enforce_file_format=True)
+    path.write_bytes(path.read_bytes().replace(stand_in.encode(), name))
+    return path
+
+
+@pytest.mark.parametrize("implicit", [False, True])
+@pytest.mark.parametrize(
+    ("character_set", "name"),
+    [
+        ("ISO_IR 192", b"M\xfcller^Anna"),
+        (["", "ISO 2022 IR 87"], b"\x1b$B;3ED\x1b(B^\x1b$BB@O:\x1b(B\x1b(B"),  # with an escape too many
+    ],
+)
+def test_a_name_keeps_its_bytes(
+    tmp_path: Path, draw_dicom: Callable, context: ResultContext, character_set: Any, name: bytes, implicit: bool
+):
+    path = _draw_name(draw_dicom, tmp_path / "a.dcm", character_set, name, implicit)
+    write_segmentation(tmp_path / "out.dcm", [path], _masks(1), context)
+    written = pydicom.dcmread(tmp_path / "out.dcm")
+    assert written.get_item("PatientName").value.rstrip() == name
+    assert "\ufffd".encode() not in (tmp_path / "out.dcm").read_bytes()
+    assert written.SpecificCharacterSet == character_set
+
+
+def test_a_name_that_would_have_to_be_decoded_and_cannot_is_refused(
+    tmp_path: Path, draw_dicom: Callable, context: ResultContext
+):
+    path = _draw_name(draw_dicom, tmp_path / "a.dcm", "GB18030", b"M\xff\xffller^Anna")
+    with pytest.raises(DataError, match=r"PatientName does not fit its own character set \(GB18030\)") as caught:
+        write_segmentation(tmp_path / "out.dcm", [path], _masks(1), dataclasses.replace(context, model_name="é"))
+    assert "plain letters" in caught.value.hint
+    assert "Anna" not in str(caught.value)
+    assert not (tmp_path / "out.dcm").exists()
 
 
 @pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian])

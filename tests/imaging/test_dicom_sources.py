@@ -43,6 +43,16 @@ def test_slices_in_any_order_are_a_stack(tmp_path: Path, draw_slices: Callable):
     assert len(sources.files) == 3
 
 
+def test_the_number_of_a_result(tmp_path: Path, draw_dicom: Callable, draw_slices: Callable, draw_enhanced: Callable):
+    film = draw_dicom(tmp_path / "a.dcm", np.zeros(SIZE, np.uint8), InstanceNumber=7)
+    volume = draw_enhanced(tmp_path / "b.dcm", np.zeros((4, *SIZE), np.int16), InstanceNumber=8)
+    slices = draw_slices(tmp_path / "ct", np.zeros((3, *SIZE), np.int16))
+    for names, number in (([film], 7), ([volume], 8), ([f"{volume}#2"], 3), ([slices[1]], 2), (slices[::-1], 1)):
+        assert read_sources(names).instance_number == number
+    for odd in (None, -1):
+        assert read_sources([_change(film, InstanceNumber=odd)]).instance_number == 1
+
+
 def test_the_volume_of_slices_that_are_shifted_is_not_larger(tmp_path: Path, draw_slices: Callable):
     paths = draw_slices(tmp_path, np.zeros((3, *SIZE), np.int16), step=(0, 1.5, 2.5))
     assert read_sources(paths).voxel_volume == pytest.approx(0.5 * 0.25 * 2.5)
@@ -86,11 +96,14 @@ def test_patient_and_study_are_not_in_what_the_result_is_built_from(tmp_path: Pa
     assert not stand_in.PatientName
     assert not stand_in.StudyDate
     result = pydicom.Dataset()
+    result.SpecificCharacterSet = sources.header.SpecificCharacterSet
     copy_patient_and_study(sources.header, result)
     copied = {keyword for keyword in PATIENT_AND_STUDY if keyword in sources.header}
     assert len(copied) == 11
     for keyword in copied:
-        assert result[keyword] == sources.header[keyword]
+        value = result[keyword].value
+        text = value.decode("latin-1") if isinstance(value, bytes) else value
+        assert text == sources.header[keyword].value
 
 
 # What does not go together ---------------------------------------------------------------------------------------

@@ -356,6 +356,19 @@ def test_bad_files_are_explained(tmp_path: Path):
             assert caught.value.hint
 
 
+def test_voxels_are_looked_at_in_the_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(nibabel.arrayproxy.ArrayProxy, "get_unscaled", lambda _: pytest.fail("was read"))
+    path = _saved(tmp_path / "a.nii.gz", np.zeros((3, 3, 3), dtype=np.complex128))
+    for read in (read_frames, lambda path: read_mask(path, 0), lambda path: nifti._read_volume(path, 0, 0)):
+        with pytest.raises(DataError, match="voxels of type complex128"):
+            read(path)
+    monkeypatch.setattr(nifti, "MAX_VOLUME_BYTES", 1_000_000)
+    path.write_bytes(gzip.compress(_header(np.zeros((1, 1, 1)), dim=[3, 50, 50, 51, 1, 1, 1, 1])))
+    with pytest.raises(DataError, match="is too large: 1 MB of voxels; at most 1 MB are read") as caught:
+        read_frames(path)
+    assert "float32" in caught.value.hint
+
+
 def test_surfaces_are_no_volume(tmp_path: Path):
     axes = (nibabel.cifti2.SeriesAxis(0, 1, 2), nibabel.cifti2.ScalarAxis(["a", "b", "c"]))
     nibabel.save(nibabel.cifti2.Cifti2Image(np.zeros((2, 3)), axes), tmp_path / "a.nii")

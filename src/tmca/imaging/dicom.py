@@ -8,6 +8,8 @@ they go into the geometry's affine.
 from __future__ import annotations
 
 import functools
+import itertools
+import struct
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,6 +38,7 @@ from tmca.imaging.raster import MAX_PIXELS, check_file, damaged, too_large
 
 if TYPE_CHECKING:
     from pydicom import Dataset
+    from pydicom.tag import BaseTag
 
 DICOM_SUFFIXES = (".dcm", ".dicom")
 """Usual endings of DICOM files, lower case; many have none and are known by their content."""
@@ -49,7 +52,15 @@ _PALETTE = "PALETTE COLOR"
 _NEEDED = ("Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated", "BitsStored")
 _PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 _SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.4"
+_PARAMETRIC_MAP = "1.2.840.10008.5.1.4.1.1.30"
 _DEFLATED = "1.2.840.10008.1.2.1.99"
+_ITEM_BYTES = 8  # of what stands before each frame in a compressed file, and at least before each box of a JP2
+_RLE = "1.2.840.10008.1.2.5"
+_RLE_PADDING = 2  # programs pad rows and segments, never to twice their length
+_JPEG_2000 = tuple(f"1.2.840.10008.1.2.4.{last}" for last in (90, 91, 92, 93, 201, 202, 203))
+_FRAME_HEADERS = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # SOF markers of JPEG and JPEG-LS
+_BARE_MARKERS = {0x00, 0x01, *range(0xD0, 0xD9)}  # without a length
+_MOST_SAMPLES = 4
 _DECODERS = {  # the packages of tmca[medical] that decode what pydicom and Pillow cannot
     "1.2.840.10008.1.2.4.57": "python-gdcm",
     "1.2.840.10008.1.2.4.70": "python-gdcm",
@@ -259,13 +270,24 @@ def _opened(path: Path) -> Iterator[Dataset]:
 
 def _refuse_inflation(path: Path, meta: Dataset) -> None:
     """Refuse a file that is compressed as a whole if its content is over the limit, before it fills the memory."""
+    from pydicom.filereader import read_dataset, read_preamble
+
     if meta.get("TransferSyntaxUID") != _DEFLATED:
         return
-    start = 132 + 12 + int(meta.FileMetaInformationGroupLength)
+    with path.open("rb") as stream:
+        read_preamble(stream, force=False)
+        # Where the content begins is where pydicom stops to read tags, whatever the file says of their length.
+        for group, implicit in ((0x0002, meta.original_encoding[0] is True), (0x0000, True)):
+            read_dataset(stream, implicit, True, stop_when=functools.partial(_is_of_other_group, group))
+        content = stream.read()
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-    inflater.decompress(path.read_bytes()[start:], MAX_INFLATED_BYTES)
+    inflater.decompress(content, MAX_INFLATED_BYTES)
     if inflater.unconsumed_tail:
         raise too_large(path, f"over {MAX_INFLATED_BYTES // 1_000_000} MB when decompressed")
+
+
+def _is_of_other_group(group: int, tag: BaseTag, _kind: str | None, _length: int) -> bool:
+    return tag.group != group
 
 
 def _checked(path: Path, header: Dataset) -> Source:
@@ -273,6 +295,10 @@ def _checked(path: Path, header: Dataset) -> Source:
     kind = _kind(header)
     if _is_segmentation(header):
         raise DataError(f"{path} holds a segmentation, not an image", hint="name the image that it was drawn on")
+    if header.get("SOPClassUID") == _PARAMETRIC_MAP:
+        raise DataError(
+            f"{path} holds a parametric map, which is not supported", hint="name the image that it was computed from"
+        )
     missing = [name for name in _NEEDED if header.get(name) in (None, "")]
     if len(missing) == len(_NEEDED):
         raise DataError(f"{path} holds no image{kind}", hint="expected a CR, DX, CT, MR, endoscopy … image")
@@ -292,7 +318,14 @@ def _checked(path: Path, header: Dataset) -> Source:
             f"{path} has pixels of {header.SamplesPerPixel} values in {interpretation!r}",
             hint=f"known are {', '.join(known)}",
         )
+    high, stored = header.get("HighBit"), int(header.BitsStored)
+    if high is not None and int(high) != stored - 1:
+        raise DataError(
+            f"{path} stores its values up to bit {high}, expected bit {stored - 1} for values of {stored} bits",
+            hint="convert it, e.g. by gdcmconv, or export it again",
+        )
     _require_decoder(path, header)
+    _require_bytes(path, header, count)
     return Source(path, header, count, (rows, columns), interpretation)
 
 
@@ -326,6 +359,21 @@ def _require_decoder(path: Path, header: Dataset) -> None:
         )
 
 
+def _require_bytes(path: Path, header: Dataset, count: int) -> None:
+    """Refuse more frames than the file has bytes for, before anything is made for each of them."""
+    syntax = header.file_meta.TransferSyntaxUID
+    if syntax.is_encapsulated:
+        frame_bits = 8 * _ITEM_BYTES
+    else:
+        samples = 2 if header.PhotometricInterpretation == "YBR_FULL_422" else int(header.SamplesPerPixel)
+        frame_bits = int(header.Rows) * int(header.Columns) * samples * int(header.BitsAllocated)
+    size = MAX_INFLATED_BYTES if syntax == _DEFLATED else path.stat().st_size
+    if count > 1 and count * frame_bits > 8 * size:
+        raise DataError(
+            f"{path} says it has {count} frames, more than its bytes can hold", hint="copy or export it again"
+        )
+
+
 # Pixels ----------------------------------------------------------------------------------------------------------
 
 
@@ -334,6 +382,7 @@ def _decoded(source: Source, number: int) -> NDArray[Any]:
 
     if not any(keyword in source.dataset for keyword in _PIXELS):
         raise DataError(f"{source.path} holds no pixels, or is cut off", hint="copy or export it again")
+    _refuse_another_size(source, number)
     try:
         return pixel_array(source.dataset, index=number)
     except RuntimeError as error:  # every decoder that is installed failed
@@ -344,6 +393,95 @@ def _decoded(source: Source, number: int) -> NDArray[Any]:
             hint="if it is not damaged, convert it, e.g. by dcmdjpeg, or install one more decoder, e.g. "
             "pylibjpeg-libjpeg (GPL)",
         ) from error
+
+
+def _refuse_another_size(source: Source, number: int) -> None:
+    """Refuse a compressed frame that is larger or smaller than the header says, before it is decoded."""
+    from pydicom.encaps import get_frame
+
+    dataset: Any = source.dataset
+    syntax = source.header.file_meta.TransferSyntaxUID
+    if not syntax.is_encapsulated or "PixelData" not in dataset:
+        return
+    offsets = None
+    if "ExtendedOffsetTable" in dataset and "ExtendedOffsetTableLengths" in dataset:
+        tables = (dataset.ExtendedOffsetTable, dataset.ExtendedOffsetTableLengths)
+        offsets = tables if len(tables[0]) == len(tables[1]) else None  # as pydicom does
+    encoded = get_frame(dataset.PixelData, number, number_of_frames=source.count, extended_offsets=offsets)
+    rows, columns = source.size
+    if syntax == _RLE:
+        if _is_longer_than(encoded, _RLE_PADDING * rows * columns + 128):
+            raise DataError(
+                f"{source.path} is damaged: frame {number} holds far more pixels than {rows} × {columns}, which its "
+                "header says",
+                hint="copy or export it again",
+            )
+        return
+    sizes = _jpeg2000_sizes(encoded) if syntax in _JPEG_2000 else _jpeg_sizes(encoded)
+    wrong = [size for size in sizes if size[:2] != source.size or size[2] > _MOST_SAMPLES]
+    if wrong or not sizes:
+        found = f"is encoded as {' × '.join(map(str, wrong[0]))}" if wrong else "does not say its size"
+        raise DataError(
+            f"{source.path} is damaged: frame {number} {found}, expected {rows} × {columns} pixels as its header says",
+            hint="copy or export it again",
+        )
+
+
+def _jpeg2000_sizes(encoded: bytes) -> list[tuple[int, int, int]]:
+    """Return rows, columns and samples by the SIZ marker of a JPEG 2000 stream, which may stand in the boxes of a JP2.
+
+    The marker comes second in a stream (ISO/IEC 15444-1 A.3); where it does not, nothing is returned.
+    """
+    start = 0
+    if encoded[4:8] == b"jP  ":
+        while encoded[start + 4 : start + 8] != b"jp2c":
+            length = int.from_bytes(encoded[start : start + 4], "big")
+            if length < _ITEM_BYTES:
+                return []
+            start += length
+        start += _ITEM_BYTES
+    if encoded[start : start + 4] != b"\xff\x4f\xff\x51" or len(encoded) < start + 42:
+        return []
+    width, height, left, top, samples = struct.unpack(">IIII16xH", encoded[start + 8 : start + 42])
+    return [(height - top, width - left, samples)]
+
+
+def _jpeg_sizes(encoded: bytes) -> list[tuple[int, int, int]]:
+    """Return rows, columns and samples by each frame header of a JPEG or JPEG-LS stream before its first scan."""
+    sizes = []
+    place = 2 if encoded.startswith(b"\xff\xd8") else len(encoded)
+    while place + 9 < len(encoded) and encoded[place] == 0xFF and encoded[place + 1] != 0xDA:
+        marker, length = encoded[place + 1], int.from_bytes(encoded[place + 2 : place + 4], "big")
+        if marker in _FRAME_HEADERS:
+            sizes.append(struct.unpack(">HHB", encoded[place + 5 : place + 10]))
+        if marker == 0xFF:  # any number of these may stand before a marker
+            place += 1
+        else:
+            place += 2 if marker in _BARE_MARKERS else 2 + length
+    return sizes
+
+
+def _is_longer_than(encoded: bytes, limit: int) -> bool:
+    """Return whether a segment of an RLE frame (PS3.5 G.3) is longer than so many bytes once it is decoded."""
+    if len(encoded) < 64:
+        return False
+    count, *starts = struct.unpack("<16L", encoded[:64])
+    starts = [*starts[:count], len(encoded)]
+    for start, end in itertools.pairwise(starts):
+        place, length = start, 0
+        while place < min(end, len(encoded)) and length <= limit:
+            control = encoded[place]
+            if control < 128:  # that many bytes and one more follow
+                length += control + 1
+                place += control + 2
+            elif control > 128:  # one byte follows, which is repeated
+                length += 257 - control
+                place += 2
+            else:
+                place += 1
+        if length > limit:
+            return True
+    return False
 
 
 def _modality_values(source: Source, view: Dataset, stored: NDArray[Any]) -> NDArray[Any]:
@@ -370,7 +508,7 @@ def _grey(
     if window is not None:
         return shown_between(values, *window_limits(window))
     if view.get("VOILUTSequence"):
-        return _looked_up(view, values)
+        return _looked_up(source, view, values)
     centre, width = _first_number(view, "WindowCenter"), _first_number(view, "WindowWidth")
     if centre is not None and width is not None and width > 1:  # narrower ones are placeholders
         function = str(view.get("VOILUTFunction") or "LINEAR")
@@ -386,12 +524,29 @@ def _grey(
     return shown_between(values, *limits())
 
 
-def _looked_up(view: Dataset, values: NDArray[Any]) -> NDArray[np.uint8]:
+def _looked_up(source: Source, view: Dataset, values: NDArray[Any]) -> NDArray[np.uint8]:
     from pydicom.pixels.processing import apply_voi
 
-    whole = np.rint(values).astype(np.int32) if values.dtype.kind == "f" else values
-    bits = int(view.VOILUTSequence[0].LUTDescriptor[2])
-    return shown_between(apply_voi(whole, view), 0.0, 2.0**bits - 1)
+    entries, read, bits = (int(number) for number in view.VOILUTSequence[0].LUTDescriptor)
+    first = read
+    if source.header.original_encoding[0]:  # implicit VR: the file does not say whether the number has a sign
+        first %= 2**16
+        if first >= 2**15 and _lowest_value(source, view) < 0:
+            first -= 2**16
+    places = np.clip(np.rint(values) - first, 0, (entries or 2**16) - 1).astype(np.int32)
+    return shown_between(apply_voi(places + read, view), 0.0, 2.0**bits - 1)
+
+
+def _lowest_value(source: Source, view: Dataset) -> float:
+    """Return the lowest value that a pixel of the file can have after the modality transformation."""
+    if view.get("ModalityLUTSequence"):
+        return 0.0
+    slope, intercept = _first_number(view, "RescaleSlope"), _first_number(view, "RescaleIntercept")
+    half = 2.0 ** (source.bits - 1)
+    ends = (-half, half - 1) if source.header.get("PixelRepresentation") == 1 else (0.0, 2 * half - 1)
+    if slope is None or intercept is None:
+        return ends[0]
+    return min(end * slope + intercept for end in ends)
 
 
 def _value_limits(source: Source, number: int) -> tuple[float, float]:
@@ -446,6 +601,8 @@ def _view(source: Source, number: int) -> Dataset:
     for keyword in ("ModalityLUTSequence", "VOILUTSequence"):
         if source.header.get(keyword):
             view[keyword] = source.header[keyword]
+    if _first_number(view, "RescaleSlope") == 1 and _first_number(view, "RescaleIntercept") == 0:
+        del view.RescaleSlope, view.RescaleIntercept  # they change nothing, and would turn whole numbers into real ones
     return view
 
 
@@ -541,9 +698,12 @@ def _position(source: Source, number: int) -> NDArray[np.float64] | None:
 
 def _slice_step(source: Source) -> NDArray[np.float64] | None:
     """Return the way from a frame to the next in millimetres (RAS+) if all are equally far apart, else ``None``."""
-    positions = [_position(source, number) for number in range(source.count)] if source.count > 1 else []
+    own = source.header.get("PerFrameFunctionalGroupsSequence") or ()
+    if source.count < 2 or len(own) < source.count:
+        return None
+    positions = [_position(source, number) for number in range(source.count)]
     known = [position for position in positions if position is not None]
-    if len(known) < 2 or len(known) < source.count:
+    if len(known) < source.count:
         return None
     steps = np.diff(known, axis=0)
     mean = steps.mean(axis=0)

@@ -86,7 +86,7 @@ def write_capture(
         if not np.array_equal(written.pixel_array.reshape(pictures.shape), pictures):
             raise mismatch("pixels of the picture")
 
-    write_checked(path, result, compare)
+    write_checked(path, result, found.header, compare)
     return str(result.SOPInstanceUID)
 
 
@@ -147,7 +147,6 @@ def _build(sources: SourceImages, pictures: NDArray[np.uint8], context: ResultCo
         "Modality": "OT",
         "ConversionType": "WSD",
         "SeriesInstanceUID": context.series_uid(sources, "capture"),
-        "InstanceNumber": 1,
         "Laterality": header.get("Laterality") or "",
         "PatientOrientation": header.get("PatientOrientation") or "",
         "DateOfSecondaryCapture": context.time.strftime("%Y%m%d"),

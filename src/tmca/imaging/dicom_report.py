@@ -93,7 +93,7 @@ def write_report(
     with building(found):
         drawn = None if segmentation is None else _read_segmentation(Path(segmentation), found)
         result, numbers = _build(found, measured, context, drawn)
-    write_checked(path, result, lambda written: _compare(written, numbers, found, drawn))
+    write_checked(path, result, found.header, lambda written: _compare(written, numbers, found, drawn))
     return str(result.SOPInstanceUID)
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tmca.errors import ConfigError, DataError
 from tmca.files import replace_file
 from tmca.imaging.codes import LONGEST_LABEL, CodeTable, Target, read_codes
-from tmca.imaging.dicom_sources import SourceImages, copy_patient_and_study
+from tmca.imaging.dicom_sources import SourceImages, changed_tags, copy_patient_and_study
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -128,9 +128,19 @@ class ResultContext:
         return self.coded_target.label[: LONGEST_LABEL - len(end)] + end
 
     def series_uid(self, sources: SourceImages, kind: Kind) -> str:
-        """Return the UID of the series: the same for the same source series, model and sentence."""
+        """Return the UID of the series: the same for the same source series, model, target and sentence.
+
+        All that results say of their series and equipment is part of it, as results of one series must agree in it.
+        """
         return uid_of(
-            "series", kind, str(sources.header.SeriesInstanceUID), self.model_hash, self.model_name, _hash(self.prompt)
+            "series",
+            kind,
+            str(sources.header.SeriesInstanceUID),
+            self.model_hash,
+            self.model_name,
+            self.model_version,
+            repr(self.coded_target),
+            _hash(self.prompt),
         )
 
     def instance_uid(self, sources: SourceImages, kind: Kind, content: bytes, *further: str) -> str:
@@ -139,13 +149,10 @@ class ResultContext:
         The content is part of it because two files of one UID must not differ: another threshold gives another mask.
         """
         names = [f"{image.uid}#{image.number}" for image in sources.images]
-        target = self.coded_target
         return uid_of(
             self.series_uid(sources, kind),
             *names,
             hashlib.sha256(content).hexdigest(),
-            repr(target),
-            self.model_version,
             self.algorithm_type,
             self.description,
             *further,
@@ -158,8 +165,11 @@ def uid_of(*parts: str) -> str:
 
 
 def finish(result: Dataset, sources: SourceImages, context: ResultContext, kind: Kind) -> None:
-    """Give a result what is common to all kinds: patient, study, series, equipment, times, intended use."""
-    copy_patient_and_study(sources.header, result)
+    """Give a result what is common to all kinds: patient, study, series, equipment, times, intended use.
+
+    Raises:
+        DataError: Text of the patient or the study cannot be written in the result's character set.
+    """
     result.SeriesDescription = context.series_description(kind)
     result.SeriesNumber = context.series_number(kind)
     result.ContentQualification = CONTENT_QUALIFICATION
@@ -167,7 +177,9 @@ def finish(result: Dataset, sources: SourceImages, context: ResultContext, kind:
     result.ManufacturerModelName = context.model_name
     result.SoftwareVersions = context.model_version
     result.DeviceSerialNumber = context.model_hash
-    for event in ("InstanceCreation", "Content", "Series"):
+    result.InstanceNumber = sources.instance_number
+    # Not of the series: its results may be made at different times, and would then disagree.
+    for event in ("InstanceCreation", "Content"):
         setattr(result, f"{event}Date", context.time.strftime("%Y%m%d"))
         setattr(result, f"{event}Time", context.time.strftime("%H%M%S"))
     result.pop("TimezoneOffsetFromUTC", None)
@@ -180,7 +192,6 @@ def finish(result: Dataset, sources: SourceImages, context: ResultContext, kind:
         context.model_version,
         context.model_hash,
     )
-    # The source's strings are decoded by its character set and written in the result's.
     character_set = sources.header.get("SpecificCharacterSet")
     if "".join(own).isascii() and character_set:
         result.SpecificCharacterSet = character_set
@@ -188,14 +199,16 @@ def finish(result: Dataset, sources: SourceImages, context: ResultContext, kind:
         result.SpecificCharacterSet = "ISO_IR 192"
     else:
         result.pop("SpecificCharacterSet", None)
+    copy_patient_and_study(sources.header, result)
 
 
-def write_checked(path: Path | str, result: Dataset, check: Callable[[Dataset], None]) -> None:
+def write_checked(path: Path | str, result: Dataset, source: Dataset, check: Callable[[Dataset], None]) -> None:
     """Write a result, read it back and compare it; a file that is not what it should be does not stay.
 
     Args:
         path: File to write or replace.
         result: The data set.
+        source: Tags of the image whose patient and study it has.
         check: Raises a DataError if what was read back is not what was meant.
 
     Raises:
@@ -208,7 +221,11 @@ def write_checked(path: Path | str, result: Dataset, check: Callable[[Dataset], 
         try:
             with quiet():
                 result.save_as(temporary, enforce_file_format=True)
-                check(pydicom.dcmread(temporary))
+                written = pydicom.dcmread(temporary)
+                changed = changed_tags(source, written)
+                if changed:
+                    raise mismatch(", ".join(changed))
+                check(written)
         except (DataError, OSError, MemoryError):
             raise
         except Exception as error:  # of pydicom, about what it wrote

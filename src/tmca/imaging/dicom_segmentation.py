@@ -129,7 +129,7 @@ def source_of_frames(segmentation: Dataset) -> list[tuple[str, int | None]]:
 def _write(path: Path | str, sources: SourceImages, stored: NDArray[Any], context: ResultContext, kind: Kind) -> str:
     with building(sources):
         result = _build(sources, stored, context, kind)
-    write_checked(path, result, lambda written: _compare(written, sources, stored))
+    write_checked(path, result, sources.header, lambda written: _compare(written, sources, stored))
     return str(result.SOPInstanceUID)
 
 

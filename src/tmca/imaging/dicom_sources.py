@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,6 +28,7 @@ Layout = Literal["image", "stack", "sequence"]
 _NEEDED = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
 _UID = re.compile(r"(0|[1-9]\d*)(\.(0|[1-9]\d*))*")
 _LONGEST_UID = 64
+_NOT_DECODED = "\ufffd"
 PATIENT_AND_STUDY = (
     "PatientName",
     "PatientID",
@@ -151,7 +153,7 @@ class SourceImages:
         """The first file, for messages."""
         return self.first.source.path
 
-    @property
+    @cached_property
     def located(self) -> bool:
         """All images have a place and a thickness in a frame of reference."""
         return bool(self.header.get("FrameOfReferenceUID")) and all(
@@ -162,6 +164,20 @@ class SourceImages:
     def files(self) -> list[Dataset]:
         """Tags of each file, once."""
         return list({image.uid: image.source.header for image in self.images}.values())
+
+    @property
+    def instance_number(self) -> int:
+        """Number by which a result is told apart from those of other images of the series: that of its file or frame.
+
+        It is 1 for several files, and where the file has no number.
+        """
+        if len(self.images) == 1 and self.first.frame_number is not None:
+            return self.first.frame_number
+        try:
+            number = int(self.header.get("InstanceNumber"))
+        except (TypeError, ValueError):
+            return 1
+        return number if number > 0 and len(self.files) == 1 else 1
 
     @property
     def voxel_volume(self) -> float | None:
@@ -245,18 +261,19 @@ def stand_ins(sources: SourceImages, count: int | None = None) -> list[Dataset]:
     from pydicom import Dataset
     from pydicom.uid import CTImageStorage, SecondaryCaptureImageStorage
 
+    kind = CTImageStorage if sources.located else SecondaryCaptureImageStorage
+    copied = (*_CARRIED, *_POSITIONS) if sources.located else _CARRIED
     made = []
     for place, image in enumerate(sources.images[:count], start=1):
         stand_in = Dataset()
-        stand_in.SOPClassUID = CTImageStorage if sources.located else SecondaryCaptureImageStorage
+        stand_in.SOPClassUID = kind
         stand_in.SOPInstanceUID = str(place)
         stand_in.Rows, stand_in.Columns = image.source.size
         for keyword in _MAY_BE_EMPTY:
             setattr(stand_in, keyword, None)
-        copied = (*_CARRIED, *_POSITIONS) if sources.located else _CARRIED
         for keyword in copied:
             value = image.source.tag(keyword, image.number or 0)
-            if value not in (None, ""):
+            if value not in (None, "") and _NOT_DECODED not in str(value):
                 setattr(stand_in, keyword, value)
         if sources.located:
             stand_in.SliceThickness = sources.thickness(image)
@@ -299,15 +316,70 @@ def add_series_reference(result: Dataset, sources: SourceImages) -> None:
 
 
 def copy_patient_and_study(source: Dataset, result: Dataset) -> None:
-    """Give a result the patient and the study of its source, as they are there; empty where they are not."""
-    from pydicom.datadict import tag_for_keyword
+    """Give a result the patient and the study of its source, as they are there; empty where they are not.
+
+    Text keeps its bytes where source and result name the same character set, whether or not it fits that.
+
+    Args:
+        source: Tags of a file.
+        result: The data set; it has its character set already.
+
+    Raises:
+        DataError: Text must change to another character set and does not fit the one that the source names.
+    """
+    from pydicom import DataElement
+    from pydicom.datadict import dictionary_VR
+    from pydicom.valuerep import PersonName
 
     for keyword in PATIENT_AND_STUDY:
-        tag = tag_for_keyword(keyword)
-        if tag is not None and tag in source:
-            result[tag] = copy.deepcopy(source[tag])
-        elif keyword in _MAY_BE_EMPTY:
-            setattr(result, keyword, "")
+        if keyword not in source:
+            if keyword in _MAY_BE_EMPTY:
+                setattr(result, keyword, "")
+            continue
+        text = _text_bytes(source, keyword) if _same_characters(source, result) else None
+        if text is not None:
+            kind = dictionary_VR(keyword)
+            value = PersonName(text) if kind == "PN" else text
+            result[keyword] = DataElement(keyword, kind, value, already_converted=True)
+            continue
+        result[keyword] = copy.deepcopy(source[keyword])
+        if _NOT_DECODED in str(result[keyword]):
+            raise DataError(
+                f"The source's {keyword} does not fit its own character set "
+                f"({source.get('SpecificCharacterSet') or 'none'}), so that it cannot be written in another one",
+                hint="correct the source's Specific Character Set, or name model and target in plain letters (ASCII)",
+            )
+
+
+def changed_tags(source: Dataset, written: Dataset) -> list[str]:
+    """Return the tags of patient and study in which a result that was read back differs from its source."""
+    changed = []
+    for keyword in PATIENT_AND_STUDY:
+        before, after = _text_bytes(source, keyword), _text_bytes(written, keyword)
+        if before is None or after is None or not _same_characters(source, written):
+            same = (source.get(keyword) or None) == (written.get(keyword) or None)
+        else:
+            same = before == after
+        if not same:
+            changed.append(keyword)
+    return changed
+
+
+def _same_characters(source: Dataset, result: Dataset) -> bool:
+    return (source.get("SpecificCharacterSet") or None) == (result.get("SpecificCharacterSet") or None)
+
+
+def _text_bytes(dataset: Dataset, keyword: str) -> bytes | None:
+    """Return text as the file encodes it, without padding; ``None`` of a tag that is no text, or not there."""
+    from pydicom.datadict import dictionary_VR
+    from pydicom.valuerep import CUSTOMIZABLE_CHARSET_VR
+
+    element = dataset.get_item(keyword)
+    if element is None or not element.is_raw or dictionary_VR(keyword) not in CUSTOMIZABLE_CHARSET_VR:
+        return None
+    if element.VR not in (None, "UN", *CUSTOMIZABLE_CHARSET_VR):
+        return None
+    return (element.value or b"").rstrip(b"\0 ")
 
 
 def _require_uids(source: Source) -> None:

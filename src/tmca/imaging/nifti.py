@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import gzip
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,6 +42,9 @@ if TYPE_CHECKING:
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 """Endings of NIfTI files, lower case."""
+
+MAX_VOLUME_BYTES = 4 * MAX_VOXELS
+"""Largest volume that is read, in bytes as it is stored, without compression."""
 
 _MILLIMETRES = {"meter": 1000.0, "mm": 1.0, "micron": 0.001, "unknown": 1.0}
 _RIGHT, _FRONT, _HEAD = 0, 1, 2
@@ -298,8 +302,7 @@ def _opened(path: Path) -> Iterator[Nifti1Image]:
 
 def _read_grid(path: Path) -> _Grid:
     with _opened(path) as image:
-        stored = tuple(int(length) for length in image.shape)
-        shape = _three_lengths(path, stored)
+        shape = _checked_shape(path, image)
         header: Any = image.header
         unit = header.get_xyzt_units()[0]
         scale = np.diag([*[_MILLIMETRES.get(unit, 1.0)] * 3, 1.0])
@@ -313,7 +316,9 @@ def _read_grid(path: Path) -> _Grid:
     return grid
 
 
-def _three_lengths(path: Path, stored: tuple[int, ...]) -> tuple[int, int, int]:
+def _checked_shape(path: Path, image: Nifti1Image) -> tuple[int, int, int]:
+    """Return the lengths of a volume's axes; refuse by its header what is no volume, too large, or of no numbers."""
+    stored = tuple(int(length) for length in image.shape)
     if 0 in stored or len(stored) < 2:
         raise DataError(f"{path} has shape {stored}, expected three dimensions", hint="is this an image?")
     further = [length for length in stored[3:] if length > 1]
@@ -327,6 +332,16 @@ def _three_lengths(path: Path, stored: tuple[int, ...]) -> tuple[int, int, int]:
             f"{path} is too large: {' × '.join(map(str, stored))}; at most {MAX_VOXELS // 1_000_000} million voxels "
             "are read",
             hint="cut it into parts",
+        )
+    voxel = image.get_data_dtype()  # type: ignore[no-untyped-call]
+    if voxel.names is None and voxel.kind not in "uif":
+        raise DataError(f"{path} holds voxels of type {voxel}", hint="expected whole or real numbers, or RGB")
+    size = math.prod(stored) * voxel.itemsize
+    if size > MAX_VOLUME_BYTES:
+        raise DataError(
+            f"{path} is too large: {size // 1_000_000} MB of voxels; at most {MAX_VOLUME_BYTES // 1_000_000} MB are "
+            "read",
+            hint="save it in a smaller type of number, such as float32 or int16, or cut it into parts",
         )
     first, second, third = (*stored[:3], 1)[:3]
     return first, second, third
@@ -372,7 +387,7 @@ def _cached_volume(path: Path) -> _Volume:
 @functools.lru_cache(maxsize=1)  # the slices of a volume are asked for one after the other
 def _read_volume(path: Path, _modified: int, _bytes: int) -> _Volume:
     with _opened(path) as image:
-        shape = _three_lengths(path, image.shape)
+        shape = _checked_shape(path, image)
         if path.name.lower().endswith(".gz"):
             with gzip.open(path) as stream:
                 proxy: Any = type(image).from_stream(stream).dataobj
@@ -384,8 +399,6 @@ def _read_volume(path: Path, _modified: int, _bytes: int) -> _Volume:
         slope, intercept = float(proxy.slope), float(proxy.inter)
     if values.dtype.names is not None:  # RGB24 or RGBA32
         return _Volume(np.stack([values[name].reshape(shape) for name in _COLOURS], axis=-1), 1.0, 0.0, None)
-    if values.dtype.kind not in "uif":
-        raise DataError(f"{path} holds voxels of type {values.dtype}", hint="expected whole or real numbers, or RGB")
     values = values.reshape(shape)
     if values.dtype.kind == "f":
         undefined = int(np.count_nonzero(~np.isfinite(values)))

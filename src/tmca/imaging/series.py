@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tmca.errors import DataError
-from tmca.imaging.dicom import Source, find_source, is_dicom
+from tmca.imaging.dicom import Source, find_source, is_dicom, read_header
 
 UNEVENNESS = 0.1
 """Largest departure of a step between two slices from the usual one, as a share of it; beyond, a slice is missing."""
@@ -85,22 +85,36 @@ class Series:
     problems: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Unread:
+    """A DICOM file of a folder that is no image that can be read.
+
+    Attributes:
+        error: Why: it is damaged, or of a kind or in a compression that is not supported.
+        series_uid: Series Instance UID that its header names; empty where the header cannot be read or names none, so
+            that it may be a slice of any series.
+    """
+
+    error: DataError
+    series_uid: str
+
+
 def find_series(folder: Path | str) -> list[Series]:
     """Return the image series of a folder, searched through and through, by their number and UID.
 
     Files that are not DICOM, and DICOM files without an image, are passed over.
 
     Raises:
-        DataError: The folder does not exist or holds no DICOM image, or a file of it is damaged or lacks a tag.
+        DataError: The folder does not exist or holds no DICOM image, or a file of it cannot be read.
     """
-    found, damaged = survey_series(folder)
-    for error in damaged.values():
-        raise error
+    found, unread = survey_series(folder)
+    for each in unread.values():
+        raise each.error
     return found
 
 
-def survey_series(folder: Path | str) -> tuple[list[Series], dict[Path, DataError]]:
-    """Return :func:`find_series` of what can be read, and what cannot: file → why.
+def survey_series(folder: Path | str) -> tuple[list[Series], dict[Path, Unread]]:
+    """Return :func:`find_series` of what can be read, and the files that cannot.
 
     Raises:
         DataError: The folder does not exist or holds no DICOM image.
@@ -109,21 +123,21 @@ def survey_series(folder: Path | str) -> tuple[list[Series], dict[Path, DataErro
     if not folder.is_dir():
         raise DataError(f"There is no folder {folder}", hint="check the path")
     sources: list[Source] = []
-    damaged: dict[Path, DataError] = {}
+    unread: dict[Path, Unread] = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and is_dicom(path)):
         try:
             source = find_source(path)
         except DataError as error:
-            damaged[path] = error
+            unread[path] = Unread(error, _series_named_in(path))
             continue
         sources += [] if source is None else [source]
-    if not sources and not damaged:
+    if not sources and not unread:
         raise DataError(f"Folder {folder} holds no DICOM image", hint="export the series again, or check the path")
     groups: dict[str, list[Source]] = {}
     for source in sources:
         groups.setdefault(str(source.header.get("SeriesInstanceUID") or ""), []).append(source)
     ordered = sorted(groups.items(), key=lambda item: (_number(item[1][0], "SeriesNumber"), item[0]))
-    return [_series(uid, members) for uid, members in ordered], damaged
+    return [_series(uid, members) for uid, members in ordered], unread
 
 
 def read_stack(folder: Path | str) -> Series:
@@ -200,6 +214,13 @@ def plane_of(source: Source, number: int = 0) -> Plane:
     name = source.path.name if source.count == 1 else f"{source.path.name}#{number}"
     spacing = source.geometry(number).spacing
     return Plane(name, source.size, spacing, source.position(number), source.directions(number))
+
+
+def _series_named_in(path: Path) -> str:
+    try:
+        return str(read_header(path).get("SeriesInstanceUID") or "")
+    except DataError:
+        return ""
 
 
 def _series(uid: str, members: list[Source]) -> Series:
