@@ -28,6 +28,7 @@ Array = np.ndarray[Any, Any]
 DIGEST, BAD_IMAGE, BAD_BUNDLE = 64, 3, 5  # digits of the SHA-256 at the end of a bundle; exit codes
 NAME = re.compile(r"(?!\.)[\w.-]+(/(?!\.)[\w.-]+)*", re.ASCII)
 PNG, PNG_CHANNELS, MAX_PIXELS = b"\x89PNG\r\n\x1a\n", {0: 1, 2: 3, 4: 2, 6: 4}, 100_000_000
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF")  # what else Pillow opens may run a program
 ALONE = re.compile("[!-/:-@[-`{-~\u4e00-\u9fff\u3400-\u4dbf\U00020000-\U0002ceaf\uf900-\ufaff\U0002f800-\U0002fa1f]")
 
 
@@ -66,14 +67,20 @@ def read_image(path: Path | str) -> Array:
         elif pixels is None:
             from PIL import Image, ImageOps
 
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                frames = getattr(image, "n_frames", 1)
+                if frames > 1 and image.format != "MPO":  # a camera's JPEG with previews behind it
+                    raise ValueError(f"it holds {frames} frames, expected one")
+                if image.width * image.height > MAX_PIXELS:
+                    raise ValueError(f"it has {image.width} × {image.height} pixels, expected {MAX_PIXELS} at most")
                 wide = image.mode.startswith(("I", "F"))  # refused below, as its numbers are no uint8
                 pixels = np.asarray(image if wide else ImageOps.exif_transpose(image).convert("RGBA"))
     except ImportError:
         raise RefusedError(f"{path} is no PNG of 8 bits: convert it, or install Pillow", BAD_IMAGE) from None
-    except (ValueError, LookupError, OSError, struct.error, zlib.error) as error:
+    except Exception as error:  # of a damaged file, whatever the readers make of it
         raise RefusedError(f"{path} cannot be read: {error}", BAD_IMAGE) from error
-    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] not in (1, 3, 4)):
+    shaped = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (1, 3, 4))
+    if pixels.dtype != np.uint8 or not pixels.size or not shaped:
         raise RefusedError(f"{path} is {pixels.dtype} {pixels.shape}, expected uint8 (height, width, 3)", BAD_IMAGE)
     pixels = pixels.reshape(*pixels.shape[:2], -1)[:, :, :3]
     return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
@@ -83,14 +90,15 @@ def read_png(data: bytes) -> Array | None:
     """Return the pixels of a PNG of 8 bits a channel that is neither interlaced nor turned; None for another PNG."""
     chunks: list[tuple[bytes, bytes]] = []
     position = len(PNG)
-    while position < len(data):
+    while position < len(data) and (not chunks or chunks[-1][0] != b"IEND"):
         end = position + 8 + int.from_bytes(data[position : position + 4])
         if zlib.crc32(data[position + 4 : end]) != int.from_bytes(data[end : end + 4]):
             raise ValueError("it is damaged")
         chunks.append((data[position + 4 : position + 8], data[position + 8 : end]))
         position = end + 4
     width, height, depth, colour, *_, interlaced = struct.unpack(">IIBBBBB", dict(chunks)[b"IHDR"])
-    if depth != 8 or colour not in PNG_CHANNELS or interlaced or _may_be_turned(chunks) or width * height > MAX_PIXELS:
+    odd = depth != 8 or colour not in PNG_CHANNELS or interlaced or _may_be_turned(chunks) or b"acTL" in dict(chunks)
+    if odd or width * height > MAX_PIXELS:
         return None
     channels = PNG_CHANNELS[colour]
     size = height * (1 + width * channels)
@@ -295,7 +303,9 @@ def write_mask(path: Path | str, mask: Array) -> None:
     packed = [
         struct.pack(">I", len(part)) + kind + part + struct.pack(">I", zlib.crc32(kind + part)) for kind, part in chunks
     ]
-    Path(path).write_bytes(PNG + b"".join(packed))
+    beside = Path(path).with_name(f".{Path(path).name}.tmp")
+    beside.write_bytes(PNG + b"".join(packed))
+    beside.replace(path)
 
 
 def main() -> None:
@@ -309,14 +319,27 @@ def main() -> None:
     given = parser.parse_args()
     if not 0 < given.threshold < 1:
         parser.error(f"--threshold is {given.threshold}, expected a number between 0 and 1")
+    if given.prompt is not None and not given.prompt.strip():
+        parser.error("--prompt is blank: write a sentence, or leave it out")
+    image, output = Path(given.image), Path(given.output)
+    if output.suffix.lower() != ".png" or output.resolve() == image.resolve():
+        parser.error(f"--output is {output}, expected a .png that is not the image")
     try:
         segmenter = Segmenter.from_bundle(given.bundle)
+        count = len(segmenter.tokenize(given.prompt)) if segmenter.tokenize and given.prompt else 0
+        if given.prompt and not segmenter.tokenize:
+            print("warning: this model reads no sentence", file=sys.stderr)
+        elif count and count > (limit := segmenter.manifest["text"]["max_tokens"]):
+            print(f"warning: the sentence has {count} tokens, and only {limit} are read", file=sys.stderr)
         segmenter.set_image(read_image(given.image))
         mask = segmenter.probability(given.prompt) > given.threshold
         write_mask(given.output, mask)
     except RefusedError as error:
         print(f"error: {error.args[0]}", file=sys.stderr)
         sys.exit(error.args[1])
+    except ImportError as error:
+        print(f"error: {error.name} is not installed: pip install numpy onnxruntime", file=sys.stderr)
+        sys.exit(1)
     except OSError as error:
         print(f"error: {error.strerror or error}: {error.filename or given.image}", file=sys.stderr)
         sys.exit(1)

@@ -139,6 +139,12 @@ def test_replace_folder_writes_through_a_link(tmp_path: Path):
     assert _names(tmp_path / "real") == {"new"}
 
 
+def test_the_home_of_nobody_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TMCA_HOME", "~nobody-of-this-name/x")
+    with pytest.raises(StorageError, match="there is no such user"):
+        home()
+
+
 def test_the_home_may_be_named_from_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("TMCA_HOME", "~/models")

@@ -216,6 +216,16 @@ def test_why_a_card_is_not_used_is_said_by_torch(monkeypatch: pytest.MonkeyPatch
     assert health._cuda_problem() == "there is no card"
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("TMCA_OFFLINE", "maybe"), ("TMCA_LOG_LEVEL", "LOUD"), ("TMCA_CACHE_GB", "much")]
+)
+def test_a_value_that_means_nothing_is_warned_of(name: str, value: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(name, value)
+    warnings = [check for check in health._check_environment({"environment": {}}) if check.status == "warning"]
+    assert len(warnings) == 1
+    assert f"{name} is {value!r}" in warnings[0].message
+
+
 # What it means ---------------------------------------------------------------------------------------------------
 
 

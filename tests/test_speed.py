@@ -42,7 +42,7 @@ def test_every_stage_of_prediction_and_training_is_timed(tiny_model: Callable[..
         "backward",
         "update",
     ]
-    assert found.limit > 0
+    assert all(rate > 0 for rate in found.limits.values())
     for profile in found.profiles:
         assert all(stage.milliseconds > 0 for stage in profile.stages)
         assert profile.images_per_second == pytest.approx(1e3 / sum(stage.milliseconds for stage in profile.stages))
@@ -71,18 +71,38 @@ def test_the_share_of_the_limit():
 
 
 def test_the_table_names_stages_and_shares():
-    table = profile_table(Profile("Prediction", 1, (Stage("a", 15.0, 3.0), Stage("b", 5.0))), limit=400.0)
-    assert "50.0 images a second" in str(table.title)
+    table = profile_table(Profile("Prediction", 1, (Stage("a", 15.0, 3.0), Stage("b", 5.0)), "float32", 400.0))
+    assert "Prediction, float32: 50.0 images a second" in str(table.title)
     columns = [list(column.cells) for column in table.columns]
     assert columns == [["a", "b"], ["15.00", "5.00"], ["75%", "25%"], ["3.00", "–"], ["50%", "–"]]
 
 
-@pytest.mark.parametrize("preset", ["kvasir-mobile", "image-only"])
+@pytest.mark.parametrize("preset", ["kvasir-mobile", "image-only", "unet", "tganet"])
 def test_an_untrained_model_needs_no_weights(preset: str):
     model = random_model(get_preset(preset))
     assert model.experiment is not None
     assert model.experiment.preprocessing.normalisation == "fixed"
-    assert model.reads_text == (preset != "image-only")
+    assert model.reads_text == (preset == "kvasir-mobile")
+
+
+@pytest.mark.parametrize(("preset", "image", "text"), [("lga", "sam", "bert"), ("cpam", None, "clip_text_model")])
+def test_an_untrained_model_has_the_encoders_of_its_preset(preset: str, image: str | None, text: str):
+    with torch.device("meta"):  # they are large
+        model = random_model(get_preset(preset))
+    assert (model.image_architecture() or {}).get("architecture") == image
+    assert model.text_encoder is not None
+    assert model.text_encoder.backbone.config.model_type == text
+
+
+def test_what_is_planned_for_its_data_is_refused():
+    with pytest.raises(ConfigError, match="nnU-Net plans its network"):
+        random_model(get_preset("nnunet"))
+
+
+def test_a_method_that_predicts_in_float32_is_timed_in_float32(tiny_model: Callable[..., Any]):
+    found = measure_speed(tiny_model(method="unet"), device="cpu", batch_sizes=(1,), training_batch=0)
+    assert found.profiles[0].precision == "float32"
+    assert found.profiles[0].limit == found.limits["float32"]
 
 
 @pytest.mark.parametrize("sizes", [{"batch_sizes": ()}, {"batch_sizes": (0,)}, {"training_batch": -1}])

@@ -147,8 +147,16 @@ def _recorded(path: str, size: int, changed: int) -> str:  # noqa: ARG001
 
 
 def home() -> Path:
-    """Return the folder of models and caches: ``$TMCA_HOME``, or ``~/.cache/tmca``."""
-    return Path(os.environ.get("TMCA_HOME", "") or Path.home() / ".cache" / "tmca").expanduser()
+    """Return the folder of models and caches: ``$TMCA_HOME``, or ``~/.cache/tmca``.
+
+    Raises:
+        StorageError: ``TMCA_HOME`` lies in the folder of a user who does not exist.
+    """
+    folder = Path(os.environ.get("TMCA_HOME", "") or Path.home() / ".cache" / "tmca")
+    try:
+        return folder.expanduser()
+    except RuntimeError as error:
+        raise StorageError(f"TMCA_HOME is {str(folder)!r}: there is no such user", hint="give a whole path") from error
 
 
 def _sibling(target: Path) -> Path:

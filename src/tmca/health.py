@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import platform
@@ -31,9 +32,10 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from rich.filesize import decimal
 
+from tmca.data.cache import cache_limit
 from tmca.devices import computes_bfloat16, resolve_device
 from tmca.environment import describe_hardware, source_commit
-from tmca.errors import TMCAError
+from tmca.errors import StorageError, TMCAError
 from tmca.files import home
 from tmca.models.weights import find_local, is_offline
 from tmca.nnunet import engine
@@ -49,7 +51,6 @@ VARIABLES = {
     "TMCA_LANGUAGE_MODEL_KEY": "of the language model that reads reports",
     "TMCA_LOG_LEVEL": "from which level the libraries' log is shown",
     "TMCA_NNUNET": "settings of a training of nnU-Net, set by tmca",
-    "TMCA_NUM_WORKERS": "processes that read images",
     "TMCA_OFFLINE": "1: no network",
     "TMCA_UPDATE_GOLDEN": "1: tests rewrite their golden files",
 }
@@ -537,6 +538,13 @@ def _check_environment(facts: dict[str, Any]) -> Iterator[Check]:
     if offline not in ("", "0", "1", "false", "true", "no", "yes"):
         message = f"TMCA_OFFLINE is {offline!r}, which means nothing: the network may be used"
         yield Check("environment", "warning", message, "export TMCA_OFFLINE=1")
+    level = os.environ.get("TMCA_LOG_LEVEL", "")
+    if level and level.upper() not in logging.getLevelNamesMapping():
+        yield Check("environment", "warning", f"TMCA_LOG_LEVEL is {level!r}, which means nothing", "DEBUG or INFO")
+    try:
+        cache_limit()
+    except StorageError as error:
+        yield Check("environment", "warning", error.message, error.hint)
     said = ", ".join(f"{name}={value}" for name, value in found.items() if value)
     yield Check("environment", "ok", said or "nothing is set")
 

@@ -35,11 +35,15 @@ from tmca.losses import objective
 from tmca.models import SegmentationModel, build_model
 from tmca.models.operations import channels_last
 from tmca.models.preparation import prepare_for_prediction
-from tmca.models.text import SCRATCH, SentenceTokenizer
+from tmca.models.text import CLIP_TEXT, SCRATCH, SentenceTokenizer
+from tmca.runs import NNUNET
 
 MATRIX = 2048
 SOURCE_SIZE = 512
 """Height and width in pixels of the images that prediction reads."""
+IMAGE_ARCHITECTURES = {"microsoft/resnet-50": "resnet", "facebook/sam-vit-base": "sam"}
+TEXT_ARCHITECTURES = {"openai/clip-vit-base-patch32": {"model_type": CLIP_TEXT, "projection_dim": 512}}
+"""What the weights of the presets are, where their preset does not say it; transformers' defaults are their sizes."""
 LEAST_SECONDS, LEAST_REPEATS, MOST_REPEATS = 0.5, 3, 20
 
 
@@ -65,11 +69,21 @@ class Stage:
 
 @dataclass(frozen=True)
 class Profile:
-    """Stages that follow each other for a batch of one size."""
+    """Stages that follow each other for a batch of one size.
+
+    Attributes:
+        title: What is done.
+        batch_size: Images at a time.
+        stages: In order.
+        precision: ``bfloat16`` or ``float32``.
+        limit: Rate of a large matrix product in it, GFLOP/s.
+    """
 
     title: str
     batch_size: int
     stages: tuple[Stage, ...]
+    precision: str
+    limit: float
 
     @property
     def milliseconds(self) -> float:
@@ -91,9 +105,7 @@ class Speed:
         image_size: Height and width the network sees, in pixels.
         device: Where.
         threads: Of the CPU.
-        precision: Of what is mostly multiplication.
-        limit: Rate of a large matrix product in that precision, GFLOP/s.
-        limit_float32: The same in float32.
+        limits: Precision → rate of a large matrix product in it, GFLOP/s.
         profiles: Prediction and training.
     """
 
@@ -101,9 +113,7 @@ class Speed:
     image_size: int
     device: str
     threads: int
-    precision: str
-    limit: float
-    limit_float32: float
+    limits: dict[str, float]
     profiles: tuple[Profile, ...]
 
     def write(self, path: Path) -> None:
@@ -118,21 +128,19 @@ class Speed:
 def in_words(speed: Speed) -> str:
     """Return what was timed, and the limit it is compared with."""
     where = f"{speed.device}, {speed.threads} threads" if speed.device == "cpu" else speed.device
-    return (
-        f"{speed.preset} at {speed.image_size} pixels on {where}, {speed.precision}.\n"
-        f"A large matrix product: {speed.limit:.0f} GFLOP/s in {speed.precision}, {speed.limit_float32:.0f} in float32."
-    )
+    rates = ", ".join(f"{rate:.0f} GFLOP/s in {precision}" for precision, rate in speed.limits.items())
+    return f"{speed.preset} at {speed.image_size} pixels on {where}.\nA large matrix product: {rates}."
 
 
-def profile_table(profile: Profile, limit: float) -> Table:
+def profile_table(profile: Profile) -> Table:
     """Return the stages of a profile as a terminal table."""
-    title = f"{profile.title}: {profile.images_per_second:.1f} images a second"
+    title = f"{profile.title}, {profile.precision}: {profile.images_per_second:.1f} images a second"
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("stage")
     for name in ("ms an image", "share", "GFLOP", "of the limit"):
         table.add_column(name, justify="right")
     for stage in profile.stages:
-        reached = stage.share_of_limit(limit)
+        reached = stage.share_of_limit(profile.limit)
         table.add_row(
             stage.name,
             f"{stage.milliseconds:.2f}",
@@ -147,15 +155,21 @@ def random_model(experiment: Experiment) -> SegmentationModel:
     """Return an untrained model of an experiment's architecture; no weights are looked for.
 
     Raises:
-        ConfigError: The architecture stands only in the weights' own folder.
+        ConfigError: The architecture stands only in the weights' own folder, or depends on the data.
     """
     config = experiment.model
     image, text = config.image_encoder, config.text_encoder
     scratch = text.weights == SCRATCH
+    if config.method == NNUNET:
+        raise ConfigError("nnU-Net plans its network for the data it is given", hint="time another preset")
+    image = replace(image, architecture=IMAGE_ARCHITECTURES.get(image.weights, image.architecture))
     config = replace(config, image_encoder=replace(image, weights="none"), text_encoder=replace(text, tokenizer=""))
     words = SentenceTokenizer.learn(["one lesion"], vocabulary_size=200, max_tokens=text.max_tokens)
     model = build_model(
-        config, tokenizer=words, text_architecture=None if scratch else {"model_type": "bert"}, load_weights=False
+        config,
+        tokenizer=words,
+        text_architecture=None if scratch else TEXT_ARCHITECTURES.get(text.weights, {"model_type": "bert"}),
+        load_weights=False,
     )
     size = replace(experiment.preprocessing, normalisation="fixed")
     model.experiment = replace(experiment, preprocessing=size)
@@ -187,11 +201,11 @@ def measure_speed(
     half = uses_bfloat16("auto", place)
     keep_freed_memory()
     model = channels_last(model).to(place)
-    limits = [_matrix_rate(dtype, place) for dtype in (torch.bfloat16 if half else torch.float32, torch.float32)]
+    limits = {name: _matrix_rate(getattr(torch, name), place) for name in (["bfloat16"] if half else []) + ["float32"]}
     with tempfile.TemporaryDirectory() as temporary:
         count = max(*batch_sizes, training_batch)
         manifest = write_phantoms(Path(temporary) / "data", {"train": count}, size=SOURCE_SIZE, no_lesion_share=0.0)
-        bench = _Bench(model, experiment, manifest, Path(temporary), place, half)
+        bench = _Bench(model, experiment, manifest, Path(temporary), place, limits)
         profiles = [bench.prediction(size) for size in batch_sizes]
         profiles += [bench.training(training_batch)] if training_batch else []
     return Speed(
@@ -199,9 +213,7 @@ def measure_speed(
         image_size=experiment.preprocessing.image_size,
         device=str(place),
         threads=torch.get_num_threads(),
-        precision="bfloat16" if half else "float32",
-        limit=limits[0],
-        limit_float32=limits[1],
+        limits=limits,
         profiles=tuple(profiles),
     )
 
@@ -213,10 +225,11 @@ class _Bench:
     manifest: Manifest
     folder: Path
     device: torch.device
-    half: bool
+    limits: dict[str, float]
 
     def prediction(self, batch: int) -> Profile:
-        network = prepare_for_prediction(self.model, self.device, half=self.half)
+        half = "bfloat16" in self.limits and self.model.exact_parts is not None  # as Predictor decides
+        network = prepare_for_prediction(self.model, self.device, half=half)
         records = self.manifest.records[:batch]
         texts = [record.text for record in records]
         paths = [self.manifest.image_path(record) for record in records]
@@ -235,16 +248,17 @@ class _Bench:
             return network.encode_text(texts)
 
         stages = _Stages(batch, self.device)
-        with torch.inference_mode(), self._autocast():
+        with torch.inference_mode(), self._autocast(half=half):
             images = stages.time("read, resize, normalise", load)
             features = stages.time("encode the image", lambda: network.encode_image(images))
             text = stages.time("encode the sentence", read_text)
             output = stages.time("segment", lambda: network.segment(features, text))
             probabilities = output.mask_logits.float().sigmoid()
             stages.time("resize back, write", lambda: write(probabilities))
-        return Profile(f"Prediction, {batch} at a time", batch, tuple(stages.found))
+        return self._profile(f"Prediction, {batch} at a time", stages, half=half)
 
     def training(self, batch: int) -> Profile:
+        half = "bfloat16" in self.limits
         model = self.model.train()
         dataset = SegmentationDataset(self.manifest, self.experiment.preprocessing, self.experiment.augmentation)
         parameters = [value for value in model.parameters() if value.requires_grad]
@@ -254,7 +268,7 @@ class _Bench:
         images = loaded.images.contiguous(memory_format=torch.channels_last)
 
         def forward() -> dict[str, Tensor]:
-            with self._autocast():
+            with self._autocast(half=half):
                 return objective(
                     model.segment(model.encode_image(images), model.encode_text(loaded.texts)),
                     loaded.masks,
@@ -264,10 +278,14 @@ class _Bench:
         losses = stages.time("forward, loss", forward)
         stages.time("backward", lambda: losses["loss"].backward(retain_graph=True), forward_share=2.0)
         stages.time("update", optimiser.step)
-        return Profile(f"Training, batches of {batch}", batch, tuple(stages.found))
+        return self._profile(f"Training, batches of {batch}", stages, half=half)
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)
+    def _autocast(self, *, half: bool) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=half)
+
+    def _profile(self, title: str, stages: _Stages, *, half: bool) -> Profile:
+        precision = "bfloat16" if half else "float32"
+        return Profile(title, stages.batch, tuple(stages.found), precision, self.limits[precision])
 
 
 class _Stages:
@@ -307,6 +325,8 @@ def _stopwatch(device: torch.device, seconds: list[float]) -> Iterator[None]:
     yield
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
     seconds.append(time.perf_counter() - started)
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,6 +55,15 @@ def test_a_model_is_calibrated_in_its_folder(folder: Path, phantoms: Manifest):
     assert after.provenance()["models"][0]["temperature"] == calibration.temperature
 
 
+def test_a_picture_that_fails_leaves_the_model_as_it_was(
+    folder: Path, phantoms: Manifest, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError):
+        calibrate_model(folder, phantoms, "train", device="cpu")
+    assert read_calibration(folder) is None
+
+
 def test_a_damaged_calibration_is_not_used(folder: Path):
     (folder / "calibration.json").write_text("{")
     with pytest.raises(CheckpointError, match="damaged"):
@@ -63,4 +73,6 @@ def test_a_damaged_calibration_is_not_used(folder: Path):
 def test_a_split_that_is_not_there_is_named(folder: Path, phantoms: Manifest):
     with pytest.raises(DataError, match="validation"):
         calibrate_model(folder, phantoms, "validation")
+    with pytest.raises(DataError, match="tset"):
+        calibrate_model(folder, phantoms, "train", check="tset")
     assert read_calibration(folder) is None

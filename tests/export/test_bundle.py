@@ -18,7 +18,7 @@ from PIL import Image
 import tmca_run
 from tmca.calibration import Calibration
 from tmca.data.manifest import Manifest
-from tmca.errors import CheckpointError, ConfigError, ParityError, StorageError
+from tmca.errors import CheckpointError, ConfigError, DataError, ParityError, StorageError
 from tmca.export import Segmenter, export_bundle, export_onnx
 from tmca.export.bundle import open_bundle, pack
 from tmca.export.parity import Parity, require_parity
@@ -214,6 +214,19 @@ def test_a_tokenizer_that_the_runner_does_not_know_is_refused(
         export_bundle(str(checkpoint), tmp_path / "other.tmca", phantoms.root, images=2)
 
 
+def test_masks_of_another_size_are_refused_before_anything_is_traced(
+    checkpoint: Path, phantoms: Manifest, tmp_path: Path
+):
+    data = tmp_path / "data"
+    shutil.copytree(phantoms.root, data)
+    mask = data / next(record.mask for record in phantoms.split("test").records if record.mask)
+    with Image.open(mask) as whole:
+        half = whole.resize((32, 32))
+    half.save(mask)
+    with pytest.raises(DataError, match="a mask of another size than its image"):
+        export_bundle(str(checkpoint), tmp_path / "x.tmca", data)
+
+
 def test_impossible_counts_are_refused(checkpoint: Path, tmp_path: Path):
     with pytest.raises(ConfigError, match="--images is 0"):
         export_bundle(str(checkpoint), tmp_path / "x.tmca", images=0)
@@ -229,7 +242,11 @@ def test_eight_bits(checkpoint: Path, phantoms: Manifest, tmp_path: Path, bundle
 
 def test_a_model_without_language(tiny_model: Callable[..., SegmentationModel], phantoms: Manifest, tmp_path: Path):
     tiny_model(method="unet").save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "README.md").unlink()  # a model card is no part of a model: it is written anew
     export_bundle(str(tmp_path / "model"), tmp_path / "unet.tmca", phantoms.root, images=2)
+    assert b"method `unet` (image-only)" in open_bundle(tmp_path / "unet.tmca").files["README.md"]
+    with pytest.raises(ConfigError, match="only convolves"):
+        export_bundle(str(tmp_path / "model"), tmp_path / "small.tmca", phantoms.root, images=2, int8=True)
     said = "\n".join(verify(tmp_path / "unet.tmca"))
     assert "reads image alone" in said
     assert "tokenizer.json" not in open_bundle(tmp_path / "unet.tmca").files

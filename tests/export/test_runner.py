@@ -7,7 +7,6 @@ import unicodedata
 from pathlib import Path
 
 import numpy as np
-import PIL
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,7 +20,6 @@ from tmca.data.preprocessing import normalise, resize_image, restore
 from tmca.export import ODD_SENTENCES
 from tmca.models.text import SentenceTokenizer
 
-PIL_VERSION = int(PIL.__version__.partition(".")[0])
 WORDS = ["one two large small white round polyp", "located in top left of the image", "größer naïve ½ $5"]
 
 
@@ -30,7 +28,6 @@ def tokenizer() -> SentenceTokenizer:
     return SentenceTokenizer.learn(WORDS, vocabulary_size=200, max_tokens=24)
 
 
-@pytest.mark.skipif(PIL_VERSION < 13, reason="Pillow up to 12 resizes tall images in another order")
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 3), st.integers(0, 1000))
 def test_resizing_is_pillows(height: int, width: int, half: int, seed: int):
@@ -101,7 +98,55 @@ def test_pictures_are_read_upright_as_rgb(tmp_path: Path, name: str):
     assert found.shape == ((20, 30, 3) if name.endswith("npy") else (30, 20, 3))
 
 
-@pytest.mark.parametrize("kind", ["text", "cut", "wide", "float"])
+@pytest.mark.parametrize("name", ["a.tif", "a.gif", "a.png", "a.webp"])
+def test_a_picture_of_several_frames_is_refused(tmp_path: Path, name: str):
+    first, second = (Image.fromarray(np.full((20, 30, 3), value, np.uint8)) for value in (10, 200))
+    first.save(tmp_path / name, save_all=True, append_images=[second])
+    with pytest.raises(tmca_run.RefusedError, match="holds 2 frames"):
+        tmca_run.read_image(tmp_path / name)
+
+
+def test_only_pictures_are_given_to_pillow(tmp_path: Path):
+    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(tmp_path / "a.eps")
+    with pytest.raises(tmca_run.RefusedError, match="cannot identify"):
+        tmca_run.read_image(tmp_path / "a.eps")
+
+
+def test_bytes_behind_a_png_do_not_matter(tmp_path: Path):
+    Image.fromarray(np.full((20, 30, 3), 7, np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes() + b"appended by a scanner")
+    np.testing.assert_array_equal(tmca_run.read_image(tmp_path / "b.png"), tmca_run.read_image(tmp_path / "a.png"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-p", "  "], "--prompt is blank"),
+        (["-o", "own.png"], "expected a .png that is not the image"),
+        (["-o", "m.jpg"], "expected a .png that is not the image"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(bundle_file: Path, tmp_path: Path, arguments: list[str], message: str):
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "own.png")
+    before = (tmp_path / "own.png").read_bytes()
+    command = [sys.executable, "-m", "tmca_run", str(bundle_file), "own.png", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert (tmp_path / "own.png").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["own.png"]
+
+
+def test_a_sentence_that_is_cut_is_told(bundle_file: Path, tmp_path: Path):
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.png")
+    command = [sys.executable, "-m", "tmca_run", str(bundle_file), "a.png", "-p", "small polyp " * 60]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "tokens, and only" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "mask.png"]
+
+
+@pytest.mark.parametrize("kind", ["text", "cut", "wide", "float", "empty"])
 def test_a_picture_that_is_none_is_refused_in_a_line(bundle_file: Path, tmp_path: Path, kind: str):
     path = tmp_path / "x.png"
     if kind == "text":
@@ -109,6 +154,9 @@ def test_a_picture_that_is_none_is_refused_in_a_line(bundle_file: Path, tmp_path
     elif kind == "float":
         path = tmp_path / "x.npy"
         np.save(path, np.zeros((4, 4, 3)))
+    elif kind == "empty":
+        path = tmp_path / "x.npy"
+        np.save(path, np.zeros((0, 4, 3), np.uint8))
     elif kind == "wide":
         Image.fromarray(np.zeros((8, 8), np.uint16)).save(path)
     else:

@@ -55,7 +55,7 @@ class CalibrationReport:
 
 
 def calibrate_model(
-    model: str | Path, manifest: Manifest, split: str = "val", *, check: str = "test", device: str = "auto"
+    model: str | Path, manifest: Manifest, split: str = "val", *, check: str | None = None, device: str = "auto"
 ) -> CalibrationReport:
     """Fit a model's calibration on one split, look at it on another, and write it into the model's folder.
 
@@ -63,7 +63,7 @@ def calibrate_model(
         model: Run folder or checkpoint folder.
         manifest: All splits.
         split: What to fit on; the model was not trained on it.
-        check: What to look at, too; left out where the data has no such split.
+        check: What to look at, too; ``None`` takes ``test`` where the data has it.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
 
     Raises:
@@ -73,12 +73,13 @@ def calibrate_model(
     """
     folder = resolve_checkpoint(model)
     network = load_checkpoint(model)
-    splits = dict.fromkeys([split, *([check] if check in manifest.splits else [])])
+    check = check or ("test" if "test" in manifest.splits else split)
+    splits = dict.fromkeys([split, check])
     counts = {name: _count_logits(network, manifest, name, device) for name in splits}
     calibration = fit_calibration(counts[split], manifest.name, split)
-    calibration.write(folder)
     report = CalibrationReport(calibration, counts)
     draw_reliability(report, folder / DIAGRAM_FILE)
+    calibration.write(folder)  # last, for it changes what the model predicts
     return report
 
 

@@ -63,8 +63,8 @@ class Calibrate:
     """Manifest file, or a dataset folder in a known layout."""
     split: str = "val"
     """What to fit on: cases that the model was not trained on."""
-    check: str = "test"
-    """What to look at, too, without fitting."""
+    check: str | None = None
+    """What to look at, too, without fitting; by default the test split, where there is one."""
     prompt_level: PromptLevel = "p6"
     """Detail of the sentences in datasets that have levels; p6 is the paper's."""
     device: Device = "auto"
@@ -119,7 +119,7 @@ class Bench:
         )
         show(in_words(speed))
         for profile in speed.profiles:
-            show(profile_table(profile, speed.limit))
+            show(profile_table(profile))
         if self.output is not None:
             speed.write(self.output)
             show(f"Written: {self.output}")

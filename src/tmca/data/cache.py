@@ -157,7 +157,7 @@ def make_room(folder: Path, needed: int) -> None:
         with contextlib.suppress(OSError):
             status = file.stat()
             ages[file] = (status.st_mtime, status.st_size)
-    limit = _limit()
+    limit = cache_limit()
     kept = sum(size for _, size in ages.values())
     for file, (used, size) in sorted(ages.items(), key=lambda item: item[1]):
         if file.name.startswith(".tmp-"):
@@ -176,7 +176,12 @@ def make_room(folder: Path, needed: int) -> None:
         )
 
 
-def _limit() -> float:
+def cache_limit() -> float:
+    """Return the room for decoded images in bytes.
+
+    Raises:
+        StorageError: ``TMCA_CACHE_GB`` is no number.
+    """
     text = os.environ.get("TMCA_CACHE_GB", "")
     try:
         return float(text or GIGABYTES) * 1e9

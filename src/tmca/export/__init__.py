@@ -11,7 +11,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 import tmca_run
-from tmca.checkpoints import resolve_checkpoint
+from tmca.checkpoints import model_card, resolve_checkpoint
 from tmca.errors import ConfigError, StorageError
 from tmca.export.bundle import TOKENIZER, Bundle, open_bundle, pack
 from tmca.export.description import (
@@ -36,7 +36,7 @@ from tmca.export.parity import (
     open_cases,
     require_parity,
 )
-from tmca.export.quantise import quantise
+from tmca.export.quantise import is_quantised, quantise
 from tmca.files import replace_file, replace_folder, write_bytes, write_json
 from tmca.inference import Predictor
 from tmca_run import Segmenter, WordPieces, onnx_graph
@@ -96,6 +96,13 @@ class _Source:
         checkpoint = resolve_checkpoint(name)
         predictor = Predictor.from_pretrained(checkpoint, "cpu", "32")
         return cls(checkpoint, predictor, cut_graphs(predictor.model))
+
+    def card(self) -> str:
+        """Return the model card: that of the checkpoint, or of one without, written anew."""
+        path = self.checkpoint / "README.md"
+        if path.is_file():
+            return path.read_text("utf-8")
+        return model_card(self.predictor.model, self.predictor.experiment, {})
 
     def manifest(self, graphs: Iterable[Graph], suffix: str) -> dict[str, Any]:
         return describe_export(self.predictor, self.checkpoint, graphs, suffix)
@@ -214,7 +221,7 @@ def export_bundle(
         graphs = {graph.name: to_onnx(graph) for graph in chosen}
         graphs, parity = _checked_onnx(source, manifest, graphs, cases, tokenize, int8=int8)
     files = {manifest["graphs"][name]["file"]: content for name, content in graphs.items()} | source.tokenizer_file()
-    files["README.md"] = (source.checkpoint / "README.md").read_bytes()
+    files["README.md"] = source.card().encode()
     files["licences/README.md"] = describe_licences(source.predictor.experiment, versions((*MAKERS, *RUNNERS))).encode()
     files["licences/Apache-2.0.txt"] = tmca_licence().encode()
     files["tmca_run.py"] = Path(tmca_run.__file__).read_bytes()
@@ -238,6 +245,8 @@ def _checked_onnx(
     """Return the graphs to write, in the precision that was asked for, and how far they are from the model."""
     manifest["precision"] = "int8" if int8 else "float32"
     chosen = {name: quantise(content) for name, content in graphs.items()} if int8 else graphs
+    if int8 and not any(is_quantised(content) for content in chosen.values()):
+        raise ConfigError("Nothing of this model can be computed in int8: it only convolves", hint="leave --int8 out")
     functions: dict[str, Function] = {name: onnx_graph(content) for name, content in chosen.items()}
     parity = measure_parity(source.predictor, _forms(manifest, functions, tokenize), cases)
     require_parity(parity, LEAST_DICE_INT8 if int8 else LEAST_DICE)

@@ -120,7 +120,10 @@ def open_cases(data: Path | None, count: int = IMAGES) -> Iterator[Cases]:
             yield Cases(write_phantoms(Path(temporary) / "phantoms", {"test": count}, size=DRAWN_SIZE), drawn=True)
         return
     manifest = open_dataset(data)
-    yield Cases(_spread(manifest.split("test") if "test" in manifest.splits else manifest, count), drawn=False)
+    chosen = _spread(manifest.split("test") if "test" in manifest.splits else manifest, count)
+    with_masks = [record for record in chosen.records if record.mask]
+    chosen.with_records(with_masks).check(require_text=False, require_mask=True)
+    yield Cases(chosen, drawn=False)
 
 
 def _spread(manifest: Manifest, count: int) -> Manifest:

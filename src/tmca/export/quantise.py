@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 def quantise(graph: bytes) -> bytes:
-    """Return an ONNX graph with its matrix products in int8."""
+    """Return an ONNX graph with its matrix products in int8; one that has none comes back as it is."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -36,3 +36,10 @@ def quantise(graph: bytes) -> bytes:
             return target.read_bytes()
     finally:
         logging.disable(before)
+
+
+def is_quantised(graph: bytes) -> bool:
+    """Return whether an ONNX graph multiplies integers anywhere."""
+    import onnx
+
+    return any("Integer" in node.op_type for node in onnx.load_from_string(graph).graph.node)
