@@ -176,3 +176,6 @@ def test_splits_and_fractions_are_written(tmca: Callable[..., Outcome], phantoms
     quarter, half = (Manifest.read(tmp_path / f"f-{share}.csv") for share in (25, 50))
     assert {record.id for record in quarter.records} < {record.id for record in half.records}
     assert quarter.splits["val"] == half.splits["val"] == phantoms.splits["val"]
+    outcome = tmca("split", data, "-o", tmp_path / "g.csv", "--fractions", "0.5", "--within", "train")
+    assert outcome.code == 2
+    assert "--within and --resplit do not go with it" in outcome.err

@@ -189,6 +189,8 @@ class DataSplit:
         from tmca.data.layouts import open_dataset
         from tmca.data.splits import nested_fractions, split_manifest
 
+        if self.fractions and (self.within or self.resplit):
+            raise ConfigError("--fractions keeps the splits: --within and --resplit do not go with it")
         manifest = open_dataset(self.data)
         if not self.fractions:
             shares = {"train": self.train, "val": self.val, "test": self.test}
