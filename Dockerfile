@@ -23,14 +23,18 @@ ENV PATH=/opt/tmca/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     HOME=/data \
     TMCA_HOME=/data \
+    TMPDIR=/data \
     TMCA_OFFLINE=1
-# Nothing but /data and /tmp is written to; 10001 is nobody's number on the machine around it.
+# Nothing but /data is written to, uploads included: a job may have 4 GB, and /tmp may be memory. 10001 is nobody's number
+# on the machine around it.
 RUN install -d -o 10001 -g 10001 -m 0700 /data
 USER 10001:10001
 WORKDIR /data
 VOLUME /data
 EXPOSE 8000
+# Another --port, or https with --tls-certificate, is told here: docker run -e HEALTH_URL=https://127.0.0.1:8443/readyz
+ENV HEALTH_URL=http://127.0.0.1:8000/readyz
 HEALTHCHECK --interval=30s --timeout=5s --start-period=120s --retries=3 \
-    CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/readyz', timeout=4)"]
+    CMD ["python", "-c", "import os, ssl, urllib.request as r; r.urlopen(os.environ['HEALTH_URL'], timeout=4, context=ssl._create_unverified_context())"]
 ENTRYPOINT ["tmca", "serve", "--host", "0.0.0.0"]
 CMD ["--model", "/model"]

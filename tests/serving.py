@@ -66,13 +66,29 @@ class Running:
 
 
 def start_server(
-    folder: Path, *flags: str, model: str = f"small={MODEL}", port: int = 0, env: dict[str, str] | None = None
+    folder: Path,
+    *flags: str,
+    model: str = f"small={MODEL}",
+    port: int = 0,
+    env: dict[str, str] | None = None,
+    ulimit: str = "",
 ) -> Running:
-    """Start `tmca serve` and wait until it answers; its jobs and its log lie in the folder."""
+    """Start `tmca serve` and wait until it answers; its jobs and its log lie in the folder.
+
+    Args:
+        folder: An existing folder.
+        flags: Of `tmca serve`.
+        model: The model to serve.
+        port: Where to listen; 0: on a free port.
+        env: Further environment variables.
+        ulimit: Options of the shell's `ulimit` to start it under.
+    """
     port = port or free_port()
     log = folder / f"server-{len(list(folder.glob('server-*.log')))}.log"
     data = () if "--data-dir" in flags else ("--data-dir", str(folder / "data"))
     command = [sys.executable, "-m", "tmca", "serve", "-m", model, "--port", str(port), *data, *flags]
+    if ulimit:
+        command = ["sh", "-c", f'ulimit {ulimit} && exec "$@"', "sh", *command]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TMCA_OFFLINE": "1"} | (env or {})
     with log.open("w") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=stream, text=True, env=environment)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shlex
 import shutil
+import ssl
 import subprocess
 import sys
+import threading
 import tomllib
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -15,6 +20,7 @@ import yaml
 
 from tmca.cli.server import Serve
 from tmca.server import ServerSettings
+from tmca.server.api import MOST_JOB_FILES
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCKERFILE = (ROOT / "Dockerfile").read_text("utf-8")
@@ -86,6 +92,61 @@ def test_the_commands_are_understood():
         assert _flags(command)
         assert set(_flags(command)) <= fields
     assert words[:2] == ["tmca", "serve"]
+
+
+def _health(url: str) -> int:
+    (command,) = re.findall(r"^HEALTHCHECK.*\\\n +CMD (\[.+\])$", DOCKERFILE, re.MULTILINE)
+    words = [sys.executable, *json.loads(command)[1:]]
+    return subprocess.run(words, env=os.environ | {"HEALTH_URL": url}, capture_output=True, check=False).returncode
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_the_container_is_healthy_at_another_port_and_with_tls(scheme: str, tmp_path: Path):
+    class Ready(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == "/readyz" else 503)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Ready) as server:
+        if scheme == "https":
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(*_certificate(tmp_path))
+            server.socket = context.wrap_socket(server.socket, server_side=True)
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            address = f"{scheme}://127.0.0.1:{server.server_port}"
+            assert _health(f"{address}/readyz") == 0
+            assert _health(f"{address}/not-ready") != 0
+        finally:
+            server.shutdown()
+            thread.join()
+    (default,) = re.findall(r"^ENV HEALTH_URL=(.+)$", DOCKERFILE, re.MULTILINE)
+    assert default == f"http://127.0.0.1:{Serve.port}/readyz"
+
+
+def _certificate(folder: Path) -> tuple[Path, Path]:
+    program = shutil.which("openssl")
+    if program is None:
+        pytest.skip("openssl is not installed")
+    certificate, key = folder / "certificate.pem", folder / "key.pem"
+    command = [program, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=segment.example"]
+    subprocess.run([*command, "-out", certificate, "-keyout", key], check=True, capture_output=True)
+    return certificate, key
+
+
+def test_the_largest_job_has_room_while_it_arrives():
+    (temporary,) = re.findall(r"\bTMPDIR=(\S+)", DOCKERFILE)
+    (volume,) = re.findall(r"^VOLUME (\S+)$", DOCKERFILE, re.MULTILINE)
+    assert temporary == volume  # not in memory
+    assert f"jobs:{volume}" in _compose()["volumes"]  # type: ignore[operator]
+    environment = dict(word.split("=") for line in _service("Environment") for word in line.split())
+    assert environment["TMPDIR"] == f"/var/lib/{_service('StateDirectory')[0]}"
+    (files,) = _service("LimitNOFILE")
+    assert int(files) > 2 * MOST_JOB_FILES
 
 
 def test_a_stop_takes_as_long_as_requests_may():

@@ -45,6 +45,15 @@ def test_damaged_binary_tables_are_explained(tmp_path: Path, file: str):
     assert caught.value.hint
 
 
+@pytest.mark.parametrize("value", ["[" * 200_000, '{"a":' * 200_000, "1" * 5000])
+def test_json_that_python_gives_up_on_is_explained(tmp_path: Path, value: str):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(f'{{"image": "a.png"}}\n{{"image": {value}}}\n')
+    with pytest.raises(DataError, match=r"prompts\.jsonl, line 2: a number is too long, or .* nested") as caught:
+        read_rows(path, ("image",))
+    assert caught.value.hint == "one JSON object a line"
+
+
 def test_parquet_of_other_programs(tmp_path: Path):
     table = pa.table({"image": ["a.png", "b.png"], "text": ["x", None], "age": [63, None], "box": [[1, 2], [3]]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")

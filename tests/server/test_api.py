@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,11 @@ def test_the_effect_of_the_sentence_is_measured_on_request(client: TestClient):
         ({"threshold": "nan"}, 422, "threshold"),
         ({"threshold": "high"}, 422, "a number"),
         ({"min_region": "-1"}, 422, "region"),
-        ({"frame": "-1"}, 422, "frame"),
+        ({"frame": "-1"}, 422, "expected a whole number from 0"),
+        ({"frame": "x"}, 422, "expected a whole number from 0"),
+        ({"frame": "1" * 400}, 422, "111"),
+        ({"min_region": "1.5"}, 422, "expected a whole number"),
+        ({"prompt_effect": "maybe"}, 422, "expected true or false"),
         ({"frame": "7"}, 422, "7"),
         ({"model": "other"}, 422, "Unknown model"),
         ({"picture": "photo"}, 422, "picture"),
@@ -225,6 +230,17 @@ def test_other_requests_get_a_problem_too(client: TestClient, method: str, path:
 def test_a_form_that_cannot_be_read_is_no_fault_of_the_server(client: TestClient, body: bytes):
     response = client.post("/v1/segment", content=body, headers={"Content-Type": "multipart/form-data; boundary=x"})
     assert response.status_code == 422
+
+
+def test_every_documented_limit_is_told(client: TestClient):
+    limits = client.get("/capabilities").json()["limits"]
+    text = (Path(__file__).parents[2] / "docs" / "reference" / "http.md").read_text("utf-8")
+    rows = text.partition("## Limits")[2].partition("## Metrics")[0].splitlines()
+    assert {name for row in rows[5:] for name in re.findall(r"`(\w+)`", row.rstrip("|").rpartition("|")[2])} == set(
+        limits
+    )
+    assert (limits["upload_seconds"], limits["job_images"], limits["prompt_characters"]) == (120.0, 10_000, 20_000)
+    assert (limits["tensor_bytes"], limits["tensor_values"]) == (32 * 2**20, 8_000_000)
 
 
 def test_the_server_says_what_it_can(client: TestClient):

@@ -86,6 +86,15 @@ def test_pages_of_other_sites_are_refused(behind: Callable[..., TestClient]):
     assert "Access-Control-Allow-Origin" not in same.headers
 
 
+@pytest.mark.parametrize("headers", [{"Host": "[::1"}, {"Host": "[x]:80"}, {"Origin": "http://[x"}])
+@pytest.mark.parametrize("changes", [{}, {"keys": (KEY,), "host": "10.0.0.1"}])
+def test_a_name_that_is_none_is_refused(
+    behind: Callable[..., TestClient], headers: dict[str, str], changes: dict[str, Any]
+):
+    response = behind(**changes).get("/v1", headers=headers | {"Authorization": f"Bearer {KEY}"})
+    assert (response.status_code, response.json()["code"]) == (403, "forbidden")
+
+
 def test_a_request_that_says_it_is_too_large_is_not_read(behind: Callable[..., TestClient]):
     response = behind(max_upload=1000).post("/v1", content=bytes(1001))
     assert (response.status_code, response.json()["code"]) == (413, "too_large")

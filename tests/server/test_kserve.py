@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import base64
+import io
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -11,6 +14,7 @@ from starlette.testclient import TestClient
 
 from tmca.health import SELF_TEST
 from tmca.imaging.raster import read_mask
+from tmca.server import kserve
 
 INFER = "/v2/models/small/infer"
 
@@ -56,6 +60,51 @@ def test_probabilities_and_thresholds_on_request(client: TestClient):
     assert ((probability > 0.9) == np.array(outputs["mask"]["data"], bool)).mean() > 0.999
 
 
+def _large(side: int) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    Image.open(IMAGE).convert("L").resize((side, side)).save(buffer, "PNG")
+    return _bytes("image", base64.b64encode(buffer.getvalue()).decode())
+
+
+def test_probabilities_have_five_places(client: TestClient):
+    (output,) = client.post(INFER, json={"inputs": [_file()], "outputs": [{"name": "probability"}]}).json()["outputs"]
+    assert [round(number, 5) for number in output["data"]] == output["data"]
+
+
+def test_others_are_answered_while_a_large_answer_is_written(client: TestClient):
+    request = {"inputs": [_large(1600)], "outputs": [{"name": "probability"}]}
+    client.post(INFER, json=request)  # the image is known from here on
+    waits = []
+    with ThreadPoolExecutor(1) as pool:
+        started = time.perf_counter()
+        asked = pool.submit(client.post, INFER, json=request)
+        while not asked.done():
+            sent = time.perf_counter()
+            assert client.get("/healthz").status_code == 200
+            waits.append(time.perf_counter() - sent)
+        assert asked.result().status_code == 200
+        assert max(waits) < (time.perf_counter() - started) / 3
+
+
+@pytest.mark.parametrize(
+    ("sentences", "outputs", "status"), [(2, ["mask"], 200), (2, ["mask", "probability"], 413), (3, ["mask"], 413)]
+)
+def test_an_answer_that_would_be_too_large_is_refused(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, sentences: int, outputs: list[str], status: int
+):
+    monkeypatch.setattr(kserve, "MOST_VALUES", 2 * 96 * 96)
+    request = {
+        "inputs": [_file(), _bytes("prompt", *[LEFT] * sentences)],
+        "outputs": [{"name": name} for name in outputs],
+    }
+    for _ in range(2):  # whether the image is known or not
+        response = client.post(INFER, json=request)
+        assert response.status_code == status
+        if status == 413:
+            assert response.json()["code"] == "too_large"
+            assert "96 × 96" in response.json()["detail"]
+
+
 def test_no_sentence_is_allowed(client: TestClient):
     answer = client.post(INFER, json={"inputs": [_file()]}).json()
     assert answer["parameters"]["setting"] == ["no text"]
@@ -81,6 +130,8 @@ def test_no_sentence_is_allowed(client: TestClient):
         ({"inputs": [_pixels(shape=[1, 1, 3], data=[0, 1, True])]}, 422),
         ({"inputs": [_file()], "parameters": {"threshold": "high"}}, 422),
         ({"inputs": [_file()], "parameters": {"threshold": 7}}, 422),
+        ({"inputs": [_file()], "parameters": {"threshold": 10**400}}, 422),
+        ({"inputs": [_file()], "parameters": {"threshold": True}}, 422),
         ({"inputs": [_file()], "outputs": [{"name": "other"}]}, 422),
     ],
 )

@@ -22,7 +22,7 @@ import pytest
 import uvicorn
 from serving import IMAGE, KEY, LEFT, MODEL, Running, free_port, image_form, wait_until
 
-from tmca.server import connections
+from tmca.server import connections, uploads
 
 
 def _segment(server: Running, *prompts: str, **options: Any) -> httpx2.Response:
@@ -57,7 +57,7 @@ def test_a_killed_server_finishes_its_job_when_it_is_back(start: Callable[..., R
     wait_until(lambda: _is_done(job))
     state = httpx2.get(job).json()
     assert (state["cases_done"], state["attempts"]) == (60, 2)
-    folder = next(path for path in (again.log.parent / "data").iterdir() if path.is_dir())
+    folder = next((again.log.parent / "data" / "jobs").iterdir())
     kept = [path for path in (folder / "output").glob("*.png") if path.stat().st_mtime < killed + 0.5]
     assert len(kept) > 5  # nothing is done twice
     assert len(list((folder / "output").glob("*.png"))) == 60
@@ -129,7 +129,9 @@ def test_slow_clients_do_not_keep_others_waiting(start: Callable[..., Running]):
     assert _segment(server).status_code == 200
 
 
-def test_a_silent_connection_is_closed(monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture
+def patient_port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """Return the port of a server that waits 0.3 seconds for a header and 0.6 before it answers."""
     monkeypatch.setattr(connections, "HEADER_SECONDS", 0.3)
 
     async def app(_: Any, __: Any, send: Any) -> None:
@@ -142,16 +144,51 @@ def test_a_silent_connection_is_closed(monkeypatch: pytest.MonkeyPatch):
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
-    try:
-        wait_until(lambda: server.started)
-        with socket.create_connection(("127.0.0.1", port)) as silent:
-            silent.settimeout(5)
-            silent.sendall(b"GET / HTTP/1.1\r\n")
-            assert silent.recv(1) == b""
-        assert httpx2.get(f"http://127.0.0.1:{port}").status_code == 204
-    finally:
-        server.should_exit = True
-        thread.join()
+    wait_until(lambda: server.started)
+    yield port
+    server.should_exit = True
+    thread.join()
+
+
+def _trickle(connection: socket.socket, content: bytes) -> None:
+    """Send a byte now and then until the other side closes the connection."""
+    connection.settimeout(0.05)
+    for number in range(100):
+        connection.sendall(content[number : number + 1] or b"x")
+        with contextlib.suppress(TimeoutError):
+            assert connection.recv(1) == b""
+            return
+    pytest.fail("the connection was not closed")
+
+
+def test_a_silent_connection_is_closed(patient_port: int):
+    with socket.create_connection(("127.0.0.1", patient_port)) as silent:
+        silent.settimeout(5)
+        silent.sendall(b"GET / HTTP/1.1\r\n")
+        assert silent.recv(1) == b""
+    assert httpx2.get(f"http://127.0.0.1:{patient_port}").status_code == 204
+
+
+@pytest.mark.parametrize("length", [0, 1000])
+def test_a_connection_that_trickles_after_an_answer_is_closed(patient_port: int, length: int):
+    header = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % length
+    with socket.create_connection(("127.0.0.1", patient_port)) as slow:
+        slow.settimeout(5)
+        slow.sendall(header)
+        answer = b""
+        while not answer.endswith(b"\r\n\r\n"):
+            answer += slow.recv(4096)
+        assert answer.startswith(b"HTTP/1.1 204")
+        with contextlib.suppress(ConnectionError):
+            _trickle(slow, b"GET / HTTP/1.1\r\nX: ")
+
+
+def test_a_connection_is_used_again(patient_port: int):
+    with socket.create_connection(("127.0.0.1", patient_port)) as connection:
+        connection.settimeout(5)
+        for _ in range(3):
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert connection.recv(4096).startswith(b"HTTP/1.1 204")
 
 
 @pytest.fixture
@@ -195,6 +232,19 @@ def test_a_full_temporary_disk_is_told(start: Callable[..., Running], small_disk
     response = httpx2.post(f"{server.url}/v1/segment", files={"image": ("a.png", large)})
     assert (response.status_code, response.json()["code"]) == (507, "cannot_write")
     assert _segment(server).status_code == 200
+
+
+@pytest.mark.parametrize(("ulimit", "status"), [("-Sn 200", 202), ("-n 200", 413)])
+def test_a_job_of_many_files_is_taken_or_told_to_have_too_many(start: Callable[..., Running], ulimit: str, status: int):
+    server = start(ulimit=ulimit)
+    content = IMAGE.read_bytes() + bytes(uploads.JOB_SPOOL_BYTES)
+    files = [("image", (f"{number}.png", content)) for number in range(300)]
+    response = httpx2.post(f"{server.url}/v1/jobs", files=files, data={"prompt": LEFT}, timeout=60)
+    assert response.status_code == status
+    if status == 413:
+        assert response.json()["code"] == "too_large"
+        assert "more files than the server can keep open" in response.json()["detail"]
+        assert _segment(server).status_code == 200
 
 
 def test_other_machines_need_the_key(start: Callable[..., Running], tmp_path: Path):

@@ -132,6 +132,10 @@ def _jsonl_rows(path: Path, content: bytes, required: tuple[str, ...], single: f
             values = json.loads(text)
         except json.JSONDecodeError as error:
             raise DataError(f"{where}: not JSON: {error}", hint="one JSON object a line") from error
+        except (ValueError, RecursionError) as error:
+            raise DataError(
+                f"{where}: a number is too long, or the values are nested too deeply", hint="one JSON object a line"
+            ) from error
         if not isinstance(values, dict):
             raise DataError(f"{where}: expected a JSON object", hint='e.g. {"image": "images/1.png"}')
         _require(where, required, list(values))

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import resource
 import socket
 import ssl
 from collections.abc import AsyncIterator
@@ -33,6 +35,8 @@ __all__ = ["ServerSettings", "WorkerSettings", "create_app", "read_keys", "serve
 CODES = {404: "not_found", 405: "method_not_allowed"}
 KEEP_ALIVE_SECONDS = 15
 """How long a connection may stay open without a request."""
+OPEN_FILES = 65_536
+"""Files that may be open: each larger image of a job is one while the job arrives."""
 
 
 def create_app(settings: ServerSettings) -> FastAPI:
@@ -87,6 +91,7 @@ def serve(
         CheckpointError: A model cannot be loaded.
         ConfigError: The certificate or its key is none.
     """
+    _allow_open_files()
     with _listen(settings) as listening:
         app = create_app(settings)
         service: Service = app.state.service
@@ -119,6 +124,15 @@ def serve(
             await uvicorn.Server(config).serve(sockets=[listening])
 
         asyncio.run(main())
+
+
+def _allow_open_files() -> None:
+    """Let this process open as many files as it needs, as far as its user may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _listen(settings: ServerSettings) -> socket.socket:

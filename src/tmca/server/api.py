@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +15,7 @@ from fastapi.responses import FileResponse, JSONResponse
 
 from tmca.data.tables import read_rows
 from tmca.errors import DataError
+from tmca.files import sha256_of
 from tmca.outputs import OUTPUT_TYPES, OutputOptions
 from tmca.prediction import ALL_EFFECTS, PredictionOptions
 from tmca.reports.prompt import check_report, grammar_of_report, prompt_from_report
@@ -21,7 +24,7 @@ from tmca.server.jobs import JobRequest, JobState
 from tmca.server.messages import Ask, Form
 from tmca.server.problems import InvalidRequestError, NotAcceptableError
 from tmca.server.service import Service
-from tmca.server.uploads import SentNames, files_of, read_form, remove_folder, save, texts_of, truth, value_of
+from tmca.server.uploads import SentNames, files_of, natural, read_form, remove_folder, save, texts_of, truth, value_of
 
 router = APIRouter(prefix="/v1", tags=["segmentation"])
 
@@ -66,7 +69,7 @@ async def segment(request: Request, service: Served) -> Response:
         if picture not in PICTURES:
             raise InvalidRequestError(f"Field `picture` is {picture[:40]!r}", hint=f"one of: {', '.join(PICTURES)}")
         options = prediction_options(form)
-        frame = value_of(form, "frame", _natural, None)
+        frame = value_of(form, "frame", natural, None)
         model = service.model((texts_of(form, "model") or [""])[0]).name
         target = (texts_of(form, "target") or [""])[0]
         OutputOptions(target=target)
@@ -115,7 +118,7 @@ async def add_job(
     request: Request,
     service: Served,
     idempotency_key: Annotated[
-        str, Header(max_length=200, description="Of two requests with one key, one is done.")
+        str, Header(max_length=200, description="Of two equal requests with one key, one is done.")
     ] = "",
 ) -> Response:
     """Segment many images, or volumes; the answer says where to ask for the result.
@@ -123,7 +126,7 @@ async def add_job(
     An accepted job survives a restart of the server.
     """
     store = service.store
-    async with read_form(request, MOST_JOB_FILES) as form:
+    async with read_form(request, MOST_JOB_FILES + 1) as form:  # the table of sentences is one more
         model = service.model((texts_of(form, "model") or [""])[0]).name
         prompt = (texts_of(form, "prompt") or [""])[0] or None
         report = (texts_of(form, "report") or [""])[0] or None
@@ -138,17 +141,15 @@ async def add_job(
         target = (texts_of(form, "target") or [""])[0]
         OutputOptions(types, probabilities, target=target)
         files = files_of(form, "image", most=MOST_JOB_FILES)
-        known = await asyncio.to_thread(store.of_token, idempotency_key) if idempotency_key else None
-        if known is not None:
-            return _told(service, known, 200)
         id_ = store.new_id()
         try:
             inputs = await asyncio.to_thread(store.make_folder, id_)
-            names = [(await save(file, inputs)).path.name for file in files]
+            uploads = [await save(file, inputs) for file in files]
+            names = [upload.path.name for upload in uploads]
             prompts = None
             if has_prompts:
-                sent = [(file.filename or "", name) for file, name in zip(files, names, strict=True)]
-                prompts = await _save_prompts(files_of(form, "prompts", most=1)[0], inputs, sent)
+                called = [(file.filename or "", name) for file, name in zip(files, names, strict=True)]
+                prompts = await _save_prompts(files_of(form, "prompts", most=1)[0], inputs, called)
             request_ = JobRequest(
                 model=model,
                 images=tuple(names),
@@ -162,6 +163,9 @@ async def add_job(
                 probabilities=probabilities,
                 target=target,
             )
+            sent = [(file.filename, upload.digest) for file, upload in zip(files, uploads, strict=True)]
+            table = "" if prompts is None else await asyncio.to_thread(sha256_of, inputs / prompts)
+            request_ = replace(request_, fingerprint=_fingerprint(request.state.client, request_, sent, table))
             state = await asyncio.to_thread(
                 store.add, id_, request_, len(names), idempotency_key or None, service.settings.max_jobs
             )
@@ -171,7 +175,7 @@ async def add_job(
     if state.id != id_:
         await asyncio.to_thread(remove_folder, store.path(id_))
     service.runner.wake()
-    return _told(service, state, 202)
+    return _told(service, state, 202 if state.id == id_ else 200)
 
 
 @router.get("/jobs/{id}", responses=schema.JOB_STATE_RESPONSES)
@@ -237,11 +241,9 @@ def prediction_options(form: Any) -> PredictionOptions:  # noqa: ANN401
     return PredictionOptions(threshold, smallest, effects)
 
 
-def _natural(text: str) -> int | None:
-    number = int(text)
-    if number < 0:
-        raise ValueError(text)
-    return number
+def _fingerprint(client: str, request: JobRequest, images: Sequence[tuple[str | None, str]], table: str) -> str:
+    """Return a hash of a request and of who sent it: its images by name and hash, its table of sentences by hash."""
+    return hashlib.sha256(json.dumps([client, asdict(request), images, table]).encode()).hexdigest()
 
 
 def _told(service: Service, state: JobState, status: int) -> Response:

@@ -80,7 +80,7 @@ class Guard:
             return
         headers = Headers(scope=scope)
         request_id = _request_id(headers)
-        scope.setdefault("state", {})["request_id"] = request_id
+        scope.setdefault("state", {}).update(request_id=request_id, client="")
         started = time.perf_counter()
         status = 500
         has_started = False
@@ -110,28 +110,20 @@ class Guard:
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         """Refuse who has no key, and what another site's page sends through the browser of somebody who has."""
-        host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
+        try:
+            host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
+        except ValueError:
+            raise ForbiddenError("The header `Host` is no host name", hint="call the server by its name") from None
         if self.settings.is_local and host not in (*LOCAL_HOSTS, *self.settings.allowed_hosts):
             raise ForbiddenError(f"This server is not called {host[:100]!r}", hint="add the name with --allowed-host")
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != headers.get("host", ""):
+        if origin is not None and not _is_at(origin, headers.get("host", "")):
             raise ForbiddenError("Pages of other sites may not ask this server", hint="open the server's own page")
-        if self._keys and scope["path"] not in OPEN_PATHS and not self._knows_key(headers.get("authorization", "")):
-            raise UnauthorizedError("A key is needed", hint="send it as `Authorization: Bearer KEY`")
-
-    def _knows_key(self, authorization: str) -> bool:
-        """Whether the header holds one of the keys: as a bearer token, or as the password a browser asks for."""
-        scheme, _, credentials = authorization.partition(" ")
-        given = credentials.strip()
-        if scheme.lower() == "basic":
-            try:
-                given = base64.b64decode(given, validate=True).decode("utf-8").partition(":")[2]
-            except ValueError:
-                return False
-        elif scheme.lower() != "bearer":
-            return False
-        digest = hashlib.sha256(given.encode("utf-8", "surrogateescape")).digest()
-        return sum(hmac.compare_digest(digest, key) for key in self._keys) > 0  # all of them, in the same time
+        if self._keys and scope["path"] not in OPEN_PATHS:
+            digest = _digest_of_key(headers.get("authorization", ""))
+            if sum(hmac.compare_digest(digest, key) for key in self._keys) == 0:  # all of them, in the same time
+                raise UnauthorizedError("A key is needed", hint="send it as `Authorization: Bearer KEY`")
+            scope["state"]["client"] = digest.hex()
 
     def _limited(self, scope: Scope, headers: Headers, receive: Receive) -> Receive:
         """Return a way to read the request that gives up when it is too large or too slow."""
@@ -165,6 +157,27 @@ class Guard:
             return message
 
         return receiving
+
+
+def _is_at(origin: str, host: str) -> bool:
+    try:
+        return urlsplit(origin).netloc == host
+    except ValueError:
+        return False
+
+
+def _digest_of_key(authorization: str) -> bytes:
+    """Return the hash of the key in a header: a bearer token, or the password a browser asks for; empty if none."""
+    scheme, _, credentials = authorization.partition(" ")
+    given = credentials.strip()
+    if scheme.lower() == "basic":
+        try:
+            given = base64.b64decode(given, validate=True).decode("utf-8").partition(":")[2]
+        except ValueError:
+            return b""
+    elif scheme.lower() != "bearer":
+        return b""
+    return hashlib.sha256(given.encode("utf-8", "surrogateescape")).digest()
 
 
 def _explained(error: Exception, request_id: str, headers: Headers) -> Response:

@@ -1,8 +1,8 @@
 """Long work that outlives the server: what was accepted is finished or reported failed, never lost, never done twice.
 
-A job is a row in a SQLite database and a folder with what was sent and what came out. The row is written last when a
-job is accepted and removed first. A job that was running when the server was killed runs again; the batch's own journal
-keeps the cases that it had finished.
+A job is a row in a SQLite database and a folder with what was sent and what came out; the folders lie in ``jobs``, the
+only place where any is removed. The row is written last when a job is accepted and removed first. A job that was
+running when the server was killed runs again; the batch's own journal keeps the cases that it had finished.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import json
 import logging
+import re
 import secrets
 import sqlite3
 import threading
@@ -29,17 +30,21 @@ from tmca.outputs import OutputOptions
 from tmca.prediction import PredictionOptions
 from tmca.server.engine import Engine
 from tmca.server.messages import Work
-from tmca.server.problems import BusyError, ConflictError, NotFoundError
+from tmca.server.problems import BusyError, ConflictError, InvalidRequestError, NotFoundError
 from tmca.server.uploads import remove_folder
 
 QUEUED, RUNNING, DONE, FAILED, CANCELLED = "queued", "running", "done", "failed", "cancelled"
 FINISHED = (DONE, FAILED, CANCELLED)
 MOST_ATTEMPTS = 5
 """How often a job is begun: so many killed servers are no accident."""
-INPUT, OUTPUT, RESULT = "input", "output", "result.zip"
+FOLDERS, INPUT, OUTPUT, RESULT = "jobs", "input", "output", "result.zip"
+LEFT_BEHIND = ".tmp-*"
+"""How :mod:`tmca.files` calls what is not written to the end; a killed worker leaves some."""
 
 log = logging.getLogger("tmca.server")
 
+_ID = re.compile("[A-Za-z0-9]{22}")
+"""What :meth:`JobStore.new_id` returns; a folder of another name is none of ours."""
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
     id TEXT PRIMARY KEY, token TEXT UNIQUE, status TEXT NOT NULL, request TEXT NOT NULL, total INTEGER NOT NULL,
@@ -64,6 +69,7 @@ class JobRequest:
         types: Of the result files.
         probabilities: Also write probability maps.
         target: What is segmented, for DICOM.
+        fingerprint: Hash of all that was sent, and of who sent it; blank of jobs of earlier versions.
     """
 
     model: str
@@ -77,6 +83,7 @@ class JobRequest:
     types: tuple[str, ...] = ()
     probabilities: bool = False
     target: str = ""
+    fingerprint: str = ""
 
     def work(self, id_: str, folder: Path) -> Work:
         """Return what the worker is told.
@@ -160,10 +167,12 @@ class JobStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = real_path(folder)
+        self.folders = self.folder / FOLDERS
         self._removed: dict[str, float] = {}
         self._lock = threading.Lock()
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self.folders.mkdir(exist_ok=True, mode=0o700)
         except OSError as error:
             raise storage_error(self.folder, error) from error
         self._alone = self._claim()
@@ -199,7 +208,11 @@ class JobStore:
         return stream
 
     def recover(self) -> None:
-        """Put what a killed server was doing back into the queue, and remove what it had not accepted yet."""
+        """Put what a killed server was doing back into the queue, and remove what it had not accepted yet.
+
+        Raises:
+            StorageError: The folder cannot be written.
+        """
         for row in self._rows("SELECT id, attempts FROM jobs WHERE status = ?", RUNNING):
             if row["attempts"] >= MOST_ATTEMPTS:
                 message = f"The server was killed {row['attempts']} times while it did this job"
@@ -207,13 +220,20 @@ class JobStore:
             else:
                 self._execute("UPDATE jobs SET status = ? WHERE id = ?", QUEUED, row["id"])
         known = {row["id"] for row in self._rows("SELECT id FROM jobs")}
-        for path in self.folder.iterdir():
-            if path.is_dir() and path.name not in known:
+        for id_ in known:
+            before = self.folder / id_  # where earlier versions kept it
+            if before.is_dir():
+                try:
+                    before.rename(self.path(id_))
+                except OSError as error:
+                    raise storage_error(before, error) from error
+        for path in self.folders.iterdir():
+            if path.is_dir() and _ID.fullmatch(path.name) and path.name not in known:
                 remove_folder(path)
 
     def path(self, id_: str) -> Path:
         """Return the folder of a job."""
-        return self.folder / id_
+        return self.folders / id_
 
     def make_folder(self, id_: str) -> Path:
         """Make the folder for a job's files and return it.
@@ -239,32 +259,31 @@ class JobStore:
             id_: Of the job, from :meth:`new_id`.
             request: What is asked.
             total: Number of cases.
-            token: The client's own name for this request: of two with the same, the first is returned.
+            token: The client's own name for this request: of two with the same, the first is returned. One whose job
+                failed or was cancelled is free again.
             limit: Jobs that may wait.
 
         Raises:
             BusyError: Too many wait.
+            InvalidRequestError: The token stands for another request.
             StorageError: It cannot be written.
         """
-        with self._lock:
+        with self._lock, self._writing():
+            if token is not None:
+                self._database.execute(
+                    "UPDATE jobs SET token = NULL WHERE token = ? AND status IN (?, ?)", (token, FAILED, CANCELLED)
+                )
+                row = self._database.execute("SELECT * FROM jobs WHERE token = ?", (token,)).fetchone()
+                if row is not None:
+                    return _same(_state(row), request)
             (waiting,) = self._database.execute("SELECT COUNT(*) FROM jobs WHERE status = ?", (QUEUED,)).fetchone()
             if waiting >= limit:
                 raise BusyError(f"{waiting} jobs wait", retry_after=60)
-            text = json.dumps(asdict(request))
-            values = (id_, token, QUEUED, text, total, time.time())
-            with self._writing():
-                self._database.execute(
-                    "INSERT INTO jobs (id, token, status, request, total, created) VALUES (?, ?, ?, ?, ?, ?)"
-                    " ON CONFLICT (token) DO NOTHING",
-                    values,
-                )
-        found = self.of_token(token) if token is not None else None
-        return found or self.get(id_)
-
-    def of_token(self, token: str) -> JobState | None:
-        """Return the job that a client's own name stands for."""
-        rows = self._rows("SELECT * FROM jobs WHERE token = ?", token)
-        return _state(rows[0]) if rows else None
+            self._database.execute(
+                "INSERT INTO jobs (id, token, status, request, total, created) VALUES (?, ?, ?, ?, ?, ?)",
+                (id_, token, QUEUED, json.dumps(asdict(request)), total, time.time()),
+            )
+        return self.get(id_)
 
     def get(self, id_: str) -> JobState:
         """Return a job.
@@ -363,6 +382,11 @@ class JobStore:
         temporary = path.with_suffix(f".{secrets.token_hex(4)}")
         folder = self.path(id_) / OUTPUT
         try:
+            for left in list(folder.rglob(LEFT_BEHIND)):
+                if left.is_dir():
+                    remove_folder(left)
+                else:
+                    left.unlink(missing_ok=True)
             with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
                 for file in sorted(folder.rglob("*")):
                     name = file.relative_to(folder)
@@ -488,6 +512,15 @@ class JobRunner:
 def _own_names(text: str, folder: Path) -> str:
     """Return a text in which files are called as they were sent, not by where they lie here."""
     return text.replace(f"{folder / INPUT}/", "").replace(f"{folder}/", "")
+
+
+def _same(state: JobState, request: JobRequest) -> JobState:
+    """Return a job that was asked before under the same name, if it is the one that is asked now."""
+    if state.request.fingerprint != request.fingerprint:
+        raise InvalidRequestError(
+            "The `Idempotency-Key` was sent before with another request", hint="send each request with a key of its own"
+        )
+    return state
 
 
 def _state(row: sqlite3.Row) -> JobState:

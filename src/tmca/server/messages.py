@@ -68,6 +68,7 @@ class Ask:
         name: What the result is called.
         target: What is segmented, for DICOM; empty: what the sentence names.
         attention: Also say where each sentence points; for :attr:`Form.ARRAYS`.
+        most_values: Pixels of all masks together, at most; 0: as many as there are.
     """
 
     id: int
@@ -82,6 +83,7 @@ class Ask:
     name: str = "image"
     target: str = ""
     attention: bool = False
+    most_values: int = 0
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,12 @@ from tmca.imaging.raster import MAX_PIXELS
 from tmca.imaging.reading import IMAGE_SUFFIXES
 from tmca.outputs import OUTPUT_TYPES
 from tmca.server import schema
-from tmca.server.api import service_of
+from tmca.server.api import MOST_JOB_FILES, service_of
+from tmca.server.guard import LARGEST_TENSORS
+from tmca.server.kserve import MOST_VALUES
 from tmca.server.problems import NotReadyError
 from tmca.server.service import Service
+from tmca.server.uploads import LONGEST_PROMPT
 
 router = APIRouter(tags=["operation"])
 
@@ -60,9 +63,14 @@ async def capabilities(service: Served) -> dict[str, Any]:
         "outputs": OUTPUT_TYPES,
         "limits": {
             "upload_bytes": settings.max_upload,
+            "upload_seconds": settings.upload_seconds,
             "job_upload_bytes": settings.max_job_upload,
+            "job_images": MOST_JOB_FILES,
+            "tensor_bytes": min(LARGEST_TENSORS, settings.max_upload),
+            "tensor_values": MOST_VALUES,
             "pixels": MAX_PIXELS,
             "prompts": settings.max_prompts,
+            "prompt_characters": LONGEST_PROMPT,
             "waiting_requests": settings.max_queue,
             "waiting_jobs": settings.max_jobs,
             "seconds": settings.deadline,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import itertools
 import re
@@ -18,16 +19,19 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO, TypeVar
 
 from starlette.datastructures import FormData, UploadFile
-from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
+from tmca.errors import TMCAError
 from tmca.files import storage_error
 from tmca.imaging.reading import case_name
-from tmca.server.problems import ClientGoneError, InvalidRequestError, UnsupportedTypeError
+from tmca.server.problems import ClientGoneError, InvalidRequestError, TooLargeError, UnsupportedTypeError
 
 Value = TypeVar("Value")
 
 COPY_BYTES = 2**20
+SPOOL_BYTES, JOB_SPOOL_BYTES = 2**20, 2**15
+"""Of a file that are kept in memory; a job has thousands of files. A larger one is an open temporary file."""
 LONGEST_NAME = 80
 LONGEST_PROMPT = 20_000
 """Letters of a sentence; a report may have as many, and no sentence comes near."""
@@ -69,20 +73,29 @@ async def read_form(request: Request, most_files: int) -> AsyncIterator[FormData
         InvalidRequestError: It is no multipart request, or holds too much.
         UnsupportedTypeError: It has another content type.
         StorageError: There is no room for it.
+        TooLargeError: It has more files than can be open.
         ClientGoneError: The client left before it was complete.
     """
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise UnsupportedTypeError(
             "The request is no multipart form", hint="curl: -F image=@colon.jpg -F 'prompt=one small polyp'"
         )
+    parser = MultiPartParser(
+        request.headers,
+        request.stream(),
+        max_files=most_files,
+        max_fields=MOST_FIELDS,
+        max_part_size=16 * LONGEST_PROMPT,
+    )
+    parser.spool_max_size = SPOOL_BYTES if most_files == 1 else JOB_SPOOL_BYTES
     try:
-        form = await request.form(max_files=most_files, max_fields=MOST_FIELDS, max_part_size=16 * LONGEST_PROMPT)
-    except HTTPException as error:
-        raise InvalidRequestError(f"The form cannot be read: {error.detail}", hint="check how it was made") from error
+        form = await parser.parse()
+    except MultiPartException as error:
+        raise InvalidRequestError(f"The form cannot be read: {error.message}", hint="check how it was made") from error
     except ClientDisconnect as error:
         raise ClientGoneError("The client has left") from error
     except OSError as error:
-        raise storage_error(Path(tempfile.gettempdir()), error) from error
+        raise _not_stored(Path(tempfile.gettempdir()), error) from error
     except (ValueError, KeyError, OverflowError) as error:
         raise InvalidRequestError("The form cannot be read", hint="check how it was made") from error
     try:
@@ -143,8 +156,21 @@ def value_of(form: FormData, name: str, read: Callable[[str], Value], default: V
     try:
         return read(text)
     except (ValueError, OverflowError) as error:
-        kind = {float: "a number", int: "a whole number"}.get(read, "true or false")  # type: ignore[call-overload]
+        kinds = {float: "a number", int: "a whole number", natural: "a whole number from 0", truth: "true or false"}
+        kind = kinds[read]
         raise InvalidRequestError(f"Field `{name}` is {text[:40]!r}, expected {kind}", hint="see /docs") from error
+
+
+def natural(text: str) -> int:
+    """Return the number that a field states.
+
+    Raises:
+        ValueError: It states none, or one below 0.
+    """
+    number = int(text)
+    if number < 0:
+        raise ValueError(text)
+    return number
 
 
 def truth(text: str) -> bool:
@@ -170,6 +196,7 @@ async def save(file: UploadFile, folder: Path, name: str = "") -> Upload:
     Raises:
         UnsupportedTypeError: It is not of a kind that is read.
         StorageError: It cannot be written.
+        TooLargeError: More files are open than can be.
     """
     head = await file.read(COPY_BYTES)
     await file.seek(0)
@@ -269,6 +296,16 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def _not_stored(path: Path, error: OSError) -> TMCAError:
+    """Return what a failed write means to the client."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return TooLargeError(
+            "The request has more files than the server can keep open",
+            hint="send fewer images at once; who runs the server can let it open more (`ulimit -n`)",
+        )
+    return storage_error(path, error)
+
+
 def _unpacked(head: bytes) -> bytes:
     """Return the first bytes in a gzip stream; however much it holds, no more is unpacked."""
     try:
@@ -286,5 +323,5 @@ def _copy(source: BinaryIO, path: Path, name: str) -> Upload:
                 stream.write(block)
     except OSError as error:
         path.unlink(missing_ok=True)
-        raise storage_error(path, error) from error
+        raise _not_stored(path, error) from error
     return Upload(path, digest.hexdigest(), name)

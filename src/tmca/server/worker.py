@@ -55,6 +55,7 @@ from tmca.server.messages import (
     WorkerSettings,
     failure_of,
 )
+from tmca.server.problems import TooLargeError
 
 READERS = 2
 WRITERS = 2
@@ -345,7 +346,9 @@ class Worker:
             return
         ready = _Ready(ask, served, None, None)
         known = self.memory.get(ready.key)
-        ready = replace(ready, known=known, frame=None if known else _one_frame(ask.path, ask.frame))
+        frame = known.frame if known else _one_frame(ask.path, ask.frame)
+        _check_values(ask, frame)
+        ready = replace(ready, known=known, frame=None if known else frame)
         with self._arrived:
             self._ready.append(ready)
             self._arrived.notify()
@@ -465,6 +468,16 @@ def _jobs_of(work: Work) -> list[Job]:
         check_report(work.report)
         report = prompt_from_report(work.report, grammar_of_report(work.report))
     return make_jobs(work.images, work.prompt if report is None else report.prompt, report)
+
+
+def _check_values(ask: Ask, frame: Frame) -> None:
+    """Refuse a request whose answer would be too large, before anything is computed."""
+    height, width = frame.pixels.shape[:2]
+    if ask.most_values and len(ask.texts) * height * width > ask.most_values:
+        raise TooLargeError(
+            f"{len(ask.texts)} × {height} × {width} values in each output are more than {ask.most_values:,}",
+            hint="send a smaller image, fewer sentences or outputs, or ask /v1/segment",
+        )
 
 
 def _one_frame(path: Path, number: int | None) -> Frame:

@@ -36,12 +36,15 @@ def mount_page(app: FastAPI, engine: Engine, settings: ServerSettings, folder: P
         settings: Limits.
         folder: For what is uploaded, until an hour after; removed when the server ends.
     """
-    os.environ["GRADIO_TEMP_DIR"] = str(folder / "page")
+    uploads = folder / "page"
+    os.environ["GRADIO_TEMP_DIR"] = str(uploads)
+    page = build_page(engine, settings)
+    page.has_launched = True  # else Gradio does not ask whether a file was uploaded
     here = files(__name__)
     scripts = "\n".join(here.joinpath(name).read_text("utf-8") for name in ("editor.js", "page.js"))
     app = gr.mount_gradio_app(
         app,
-        build_page(engine, settings),
+        page,
         path="/",
         footer_links=[],
         run_history=False,
@@ -62,5 +65,5 @@ def mount_page(app: FastAPI, engine: Engine, settings: ServerSettings, folder: P
     )
     route = app.routes[-1]
     if isinstance(route, Mount):
-        route.app = LocalOnly(route.app)
+        route.app = LocalOnly(route.app, uploads)
     return app
