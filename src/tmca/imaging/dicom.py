@@ -428,7 +428,7 @@ def _refuse_another_size(source: Source, number: int) -> None:
 
 
 def _jpeg2000_sizes(encoded: bytes) -> list[tuple[int, int, int]]:
-    """Return rows, columns and samples by the SIZ marker of a JPEG 2000 stream, which may stand in the boxes of a JP2.
+    """Return rows, columns and samples by the size marker of a JPEG 2000 stream, which may stand in the boxes of a JP2.
 
     The marker comes second in a stream (ISO/IEC 15444-1 A.3); where it does not, nothing is returned.
     """
