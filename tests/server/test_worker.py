@@ -4,6 +4,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from serving import BOTTOM, IMAGE, LEFT, MODEL, wait_until
 
 from tmca.errors import CheckpointError
 from tmca.imaging import rle
-from tmca.prediction import PredictionOptions
+from tmca.imaging.frames import Frame, Geometry
+from tmca.prediction import ALL_EFFECTS, PredictionOptions
 from tmca.server.messages import (
     Answered,
     Ask,
@@ -27,7 +29,8 @@ from tmca.server.messages import (
     Models,
     WorkerSettings,
 )
-from tmca.server.worker import Memory, Turns, Worker, _Seen
+from tmca.server.problems import TooLargeError
+from tmca.server.worker import Memory, Turns, Worker, _check_values, _Seen
 
 
 class Outbox(list[FromWorker]):
@@ -62,6 +65,23 @@ def _ask(id_: int, *texts: str | None, digest: str = "d", seconds: float = 60.0,
 
 def _compute(worker: Worker) -> None:
     threading.Thread(target=worker.compute, daemon=True).start()
+
+
+@pytest.mark.parametrize(("side", "sentences", "effects", "fits"), [
+    (10_000, 1, 1, True), (10_000, 2, 1, True), (10_000, 3, 1, False), (5_000, 16, 0, True), (5_000, 16, 1, False),
+])  # fmt: skip
+def test_what_does_not_fit_into_memory_is_refused_before_it_is_computed(
+    side: int, sentences: int, effects: int, fits: bool
+):
+    ask = _ask(1, *(str(number) for number in range(sentences)))
+    ask = replace(ask, options=PredictionOptions(effects=ALL_EFFECTS[:effects]))
+    pixels = np.broadcast_to(np.uint8(0), (side, side, 3))
+    frame = Frame(pixels, Geometry((side, side)))
+    if fits:
+        _check_values(ask, frame)
+    else:
+        with pytest.raises(TooLargeError, match="more than fit into memory"):
+            _check_values(ask, frame)
 
 
 def test_requests_that_wait_are_answered_together(worker: Worker, outbox: Outbox):

@@ -30,6 +30,10 @@ class Form(Enum):
     ARRAYS = "arrays"
 
 
+MOST_MAPPED = 400_000_000
+"""Pixels × sentences, the wrong ones that are compared included, of one request: their maps lie in memory together."""
+
+
 @dataclass(frozen=True)
 class WorkerSettings:
     """What a worker is started with.

@@ -17,6 +17,7 @@ from tmca.server import schema
 from tmca.server.api import MOST_JOB_FILES, service_of
 from tmca.server.guard import LARGEST_TENSORS
 from tmca.server.kserve import MOST_VALUES
+from tmca.server.messages import MOST_MAPPED
 from tmca.server.problems import NotReadyError
 from tmca.server.service import Service
 from tmca.server.uploads import LONGEST_PROMPT
@@ -69,6 +70,7 @@ async def capabilities(service: Served) -> dict[str, Any]:
             "tensor_bytes": min(LARGEST_TENSORS, settings.max_upload),
             "tensor_values": MOST_VALUES,
             "pixels": MAX_PIXELS,
+            "mapped_pixels": MOST_MAPPED,
             "prompts": settings.max_prompts,
             "prompt_characters": LONGEST_PROMPT,
             "waiting_requests": settings.max_queue,

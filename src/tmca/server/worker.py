@@ -37,6 +37,7 @@ from tmca.prediction import Prediction
 from tmca.progress import set_quiet
 from tmca.reports.prompt import check_report, grammar_of_report, prompt_from_report
 from tmca.server.messages import (
+    MOST_MAPPED,
     Answered,
     Arrays,
     Ask,
@@ -473,6 +474,12 @@ def _jobs_of(work: Work) -> list[Job]:
 def _check_values(ask: Ask, frame: Frame) -> None:
     """Refuse a request whose answer would be too large, before anything is computed."""
     height, width = frame.pixels.shape[:2]
+    maps = len(ask.texts) * (1 + len(ask.options.effects))
+    if maps * height * width > MOST_MAPPED:
+        raise TooLargeError(
+            f"{len(ask.texts)} sentences on {height} × {width} pixels take {maps} maps, more than fit into memory",
+            hint="send a smaller image, fewer sentences, or leave `prompt_effect` out",
+        )
     if ask.most_values and len(ask.texts) * height * width > ask.most_values:
         raise TooLargeError(
             f"{len(ask.texts)} × {height} × {width} values in each output are more than {ask.most_values:,}",
