@@ -24,6 +24,7 @@ from pydicom.pixels.processing import apply_modality_lut, apply_windowing
 from tmca.errors import ConfigError, DataError
 from tmca.imaging import dicom
 from tmca.imaging.dicom import is_dicom, read_frames
+from tmca.imaging.encoded_sizes import is_longer_than
 from tmca.imaging.frames import Geometry
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
@@ -782,8 +783,8 @@ def test_runs_are_counted_as_they_are_decoded():
     dataset = _dataset(np.stack([np.stack(rows).astype(np.uint16) * 257] * 2))
     dataset.compress(uids.RLELossless)
     for frame in pydicom.encaps.generate_frames(dataset.PixelData, number_of_frames=2):
-        assert not dicom._is_longer_than(frame, 900)
-        assert dicom._is_longer_than(frame, 899)
+        assert not is_longer_than(frame, 900)
+        assert is_longer_than(frame, 899)
 
 
 def test_frames_that_are_not_there_and_windows_that_show_nothing(tmp_path: Path):

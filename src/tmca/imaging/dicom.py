@@ -8,8 +8,6 @@ they go into the geometry's affine.
 from __future__ import annotations
 
 import functools
-import itertools
-import struct
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tmca.errors import DataError
+from tmca.imaging.encoded_sizes import is_longer_than, jpeg2000_sizes, jpeg_sizes
 from tmca.imaging.frames import (
     Frame,
     Frames,
@@ -54,12 +53,10 @@ _PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 _SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.4"
 _PARAMETRIC_MAP = "1.2.840.10008.5.1.4.1.1.30"
 _DEFLATED = "1.2.840.10008.1.2.1.99"
-_ITEM_BYTES = 8  # of what stands before each frame in a compressed file, and at least before each box of a JP2
+_ITEM_BYTES = 8  # of what stands before each frame in a compressed file
 _RLE = "1.2.840.10008.1.2.5"
 _RLE_PADDING = 2  # programs pad rows and segments, never to twice their length
 _JPEG_2000 = tuple(f"1.2.840.10008.1.2.4.{last}" for last in (90, 91, 92, 93, 201, 202, 203))
-_FRAME_HEADERS = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # SOF markers of JPEG and JPEG-LS
-_BARE_MARKERS = {0x00, 0x01, *range(0xD0, 0xD9)}  # without a length
 _MOST_SAMPLES = 4
 _DECODERS = {  # the packages of tmca[medical] that decode what pydicom and Pillow cannot
     "1.2.840.10008.1.2.4.57": "python-gdcm",
@@ -410,14 +407,14 @@ def _refuse_another_size(source: Source, number: int) -> None:
     encoded = get_frame(dataset.PixelData, number, number_of_frames=source.count, extended_offsets=offsets)
     rows, columns = source.size
     if syntax == _RLE:
-        if _is_longer_than(encoded, _RLE_PADDING * rows * columns + 128):
+        if is_longer_than(encoded, _RLE_PADDING * rows * columns + 128):
             raise DataError(
                 f"{source.path} is damaged: frame {number} holds far more pixels than {rows} × {columns}, which its "
                 "header says",
                 hint="copy or export it again",
             )
         return
-    sizes = _jpeg2000_sizes(encoded) if syntax in _JPEG_2000 else _jpeg_sizes(encoded)
+    sizes = jpeg2000_sizes(encoded) if syntax in _JPEG_2000 else jpeg_sizes(encoded)
     wrong = [size for size in sizes if size[:2] != source.size or size[2] > _MOST_SAMPLES]
     if wrong or not sizes:
         found = f"is encoded as {' × '.join(map(str, wrong[0]))}" if wrong else "does not say its size"
@@ -425,63 +422,6 @@ def _refuse_another_size(source: Source, number: int) -> None:
             f"{source.path} is damaged: frame {number} {found}, expected {rows} × {columns} pixels as its header says",
             hint="copy or export it again",
         )
-
-
-def _jpeg2000_sizes(encoded: bytes) -> list[tuple[int, int, int]]:
-    """Return rows, columns and samples by the size marker of a JPEG 2000 stream, which may stand in the boxes of a JP2.
-
-    The marker comes second in a stream (ISO/IEC 15444-1 A.3); where it does not, nothing is returned.
-    """
-    start = 0
-    if encoded[4:8] == b"jP  ":
-        while encoded[start + 4 : start + 8] != b"jp2c":
-            length = int.from_bytes(encoded[start : start + 4], "big")
-            if length < _ITEM_BYTES:
-                return []
-            start += length
-        start += _ITEM_BYTES
-    if encoded[start : start + 4] != b"\xff\x4f\xff\x51" or len(encoded) < start + 42:
-        return []
-    width, height, left, top, samples = struct.unpack(">IIII16xH", encoded[start + 8 : start + 42])
-    return [(height - top, width - left, samples)]
-
-
-def _jpeg_sizes(encoded: bytes) -> list[tuple[int, int, int]]:
-    """Return rows, columns and samples by each frame header of a JPEG or JPEG-LS stream before its first scan."""
-    sizes = []
-    place = 2 if encoded.startswith(b"\xff\xd8") else len(encoded)
-    while place + 9 < len(encoded) and encoded[place] == 0xFF and encoded[place + 1] != 0xDA:
-        marker, length = encoded[place + 1], int.from_bytes(encoded[place + 2 : place + 4], "big")
-        if marker in _FRAME_HEADERS:
-            sizes.append(struct.unpack(">HHB", encoded[place + 5 : place + 10]))
-        if marker == 0xFF:  # any number of these may stand before a marker
-            place += 1
-        else:
-            place += 2 if marker in _BARE_MARKERS else 2 + length
-    return sizes
-
-
-def _is_longer_than(encoded: bytes, limit: int) -> bool:
-    """Return whether a segment of an RLE frame (PS3.5 G.3) is longer than so many bytes once it is decoded."""
-    if len(encoded) < 64:
-        return False
-    count, *starts = struct.unpack("<16L", encoded[:64])
-    starts = [*starts[:count], len(encoded)]
-    for start, end in itertools.pairwise(starts):
-        place, length = start, 0
-        while place < min(end, len(encoded)) and length <= limit:
-            control = encoded[place]
-            if control < 128:  # that many bytes and one more follow
-                length += control + 1
-                place += control + 2
-            elif control > 128:  # one byte follows, which is repeated
-                length += 257 - control
-                place += 2
-            else:
-                place += 1
-        if length > limit:
-            return True
-    return False
 
 
 def _modality_values(source: Source, view: Dataset, stored: NDArray[Any]) -> NDArray[Any]:
