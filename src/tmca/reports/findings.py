@@ -1,6 +1,6 @@
 """Findings of a report by rules: each mention of the target with what the same sentence says of it.
 
-Left and right are the report's words here; :mod:`tmca.reports.prompt` turns them into sides of the image.
+Where a sentence puts them is read by :mod:`tmca.reports.places`.
 """
 
 from __future__ import annotations
@@ -10,11 +10,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from tmca.data.grammar import COLOURS, COUNT_WORDS, SHAPES, SIDES, SIZES, THIRDS, Grammar
+from tmca.data.grammar import COLOURS, COUNT_WORDS, SHAPES, SIZES, Grammar
 from tmca.reports.negation import Status, read_status
+from tmca.reports.places import (
+    PHRASE_ENDS,
+    Located,
+    Noun,
+    Span,
+    covers_all,
+    image_places,
+    lung_places,
+    share_sides,
+    sides_and_heights,
+)
 from tmca.reports.sections import CURRENT, Section, Sentence
 
-Span = tuple[int, int]
 Adjective = Literal["size", "colour", "shape"]
 
 # --- words --------------------------------------------------------------------------------------------------------
@@ -195,117 +205,11 @@ _ENDS_ADJECTIVES = re.compile(rf"\s*(?:$|[,;.()]|(?:{'|'.join(_AFTER_ADJECTIVES)
 _WITH_SURFACE = re.compile(
     r"\bwith\s+an?\s+(?P<word>[\w-]+)\s+(?:surface|colou?r|hue|shape|appearance)\b", re.IGNORECASE
 )
-_PHRASE_ENDS = re.compile(
-    r"[:;()]|\b(?:in|at|on|of|with|within|is|are|was|were|has|have|had|there|shows?|showed|demonstrates?|reveals?|which|that"
-    r"|to|over|from|without|and|or|no|not|for|by|seen|noted|found|near|next|containing|contains?|from|than|but|while|whereas|although|then)\b|clock\b",
-    re.IGNORECASE,
-)
-
-# --- places -------------------------------------------------------------------------------------------------------
-
-_HEIGHTS = {
-    **dict.fromkeys(("upper", "apex", "apices", "apical", "apically"), "upper"),
-    **dict.fromkeys(("mid", "middle"), "middle"),
-    **dict.fromkeys(("lower", "base", "bases", "basal", "basally", "basilar"), "lower"),
-}
-_INITIALS = {"u": "upper", "m": "middle", "l": "lower"}
-_ZONES = r"(?:lungs?|zones?|thirds?|fields?|parts?|portions?|areas?|regions?)"
-_HEIGHT_LIST = r"(?:upper|mid(?:dle)?|lower)"
-_AND_MORE = rf"(?:[\s-]*(?:,|/|&|-|and|or|to|through)[\s-]*(?:and\s+)?(?:(?:left|right)\s+)?{_HEIGHT_LIST})*"
-_ATOM = re.compile(
-    r"(?P<abbreviation>\b[RL][UML]L\b)"
-    r"|(?P<initials>\b[RL]\s?[UML]Z\b)"
-    r"|(?P<initial>(?-i:\b[RL])\b(?=\s+(?:lungs?|upper|mid(?:dle)?|lower|bases?|basal|apex|apical)\b))"
-    r"|(?P<bi>\bbi[\s-]?(?:basal|basilar|basally|apical)(?:ly)?\b)"
-    r"|(?P<lingula>\blingular?\b)"
-    r"|(?P<segment>\b(?:apical|basal|anterior|posterior|superior|medial|lateral)(?:\s+basal)?\s+segments?\b)"
-    r"|(?P<whole>\b(?:throughout|entire|whole|all\s+(?:zones|thirds|parts)\s+of)(?=\s+(?:of\s+)?(?:the\s+)?(?:both|left|right|lungs?)\b))"
-    rf"|(?P<lobe>\b{_HEIGHT_LIST}(?={_AND_MORE}[\s-]+lobes?\b))"
-    rf"|(?P<zone>\b{_HEIGHT_LIST}(?={_AND_MORE}[\s-]*(?:(?:left|right)\s+)?{_ZONES}\b))"
-    r"|(?P<edge>\b(?:apex|apices|apical(?:ly)?|bases?|basal(?:ly)?|basilar)\b(?!\s+of\s+(?:the\s+)?(?:heart|skull|neck)))"
-    r"|(?P<side>\b(?:left|right)(?:[\s-]sided)?\b)"
-    r"|(?P<both>\bbilateral(?:ly)?\b|\bb/l\b|\b(?:both|either)(?=\s+(?:\w+\s+){0,3}?(?:lungs?|bases|apices|zones|sides|lobes|hemithora\w+|fields))\b)",
-    re.IGNORECASE,
-)
-_LINK = re.compile(
-    rf"[\s,/&-]*(?:(?:and|or|of|the|in|on|at|to|both|through|lobes?|side|sides|hemithorax|hemithoraces|lung|aspect|{_ZONES})[\s,/&-]*)*",
-    re.IGNORECASE,
-)
-_SHOWS = re.compile(
-    r"\s*(?:lungs?|lobes?|zones?|fields?|side)?\s*(?:shows?|showed|demonstrates?|demonstrated|reveals?|contains?"
-    r"|(?:has|have|had)(?!\s+(?:\w+ly\s+)?(?:been|not|\w+ed)\b)|exhibits?"
-    r"|(?:is|are)\s+(?:free|clear)\s+(?:of|from)"
-    r"|there\s+(?:is|are|was|were))\b|\s*(?:lung|lobe|zone|side)?\s*:",
-    re.IGNORECASE,
-)
-_TURNS = re.compile(r"[,;]|\b(?:but|while|whereas|although)\b", re.IGNORECASE)
-_PLACE_NOUN = re.compile(rf"[\s-]*(?:{_ZONES}|lobes?|hemithorax|sided?)\b", re.IGNORECASE)
-_LABEL_END = re.compile(r"[\s\w-]{0,20}:")
-_EXCEPTED = re.compile(
-    r"\b(?:not|except(?:\s+for)?|excluding|never|nor|sparing|previously|formerly|no\s+longer|rather\s+than|instead\s+of)\s+(?:\w+ly\s+)?(?:(?:in|on|at|of|involving|within)\s+)?(?:(?:the|its)\s+)?$",
-    re.IGNORECASE,
-)
-_IS = re.compile(
-    rf"\s*(?:{_ZONES}|lobes?|side)?\s*(?:is|are|was|were|remains?|appears?)\s+(?:\w+ly\s+|otherwise\s+|now\s+)*",
-    re.IGNORECASE,
-)
-_FREE = re.compile(r"(?:clear|unremarkable|normal|spared)\b", re.IGNORECASE)
-_IMAGE = r"(?:image|picture|frame|photograph|photo|view|field(?:\s+of\s+view)?|screen|film|radiograph)"
-_OF_IMAGE = re.compile(
-    rf"\s*(?:side\s+|half\s+|part\s+|corner\s+|quadrant\s+|third\s+)?of\s+(?:the\s+|this\s+)?{_IMAGE}\b", re.IGNORECASE
-)
-_PLACE_WORDS = (
-    r"(?:left|right)\s+(?:upper|lower|top|bottom)|(?:top|bottom|upper|lower|middle|cent(?:er|re|ral)|left|right)"
-    r"(?:(?:\s+|-)(?:left|right|middle|cent(?:er|re)))?"
-)
-_PLACE = re.compile(rf"(?<![\w-])(?P<place>{_PLACE_WORDS})(?![\w-])", re.IGNORECASE)
-_CLOCK = re.compile(
-    r"\bat\s+(?:the\s+)?(?P<hour>\d{1,2})(?:\s*:\s*00)?\s*o[’'`]?\s?clock\b(?!\s*(?:to|until|[-–])\s)(?!\s+(?:in\s+the\s+(?:morning|afternoon|evening)|a\.?m|p\.?m))",
-    re.IGNORECASE,
-)
-_BOWEL = re.compile(r"bowel|intestine", re.IGNORECASE)
-_CLOCK_PLACES = {
-    12: "top",
-    1: "top right",
-    2: "top right",
-    3: "right",
-    4: "bottom right",
-    5: "bottom right",
-    6: "bottom",
-    7: "bottom left",
-    8: "bottom left",
-    9: "left",
-    10: "top left",
-    11: "top left",
-}
 _ANAPHOR = re.compile(
     r"\s*(?P<word>it|they|this|these|both|one)\b(?=\s+(?:is|are|was|were|lies?|lay|measures?|appears?|occup\w+)\b)",
     re.IGNORECASE,
 )
 _UNILATERAL = re.compile(r"\bunilateral\b", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Located:
-    """Where a sentence puts a finding.
-
-    Attributes:
-        span: Its words in the report.
-        sides: Left, right or both, as the report says them.
-        thirds: Of the lung: upper, middle, lower.
-        lobe: A lobe is named, which is no third of the image.
-        is_excepted: The finding is not there: "not in the left lung".
-        of_image: The sides are those of the image, in the report's own words.
-        place: One of the nine places of the image.
-    """
-
-    span: Span
-    sides: tuple[str, ...] = ()
-    thirds: tuple[str, ...] = ()
-    lobe: bool = False
-    is_excepted: bool = False
-    of_image: bool = False
-    place: str | None = None
 
 
 @dataclass(frozen=True)
@@ -366,13 +270,6 @@ class Mention:
     lengths: tuple[Span, ...] = ()
 
 
-@dataclass(frozen=True)
-class _Head:
-    start: int
-    end: int
-    is_target: bool
-
-
 def find_mentions(sentences: Sequence[Sentence], grammar: Grammar, more: Sequence[Span] = ()) -> list[Mention]:
     """Return the mentions of the target in the sections that tell of now, in their order.
 
@@ -395,7 +292,7 @@ def find_mentions(sentences: Sequence[Sentence], grammar: Grammar, more: Sequenc
     return mentions
 
 
-def _heads(sentence: Sentence, grammar: Grammar, more: Sequence[Span]) -> list[_Head]:
+def _heads(sentence: Sentence, grammar: Grammar, more: Sequence[Span]) -> list[Noun]:
     text = sentence.text
     targets = [match.span() for match in re.finditer(rf"\b{_OF}(?:{TARGETS[grammar]})\b", text, re.IGNORECASE)]
     for start, end in more:
@@ -403,21 +300,21 @@ def _heads(sentence: Sentence, grammar: Grammar, more: Sequence[Span]) -> list[_
         if first >= 0 and last <= len(text) and not any(first < b and a < last for a, b in targets):
             targets.append((first, last))
     others = [match.span() for match in re.finditer(rf"\b(?:{_OTHERS[grammar]})\b", text, re.IGNORECASE)]
-    heads = [_Head(*span, True) for span in targets]
-    heads += [_Head(*span, False) for span in others if not any(span[0] < b and a < span[1] for a, b in targets)]
+    heads = [Noun(*span, True) for span in targets]
+    heads += [Noun(*span, False) for span in others if not any(span[0] < b and a < span[1] for a, b in targets)]
     return sorted(heads, key=lambda head: head.start)
 
 
-def _mentions_of(sentence: Sentence, grammar: Grammar, heads: list[_Head]) -> Iterator[Mention]:
+def _mentions_of(sentence: Sentence, grammar: Grammar, heads: list[Noun]) -> Iterator[Mention]:
     text, offset = sentence.text, sentence.start
     normal = (
         list((_NORMAL_LUNGS if grammar == "lung" else _NORMAL_BOWEL).finditer(text)) if grammar != "phantom" else []
     )
     taken = [match.span() for match in normal]
-    located = _located_lungs(sentence, heads, taken) if grammar == "lung" else _located_places(sentence, heads, grammar)
+    located = lung_places(sentence, heads, taken) if grammar == "lung" else image_places(sentence, heads, grammar)
     places = [(head.start, head.end) for head in heads if head.is_target]
     for match in normal:
-        inside = tuple(item for item, _ in _groups(text, offset) if _within(item.span, match.span(), offset))
+        inside = tuple(item for item, _ in sides_and_heights(text, offset) if _within(item.span, match.span(), offset))
         yield Mention(
             sentence.section,
             (match.start() + offset, match.end() + offset),
@@ -425,7 +322,7 @@ def _mentions_of(sentence: Sentence, grammar: Grammar, heads: list[_Head]) -> It
             "negated",
             proof=(match.start() + offset, match.end() + offset),
             located=inside,
-            is_everywhere=_covers_all(inside) and _ONE_LUNG.search(match[0]) is None,
+            is_everywhere=covers_all(inside) and _ONE_LUNG.search(match[0]) is None,
             leaves_rest=_NOT_OF_ALL.search(match[0]) is not None or _EXCEPT.search(text, match.end()) is not None,
             is_normal=True,
         )
@@ -440,7 +337,7 @@ def _mentions_of(sentence: Sentence, grammar: Grammar, heads: list[_Head]) -> It
             reading.status,
             cue=reading.cue,
             proof=(reading.span[0] + offset, reading.span[1] + offset),
-            located=_joined(
+            located=share_sides(
                 tuple(
                     item
                     for item, owners in located
@@ -452,7 +349,7 @@ def _mentions_of(sentence: Sentence, grammar: Grammar, heads: list[_Head]) -> It
         yield _described(mention, sentence, grammar, heads, head)
 
 
-def _described(mention: Mention, sentence: Sentence, grammar: Grammar, heads: list[_Head], head: _Head) -> Mention:
+def _described(mention: Mention, sentence: Sentence, grammar: Grammar, heads: list[Noun], head: Noun) -> Mention:
     """Return the mention with count, adjectives and what its denial covers."""
     text, offset = sentence.text, sentence.start
     start = _phrase_start(text, heads, head)
@@ -490,7 +387,7 @@ def _described(mention: Mention, sentence: Sentence, grammar: Grammar, heads: li
         is_further=_FURTHER.search(before) is not None,
         in_part=mention.in_part or (count is not None and not _adds_up(text[head.end : next_target], count)),
         is_total=_TOTAL.search(text) is not None,
-        is_everywhere=_covers_all(mention.located) and not in_a_place and not labelled,
+        is_everywhere=covers_all(mention.located) and not in_a_place and not labelled,
         is_typed=_TYPED.search(before) is not None
         or any(word.lower() in _VALUES for word in _WORD.findall(before))
         or _LARGER_THAN.match(after) is not None,
@@ -529,17 +426,17 @@ def _about_the_last(sentence: Sentence, grammar: Grammar, last: Mention) -> list
     pronoun = _ANAPHOR.match(sentence.text)
     if pronoun is None or last.status != "affirmed":
         return []
-    head = _Head(pronoun.start("word"), pronoun.end("word"), True)
+    head = Noun(pronoun.start("word"), pronoun.end("word"), True)
     heads = sorted([head, *_heads(sentence, grammar, ())], key=lambda item: item.start)
     found = [item for item in _mentions_of(sentence, grammar, heads) if not item.is_normal]
     return [replace(mention, is_known=True, count=None, words=last.words) for mention in found]
 
 
-def _phrase_start(text: str, heads: list[_Head], head: _Head) -> int:
+def _phrase_start(text: str, heads: list[Noun], head: Noun) -> int:
     """Return where the words before a head that belong to it begin."""
     text = _LENGTH.sub(lambda match: "#" * len(match[0]), text)  # the "to" of "4 to 5 mm" ends no phrase
     start = max((other.end for other in heads if other.end <= head.start), default=0)
-    for match in _PHRASE_ENDS.finditer(text, start, head.start):
+    for match in PHRASE_ENDS.finditer(text, start, head.start):
         joins = match[0].lower() in ("and", "or") and _joins_adjectives(text, match, head.start)
         if not joins and match[0].lower() not in ("no", "not"):
             start = match.end()
@@ -553,7 +450,7 @@ def _joins_adjectives(text: str, joint: re.Match[str], end: int) -> bool:
     return all(word.lower() in _VALUES for word in (*before, *after)) and bool(before) and bool(after)
 
 
-def _counted(text: str, start: int, head: _Head, plural: bool) -> tuple[int, Span] | None:
+def _counted(text: str, start: int, head: Noun, plural: bool) -> tuple[int, Span] | None:
     """Return the number of targets and its place: a number word or a figure, or "a" before one target."""
     times = _TIMES.match(text, head.end)
     if times:
@@ -575,7 +472,7 @@ def _counted(text: str, start: int, head: _Head, plural: bool) -> tuple[int, Spa
     return None
 
 
-def _adjectives(text: str, offset: int, start: int, heads: list[_Head], head: _Head) -> list[Stated]:
+def _adjectives(text: str, offset: int, start: int, heads: list[Noun], head: Noun) -> list[Stated]:
     """Return size, colour and shape: words before the target, or after it behind a comma or "is"."""
     words = list(_WORD.finditer(text, start, head.end))
     following = [other.start for other in heads if other.start >= head.end]
@@ -614,203 +511,8 @@ def _predicates(text: str, start: int, end: int, *, before_other: bool) -> Itera
             allowed = False
 
 
-# --- where --------------------------------------------------------------------------------------------------------
-
-
 def _within(span: Span, outer: Span, offset: int) -> bool:
     return outer[0] + offset <= span[0] and span[1] <= outer[1] + offset
-
-
-def _covers_all(located: Sequence[Located]) -> bool:
-    """Return whether a denial holds for both lungs or the whole image: it names no place, or both sides alone."""
-    sides = {side for item in located for side in item.sides if not item.thirds and not item.lobe}
-    return not located or sides == set(SIDES)
-
-
-def _located_lungs(sentence: Sentence, heads: list[_Head], taken: list[Span]) -> list[tuple[Located, list[_Head]]]:
-    """Return each group of side and height words with the findings that it belongs to."""
-    text, offset = sentence.text, sentence.start
-    result = []
-    for item, (start, end) in _groups(text, offset):
-        if not any(first <= start and end <= last for first, last in taken):
-            result.append((item, _owners(text, start, end, heads)))
-    return result
-
-
-def _joined(located: tuple[Located, ...]) -> tuple[Located, ...]:
-    """Give heights without a side the sides of the same finding that have no height: "bilateral …, lower zones"."""
-    bare = [item for item in located if item.sides and not item.thirds and not item.lobe]
-    sides = tuple(side for side in SIDES if any(side in item.sides for item in bare))
-    return tuple(replace(item, sides=sides) if item.thirds and not item.sides else item for item in located)
-
-
-def _groups(text: str, offset: int) -> Iterator[tuple[Located, Span]]:
-    """Yield the sides and heights of a sentence, grouped: "right mid and lower zones" is one."""
-    atoms = list(_ATOM.finditer(text))
-    groups: list[list[re.Match[str]]] = []
-    for atom in atoms:
-        if groups and _LINK.fullmatch(text, groups[-1][-1].end(), atom.start()) and _belongs(groups[-1], atom, text):
-            groups[-1].append(atom)
-        else:
-            groups.append([atom])
-    for group in groups:
-        sides, thirds, lobe = _meaning(group)
-        start, end = group[0].start(), group[-1].end()
-        if not any(_is_sided(atom) for atom in group) and _LABEL_END.match(text, end):
-            continue  # "Lung bases:" says where is looked, not where something is
-        if sides or thirds or lobe:
-            of_image = _OF_IMAGE.match(text, end)
-            excepted = _EXCEPTED.search(text, 0, start)
-            noun = _PLACE_NOUN.match(text, end)
-            end = noun.end() if noun else end
-            located = Located(
-                (start + offset, end + offset),
-                sides,
-                thirds,
-                lobe=lobe,
-                is_excepted=excepted is not None,
-                of_image=of_image is not None,
-            )
-            yield located, (start, end)
-
-
-def _belongs(group: list[re.Match[str]], atom: re.Match[str], text: str) -> bool:
-    """Return whether a word goes on with the group before it, or begins another place."""
-    has_side = any(_is_sided(item) for item in group)
-    has_height = any(
-        not _is_sided(item) or item.lastgroup in ("abbreviation", "initials", "bi", "lingula") for item in group
-    )
-    if _is_sided(atom):
-        if not has_side:
-            return True  # "base of the right lung"
-        between = text[group[-1].end() : atom.start()]
-        # "left and right bases" shares the height; "left lung and right base" does not.
-        return (
-            not has_height and atom.lastgroup == "side" and re.fullmatch(r"\s*(?:and|or|&|/)\s*", between) is not None
-        )
-    if _is_sided(group[-1]) and not text[group[-1].end() : atom.start()].strip():
-        return True  # "segment of the right lower lobe"
-    is_postfixed = has_side and has_height and not _is_sided(group[0])
-    return not is_postfixed
-
-
-def _is_sided(atom: re.Match[str]) -> bool:
-    return atom.lastgroup in ("abbreviation", "initials", "initial", "bi", "lingula", "side", "both")
-
-
-def _meaning(group: list[re.Match[str]]) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
-    sides: set[str] = set()
-    thirds: set[str] = set()
-    lobes: set[str] = set()
-    for atom in group:
-        word = atom[0].lower()
-        kind = atom.lastgroup
-        if kind in ("abbreviation", "initials", "initial"):
-            sides.add("right" if word[0] == "r" else "left")
-            lobes |= {word} if kind == "abbreviation" else set()
-            thirds |= {_INITIALS[word[-2]]} if kind == "initials" else set()
-        elif kind == "bi":
-            sides |= set(SIDES)
-            thirds.add("upper" if "apical" in word else "lower")
-        elif kind == "lingula":
-            sides.add("left")
-            lobes.add(word)
-        elif kind == "side":
-            sides.add(word[: 5 if word.startswith("right") else 4])
-        elif kind == "both":
-            sides |= set(SIDES)
-        elif kind == "whole":
-            thirds |= set(THIRDS)
-        elif kind in ("lobe", "segment"):
-            lobes.add(word)
-        else:
-            thirds.add(_HEIGHTS[word])
-            sides |= set(SIDES) if word in ("bases", "apices") and not any(_is_sided(item) for item in group) else set()
-    if lobes and not sides and lobes <= {"mid", "middle"}:
-        sides.add("right")  # only the right lung has a middle lobe
-    ordered = tuple(side for side in SIDES if side in sides)
-    return ordered, tuple(third for third in THIRDS if third in thirds), bool(lobes)
-
-
-def _owners(text: str, start: int, end: int, heads: list[_Head], *, shared: bool = True) -> list[_Head]:
-    """Return the findings that a place belongs to.
-
-    The one that it stands before as an adjective ("right effusion"); else, behind a verb, the next ("the right lung
-    shows …"); else the ones before it, which are joined by "and" where ``shared``; else the next.
-    """
-    following = [head for head in heads if head.start >= end]
-    preceding = [head for head in heads if head.end <= start]
-    if following:
-        between = text[end : following[0].start]
-        if "," not in between and _PHRASE_ENDS.search(between) is None:
-            return _only(following[0])
-        if (_SHOWS.match(between) and not _TURNS.search(between)) or _IS.fullmatch(between):
-            return _only(following[0])
-        if "," not in between and _FREE.match(text, following[0].start):
-            return []
-    if preceding:
-        owners = [preceding[-1]]
-        for head in reversed(preceding[:-1]):
-            joint = text[head.end : owners[-1].start]
-            if not shared or not re.fullmatch(r"\s*(?:/|\b(?:and|or)\b)\s*(?:[\w-]+\s+){0,2}", joint):
-                break
-            owners.append(head)
-        return [head for head in owners if head.is_target]
-    return _only(following[0]) if following else []
-
-
-def _only(head: _Head) -> list[_Head]:
-    return [head] if head.is_target else []
-
-
-def _located_places(sentence: Sentence, heads: list[_Head], grammar: Grammar) -> list[tuple[Located, list[_Head]]]:
-    """Return the places of the image: by words that name the image, by "top" or "bottom", or by the clock."""
-    text, offset = sentence.text, sentence.start
-    heads = [head for head in heads if not _BOWEL.match(text, head.start)]  # that is where a polyp lies
-    result: list[tuple[Located, list[_Head]]] = []
-    matches = list(_PLACE.finditer(text))
-    for number, match in enumerate(matches):
-        joined = _joined_end(text, matches[number:])
-        words = match["place"].lower()
-        lead = re.search(r"\b(?:in|on|at|occup\w+)\s+(?:the\s+)?$", text[: match.start()], re.IGNORECASE)
-        follows = number > 0 and re.fullmatch(
-            r"(?:\s+of\s+the\s+\w+)?\s*(?:,|and|,\s*and)\s+(?:one\s+)?(?:in\s+|at\s+)?(?:the\s+)?",
-            text[matches[number - 1].end() : match.start()],
-            re.IGNORECASE,
-        )
-        anchored = _OF_IMAGE.match(text, joined) is not None
-        named = re.match(r"(?:top|bottom)[\s-]+(?:left|right)$", words) is not None or (
-            grammar == "phantom" and words in ("top", "bottom")
-        )
-        if (lead or follows) and (anchored or named):
-            place = _place_name(words)
-            span = (match.start() + offset, match.end() + offset)
-            result.append(
-                (Located(span, of_image=True, place=place), _owners(text, match.start(), joined, heads, shared=False))
-            )
-    for match in _CLOCK.finditer(text):
-        hour = int(match["hour"])
-        if hour in _CLOCK_PLACES:
-            span = (match.start() + offset, match.end() + offset)
-            owners = _owners(text, match.start(), match.end(), heads, shared=False)
-            result.append((Located(span, of_image=True, place=_CLOCK_PLACES[hour]), owners))
-    return result
-
-
-def _joined_end(text: str, matches: list[re.Match[str]]) -> int:
-    """Return where a list of places ends: "top left, bottom of the image"."""
-    end = matches[0].end()
-    for match in matches[1:]:
-        if not re.fullmatch(r"\s*(?:,|and|,\s*and)\s+(?:in\s+)?(?:the\s+)?", text[end : match.start()], re.IGNORECASE):
-            break
-        end = match.end()
-    return end
-
-
-def _place_name(words: str) -> str:
-    height = "top" if re.search(r"top|upper", words) else "bottom" if re.search(r"bottom|lower", words) else ""
-    side = "left" if "left" in words else "right" if "right" in words else ""
-    return f"{height} {side}".strip() or "center"
 
 
 def names_other(words: str, grammar: Grammar) -> bool:

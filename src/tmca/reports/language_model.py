@@ -25,7 +25,8 @@ from urllib.parse import urlsplit, urlunsplit
 
 from tmca.data.grammar import Grammar
 from tmca.errors import ConfigError
-from tmca.reports.findings import Mention, Span, find_mentions, names_other
+from tmca.reports.findings import Mention, find_mentions, names_other
+from tmca.reports.places import Span
 from tmca.reports.prompt import DEFAULT_SIDES, ReportPrompt, Sides, check_report, prompt_from_report, state
 from tmca.reports.sections import split_report
 

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from tmca.data.grammar import GRAMMARS, PLACES, SIDES, SIZES, THIRDS, Facts, Grammar, write_sentence
 from tmca.errors import DataError, unknown_name
-from tmca.reports.findings import TARGETS, Mention, Span, find_mentions, names_one_more
+from tmca.reports.findings import TARGETS, Mention, find_mentions, names_one_more
+from tmca.reports.places import Span
 from tmca.reports.sections import CURRENT, Section, Sentence, split_report
 
 Sides = Literal["patient", "image"]
