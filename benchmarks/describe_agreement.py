@@ -28,7 +28,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tmca.data.describe import LUNG_BANDS, SIZE_LIMITS, THIRD_SHARES, contradictions, measure
+from tmca.data.contradictions import contradictions
+from tmca.data.describe import LUNG_BANDS, SIZE_LIMITS, THIRD_SHARES, measure
 from tmca.data.grammar import PLACES, SIDES, THIRDS, Facts, parse, unknown_words
 from tmca.data.layouts import open_dataset
 from tmca.files import write_json

@@ -33,7 +33,7 @@ UNCOUNTED = {
     *("model.image_encoder.weights", "trainer.precision", "trainer.evaluation_batch_size", "trainer.num_workers"),
 }
 """Fields in which a run may differ from its preset: the normalisation, for one, was looked up beside the weights."""
-PAPER = {"kvasir": {"TMCA": 0.922, "Ariadne": 0.893}, "qata": {"TMCA": 0.909, "Ariadne": 0.898}}
+PAPER = {"kvasir_polyp": {"TMCA": 0.922, "Ariadne": 0.893}, "qata_cov19": {"TMCA": 0.909, "Ariadne": 0.898}}
 
 
 def paper_value(entry: dict[str, Any]) -> str:
@@ -47,7 +47,7 @@ def paper_value(entry: dict[str, Any]) -> str:
     published = published and not entry["metrics"].get("mirrored") and entry["metrics"].get("models", 1) == 1
     same = published and model["guidance"] and experiment["trainer"]["train_fraction"] == 1 and entry["split"] == "test"
     same = same and (method == "Ariadne" or experiment["objective"]["targets"] == "mask_dice")
-    values: dict[str, float] = next((PAPER[name] for name in PAPER if name in entry["dataset"].lower()), {})
+    values: dict[str, float] = PAPER.get(entry["dataset"], {})
     return f"{values[method]:.3f}" if same and method in values else ABSENT
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from scipy import ndimage
 
-from tmca.data.describe import Contradiction, contradictions
+from tmca.data.contradictions import Contradiction, contradictions
 from tmca.data.grammar import contradict, parse
 from tmca.errors import ConfigError
 from tmca.imaging.frames import Geometry

@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 from tmca import cli
+from tmca.data.grammar import parse
 from tmca.data.manifest import Manifest
 from tmca.data.phantom import write_phantoms
 from tmca.models import TMCA
@@ -103,6 +105,7 @@ def test_no_manifest_is_overwritten_by_accident(tmca: Callable[..., Outcome], ph
     data = phantoms.root / "manifest.csv"
     for arguments in (
         ("import", data, "-o", tmp_path / "m.csv"),
+        ("correct", data, "-o", tmp_path / "m.csv"),
         ("describe", data, "-o", tmp_path / "m.csv", "--grammar", "phantom"),
         ("split", data, "-o", tmp_path / "m.csv", "--resplit"),
     ):
@@ -158,6 +161,23 @@ def test_masks_become_sentences(tmca: Callable[..., Outcome], phantoms: Manifest
     assert len(described.records) == len(bare.records)
     assert {record.text for record in described.records} <= {"lesion", "lesions", "no lesion in the image"}
     assert {record.text_provenance for record in described.records} == {"from_mask"}
+
+
+def test_wrong_sentences_are_corrected(tmca: Callable[..., Outcome], tmp_path: Path):
+    sizes = {"size": 64, "seed": 3, "no_lesion_share": 0.0, "absent_share": 0.0}
+    write_phantoms(tmp_path / "data", {"train": 4, "test": 2}, **sizes)
+    data = Manifest.read(tmp_path / "data" / "manifest.csv")
+    first, *others = data.records
+    wrong = replace(first, text="nine lesions")
+    data.with_records([wrong, *others]).write(tmp_path / "data" / "wrong.csv")
+    outcome = tmca("correct", tmp_path / "data" / "wrong.csv", "-o", tmp_path / "data" / "right.csv")
+    assert outcome.code == 0, outcome.err
+    assert "1 of 6 sentences corrected (count 1)" in outcome.err
+    assert "carry ground truth" in outcome.err
+    assert f"{first.id}: nine lesions → " in outcome.out
+    right = Manifest.read(tmp_path / "data" / "right.csv")
+    assert right.records[1:] == data.records[1:]
+    assert parse(right.records[0].text or "").count == parse(first.text or "").count
 
 
 def test_splits_and_fractions_are_written(tmca: Callable[..., Outcome], phantoms: Manifest, tmp_path: Path):

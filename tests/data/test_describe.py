@@ -9,14 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from tmca.data.describe import (
-    Contradiction,
-    contradictions,
-    describe,
-    describe_manifest,
-    measure,
-    provenance_notice,
-)
+from tmca.data.contradictions import contradictions
+from tmca.data.describe import describe, describe_manifest, measure, provenance_notice
 from tmca.data.grammar import GRAMMARS, LEVELS, PARAPHRASES, parse, stated
 from tmca.data.layouts import open_dataset
 from tmca.data.manifest import Manifest, Record
@@ -139,57 +133,6 @@ def test_phantoms_are_described_as_drawn(seed: int):
     assert contradictions(phantom.text, phantom.mask) == []
     drawn, seen = parse(phantom.text), measure(phantom.mask, phantom.image, "phantom")
     assert (seen.count, seen.sizes, seen.colour) == (drawn.count, drawn.sizes, drawn.colour)
-
-
-def test_absent_lesions_contradict_their_mask():
-    phantom = draw_phantom(np.random.default_rng(0), 64, absent=True)
-    assert [found.kind for found in contradictions(phantom.text, phantom.mask)] == ["presence"]
-
-
-@pytest.mark.parametrize(
-    ("text", "boxes", "kinds"),
-    [
-        ("no polyp in the image", [(10, 10, 9, 9)], ["presence"]),
-        ("one small polyp", [], ["presence"]),
-        ("No pulmonary infection, zero infected areas.", [], []),
-        ("three small polyp", [(10, 10, 9, 9)], ["count"]),
-        ("one small polyp", [(10, 10, 9, 9), (11, 20, 9, 9)], []),  # a gap of one pixel
-        ("two small polyp", [(10, 10, 9, 9), (80, 80, 1, 1)], []),  # a speck, or not
-        ("one large polyp", [(10, 10, 9, 9)], ["size"]),
-        ("one medium polyp", [(10, 10, 24, 25)], []),  # 7.4 %, near 8 %
-        ("one small, large polyp", [(10, 10, 9, 9)], ["size"]),
-        ("one polyp, located in right of the image", [(40, 3, 9, 9)], ["side"]),
-        ("one polyp, located in bottom left of the image", [(3, 3, 9, 9)], ["height"]),
-        ("one polyp, located in bottom right of the image", [(3, 3, 9, 9)], ["side", "height"]),
-        ("one polyp, located in left of the image", [(40, 26, 14, 11)], []),  # near the border
-        ("two polyp, located in top left, right of the image", [(10, 10, 9, 9), (40, 70, 9, 9)], []),
-        ("one polyp, located in top left of the image", [(3, 80, 9, 9), (80, 3, 9, 9)], ["count", "side"]),
-        ("Unilateral pulmonary infection, one infected area, lower right lung.", [(60, 5, 20, 30)], ["side"]),
-        ("Unilateral pulmonary infection.", [(60, 5, 20, 30), (60, 55, 20, 30)], ["side"]),
-        ("Bilateral pulmonary infection.", [(60, 5, 20, 30)], ["side"]),
-        ("Bilateral pulmonary infection.", [(60, 30, 20, 30)], []),  # across the midline
-        ("Bilateral pulmonary infection.", [(0, 13, 1, 33)], []),  # by as little as the measurement counts
-        ("Unilateral pulmonary infection, one infected area, upper left lung.", [(60, 5, 20, 30)], ["height"]),
-        ("Unilateral pulmonary infection, one infected area, middle left lung.", [(40, 5, 20, 30)], []),
-        ("Unilateral pulmonary infection, one infected area, uper right lung.", [(60, 5, 20, 30)], []),
-        ("Bilateral pulmonary infection, four infected areas.", [(60, 5, 20, 30), (60, 55, 20, 30)], ["count"]),
-        ("a patient with a cough", [(10, 10, 9, 9)], []),
-        ("", [(10, 10, 9, 9)], []),
-    ],
-)
-def test_contradictions(text: str, boxes: list[tuple[int, int, int, int]], kinds: list[str]):
-    assert [found.kind for found in contradictions(text, _mask(*boxes))] == kinds
-
-
-def test_contradictions_tell_what_was_said_and_seen():
-    lung = "Unilateral pulmonary infection, one infected area, lower right lung."
-    assert contradictions(lung, _mask((60, 5, 20, 30))) == [
-        Contradiction("side", "unilateral, right", "left (left 100 %, right 0 %)")
-    ]
-    assert contradictions("two large polyp", _mask((3, 3, 9, 9))) == [
-        Contradiction("count", "2", "1"),
-        Contradiction("size", "large", "small (1.0 % of the image)"),
-    ]
 
 
 def test_wrong_arguments():

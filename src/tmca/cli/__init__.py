@@ -18,7 +18,7 @@ import tyro
 from rich.console import Console
 
 from tmca.cli.catalogue import ModelsConvert, ModelsInstall, ModelsList, ModelsVerify, PresetsList, PresetsShow
-from tmca.cli.data import DataAudit, DataDescribe, DataImport, DataPhantom, DataSplit
+from tmca.cli.data import DataAudit, DataCorrect, DataDescribe, DataImport, DataPhantom, DataSplit
 from tmca.cli.export import ExportBundle, ExportONNX, ExportOpenVINO
 from tmca.cli.health import Doctor, Info
 from tmca.cli.options import show
@@ -46,6 +46,7 @@ VERBS: dict[str, Any] = {
     "bench prompts": BenchPrompts,
     "data import": DataImport,
     "data audit": DataAudit,
+    "data correct": DataCorrect,
     "data describe": DataDescribe,
     "data split": DataSplit,
     "data phantom": DataPhantom,

@@ -1,4 +1,4 @@
-"""Datasets: import, audit, describe, split, draw."""
+"""Datasets: import, audit, correct, describe, split, draw."""
 
 from __future__ import annotations
 
@@ -111,6 +111,37 @@ class DataAudit:
             raise DataError(
                 f"{len(found.errors)} errors in {manifest.name}", hint="correct them, or know that they are there"
             )
+
+
+@dataclass(frozen=True)
+class DataCorrect:
+    """Correct sentences that their mask contradicts: `tmca data correct MANIFEST -o corrected.csv`."""
+
+    data: tyro.conf.Positional[Data]
+    """Manifest file, or a dataset folder in a known layout."""
+    output: ManifestFile
+    """The manifest to write."""
+    overwrite: bool = False
+    """Replace a manifest that is there."""
+
+    def run(self) -> None:
+        """Correct, write, and show an example."""
+        from tmca.data.contradictions import correct_manifest
+        from tmca.data.describe import provenance_notice
+        from tmca.data.layouts import open_dataset
+
+        _require_new(self.output, overwrite=self.overwrite)
+        manifest = open_dataset(self.data)
+        correct = correct_manifest(manifest)
+        correct.write(self.output)
+        pairs = zip(manifest.records, correct.records, strict=True)
+        example = next(((old, new) for old, new in pairs if old.text != new.text), None)
+        if example is not None:
+            show(f"{example[0].id}: {example[0].text} → {example[1].text}")
+        show(f"{len(correct.records)} cases → {self.output}")
+        notice = provenance_notice(correct)
+        if notice:
+            say(f"note: {notice}")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Masks to facts and sentences, and sentences held against their masks.
+"""Masks to facts and sentences.
 
 The words are those of :mod:`tmca.data.grammar`. The size limits of polyps are those of the published sentences; places,
 and the sides, thirds and counts of lungs, were fitted on the training splits of Kvasir-SEG and QaTa-COV19-v2
@@ -9,9 +9,8 @@ from a mask carries ground truth: see :func:`provenance_notice`.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, UInt8
@@ -28,7 +27,6 @@ from tmca.data.grammar import (
     THIRDS,
     Facts,
     Grammar,
-    parse,
     write_sentence,
 )
 from tmca.data.manifest import Manifest, Record, seeded_number
@@ -77,29 +75,6 @@ REFERENCE_COLOURS: dict[str, tuple[float, float, float]] = {
 }
 """Colour words as CIELAB (D65) values; the nearest to the median colour under the mask is chosen."""
 
-_SIZE_TOLERANCE = 1.25
-_PLACE_TOLERANCE = 0.1
-_THIRD_REACH = {"upper": (0.0, 0.45), "middle": (0.15, 0.65), "lower": (0.35, 1.0)}
-_OWNED = 0.9
-_NOTHING = 0.01
-_PLENTY = 0.25
-
-
-@dataclass(frozen=True)
-class Contradiction:
-    """A fact that a sentence states and its mask denies.
-
-    Attributes:
-        kind: What is contradicted: whether there is a target, how many, how large, where from left to right, or where
-            from top to bottom.
-        said: What the sentence says, in its words.
-        seen: What the mask shows.
-    """
-
-    kind: Literal["presence", "count", "size", "side", "height"]
-    said: str
-    seen: str
-
 
 @dataclass(frozen=True)
 class _Part:
@@ -140,7 +115,7 @@ def measure(mask: MaskArray, image: ImageArray | None = None, grammar: Grammar =
             f"The mask is {mask.shape[1]}×{mask.shape[0]}, its image {image.shape[1]}×{image.shape[0]}",
             hint="export the mask at the image's size",
         )
-    parts = _parts(mask, SPECK_SHARES[grammar])
+    parts = parts_of(mask, SPECK_SHARES[grammar])
     if not parts:
         return Facts(grammar, present=False, count=0)
     if grammar == "lung":
@@ -187,33 +162,6 @@ def describe(
         DataError: Image and mask differ in size.
     """
     return write_sentence(measure(mask, image, grammar), level, paraphrase)
-
-
-def contradictions(text: str, mask: MaskArray, image: ImageArray | None = None) -> list[Contradiction]:  # noqa: ARG001
-    """Return what a sentence says against its mask.
-
-    Doubt is no contradiction. Counts may be those with or without small parts, and with gaps or necks of 1 % of the
-    image closed or cut; sizes may miss their class by a factor of 1.25; a place, side or height contradicts where it
-    and its surroundings hold next to nothing of the mask. Words for colour and shape are not judged.
-
-    Args:
-        text: The sentence; facts that it does not state, or not for sure, are not judged.
-        mask: Ground truth, upright.
-        image: Not used yet.
-    """
-    said = parse(text)
-    if said.present is None:
-        return []
-    if said.present != bool(mask.any()):
-        words = ("no target", "a target")
-        return [Contradiction("presence", words[said.present], words[not said.present])]
-    if not said.present:
-        return []
-    seen = measure(mask, None, said.grammar)
-    found = _contradicted_count(said, seen, mask)
-    if said.grammar == "lung":
-        return found + _contradicted_lungs(said, seen, mask)
-    return found + _contradicted_sizes(said, seen, mask) + _contradicted_places(said, seen, mask)
 
 
 def describe_manifest(
@@ -293,7 +241,7 @@ def _is_foreign(record: Record) -> bool:
     return record.text is not None and record.text_provenance != "from_mask"
 
 
-def _parts(mask: MaskArray, speck_share: float) -> list[_Part]:
+def parts_of(mask: MaskArray, speck_share: float) -> list[_Part]:
     """Return the connected parts, the largest first, without specks."""
     labels, count = ndimage.label(mask, np.ones((3, 3)))
     parts = []
@@ -347,7 +295,7 @@ def _lab(rgb: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _measure_lungs(mask: MaskArray, count: int) -> Facts:
-    halves = _halves(mask)
+    halves = half_profiles(mask)
     total = mask.sum()
     sides = tuple(side for side in SIDES if halves[side].sum() >= SIDE_SHARE * total)
     thirds = {side: _thirds_of(halves[side]) if side in sides else () for side in SIDES}
@@ -362,7 +310,7 @@ def _measure_lungs(mask: MaskArray, count: int) -> Facts:
     )
 
 
-def _halves(mask: MaskArray) -> dict[str, NDArray[np.intp]]:
+def half_profiles(mask: MaskArray) -> dict[str, NDArray[np.intp]]:
     """Return the number of true pixels in each row of the image's left and right half."""
     middle = mask.shape[1] // 2
     return {"left": mask[:, :middle].sum(axis=1), "right": mask[:, middle:].sum(axis=1)}
@@ -373,112 +321,3 @@ def _thirds_of(profile: NDArray[np.intp]) -> tuple[str, ...]:
     amounts = [int(profile[start:end].sum()) for start, end in itertools.pairwise(edges)]
     limits = [share * sum(amounts) for share in THIRD_SHARES]
     return tuple(third for third, amount, limit in zip(THIRDS, amounts, limits, strict=True) if amount >= limit)
-
-
-def _contradicted_count(said: Facts, seen: Facts, mask: MaskArray) -> list[Contradiction]:
-    if said.count is None or said.count == seen.count:
-        return []
-    speck = SPECK_SHARES[said.grammar]
-    reach = max(1, round(0.005 * max(mask.shape)))
-    around = np.ones((2 * reach + 1, 2 * reach + 1), dtype=bool)
-    bridged, cut = ndimage.binary_dilation(mask, around), ndimage.binary_erosion(mask, around)
-    counts = {len(_parts(mask, share)) for share in (0.0, speck / 4, speck, 4 * speck)}
-    counts |= {len(_parts(changed, speck)) for changed in (bridged, cut)}
-    if min(counts) <= said.count <= max(counts):
-        return []
-    return [Contradiction("count", str(said.count), str(seen.count))]
-
-
-def _contradicted_sizes(said: Facts, seen: Facts, mask: MaskArray) -> list[Contradiction]:
-    areas = [part.area for part in _parts(mask, SPECK_SHARES[said.grammar])]
-    limits = dict(zip(("small", "medium", "large"), SIZE_LIMITS[said.grammar], strict=True))
-    upper = dict(zip(limits, [*SIZE_LIMITS[said.grammar][1:], 1.0], strict=True))
-    wrong = [
-        size
-        for size in said.sizes
-        if size in limits
-        and not any(
-            limits[size] / _SIZE_TOLERANCE <= area <= upper[size] * _SIZE_TOLERANCE for area in (*areas, sum(areas))
-        )
-    ]
-    if not wrong:
-        return []
-    shares = ", ".join(f"{100 * area:.1f} %" for area in areas)
-    return [Contradiction("size", ", ".join(said.sizes), f"{', '.join(seen.sizes)} ({shares} of the image)")]
-
-
-def _contradicted_places(said: Facts, seen: Facts, mask: MaskArray) -> list[Contradiction]:
-    kinds: set[Literal["side", "height"]] = set()
-    centres = [part.centre(mask.shape) for part in _parts(mask, SPECK_SHARES[said.grammar])]
-    for place in said.places:
-        row, column = divmod(PLACES.index(place), 3)
-        down, across = _band(row), _band(column)
-        if any(down[0] <= y <= down[1] and across[0] <= x <= across[1] for y, x in centres):
-            continue
-        rows, columns = _pixels(down, mask.shape[0]), _pixels(across, mask.shape[1])
-        total = mask.sum()
-        if mask[rows, columns].sum() >= _NOTHING * total:
-            continue
-        off_side = mask[:, columns].sum() < _NOTHING * total
-        off_height = mask[rows].sum() < _NOTHING * total
-        kinds |= {"side"} if off_side or not off_height else set()
-        kinds |= {"height"} if off_height else set()
-    words = ", ".join(said.places), ", ".join(seen.places)
-    return [Contradiction(kind, *words) for kind in ("side", "height") if kind in kinds]
-
-
-def _band(position: int) -> tuple[float, float]:
-    """Return the limits of a row or column of the 3 × 3 grid, widened by the tolerance."""
-    return position / 3 - _PLACE_TOLERANCE, (position + 1) / 3 + _PLACE_TOLERANCE
-
-
-def _pixels(band: tuple[float, float], size: int) -> slice:
-    return slice(max(0, round(band[0] * size)), max(0, round(band[1] * size)))
-
-
-def _contradicted_lungs(said: Facts, seen: Facts, mask: MaskArray) -> list[Contradiction]:
-    # What each lung must own and what it can claim: a part across the midline may belong to either.
-    least = _owned_shares(mask)
-    most = {"left": 1 - least["right"], "right": 1 - least["left"]}
-    named = SIDES if said.bilateral and not said.sides else said.sides
-    empty = [side for side in named if side not in seen.sides and most[side] < _NOTHING]
-    unnamed = [side for side in SIDES if side not in named and least[side] > _PLENTY]
-    one_sided = said.bilateral is False or (len(named) == 1 and not said.bilateral)
-    both_full = said.bilateral is False and min(least.values()) > _PLENTY
-    if empty or (one_sided and named and unnamed) or both_full:
-        shares = ", ".join(f"{side} {100 * share:.0f} %" for side, share in _side_shares(mask).items())
-        return [Contradiction("side", _lungs_said(said), f"{' and '.join(seen.sides)} ({shares})")]
-    halves = _halves(mask)
-    wrong = [side for side in said.sides if said.thirds(side) and _holds_nothing(halves[side], said.thirds(side))]
-    if not wrong:
-        return []
-    words = (" and ".join(f"{' '.join(facts.thirds(side))} {side} lung" for side in wrong) for facts in (said, seen))
-    return [Contradiction("height", *words)]
-
-
-def _holds_nothing(profile: NDArray[np.intp], thirds: Sequence[str]) -> bool:
-    """Return whether the reach of the named thirds of one lung holds next to nothing of its mask."""
-    inside = np.zeros(len(profile), dtype=bool)
-    for third in thirds:
-        inside[_pixels(_THIRD_REACH[third], len(profile))] = True
-    return bool(profile[inside].sum() < _NOTHING * profile.sum())
-
-
-def _owned_shares(mask: MaskArray) -> dict[str, float]:
-    """Return the share of the mask in parts that lie in one half of the image, all but a tenth."""
-    owned = dict.fromkeys(SIDES, 0.0)
-    middle = mask.shape[1] // 2
-    for part in _parts(mask, 0.0):
-        on_left = float((part.columns < middle).mean())
-        if max(on_left, 1 - on_left) >= _OWNED:
-            owned["left" if on_left > 0.5 else "right"] += len(part.rows) / int(mask.sum())
-    return owned
-
-
-def _side_shares(mask: MaskArray) -> dict[str, float]:
-    return {side: float(profile.sum() / mask.sum()) for side, profile in _halves(mask).items()}
-
-
-def _lungs_said(said: Facts) -> str:
-    extent = {True: "bilateral", False: "unilateral", None: ""}[said.bilateral]
-    return ", ".join(part for part in (extent, " and ".join(said.sides)) if part)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tmca.data.describe import Contradiction
+from tmca.data.contradictions import Contradiction
 from tmca.errors import DataError
 from tmca.imaging.frames import Geometry
 from tmca.prediction import NO_SENTENCE, Prediction, find_regions

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from tmca.data.audit.similarity import thumbnail
-from tmca.data.describe import Contradiction, contradictions
+from tmca.data.contradictions import Contradiction, contradictions
 from tmca.data.manifest import Manifest, Record, file_hash
 from tmca.errors import DataError
 from tmca.imaging.reading import image_size, read_image, read_mask

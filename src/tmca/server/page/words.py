@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tmca.data.describe import Contradiction
+from tmca.data.contradictions import Contradiction
 from tmca.errors import TMCAError
 from tmca.prediction import NO_SENTENCE, Prediction
 
