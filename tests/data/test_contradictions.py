@@ -116,6 +116,8 @@ def test_corrections(text: str, boxes: list[tuple[int, int, int, int]], right: s
 def test_unknown_words_are_not_lost_by_a_correction():
     with pytest.raises(DataError, match="spongy would be lost"):
         corrected("three spongy polyp", _mask((10, 10, 9, 9)))
+    with pytest.raises(DataError, match="spongy would be lost"):
+        corrected("a spongy polyp", _mask())
 
 
 @given(

@@ -73,8 +73,9 @@ def corrected(text: str, mask: MaskArray) -> str:
     """Return a sentence without what its mask denies.
 
     Where a count, a size or a place is contradicted, all of these that the sentence states become those of the mask;
-    for lungs, sides, thirds and count. Colour and shape stay, and so does a sentence without contradictions. The
-    wording becomes that of the published sentences.
+    for lungs, sides, thirds and count. Colour and shape stay, and so does a sentence without contradictions. Where a
+    target is named that is not there, or denied though it is, the mask is described anew. The wording becomes that of
+    the published sentences.
 
     Args:
         text: The sentence.
@@ -85,15 +86,15 @@ def corrected(text: str, mask: MaskArray) -> str:
     """
     if not contradictions(text, mask):
         return text
-    said = parse(text)
-    seen = measure(mask, None, said.grammar)
-    if said.present != seen.present:
-        return write_sentence(seen)
     unknown = unknown_words(text)
     if unknown:
         raise DataError(
             f"“{text}” contradicts its mask, and {', '.join(unknown)} would be lost", hint="correct it by hand"
         )
+    said = parse(text)
+    seen = measure(mask, None, said.grammar)
+    if said.present != seen.present:
+        return write_sentence(seen)
     return write_sentence(
         replace(
             said,

@@ -429,7 +429,7 @@ _ALL = (
         "warning",
         "a height in the sentence (top, lower …), where the mask holds next to nothing",
         "the model learns the wrong place",
-        "correct the sentence",
+        "correct the sentence: tmca data correct",
         partial(_contradicted, "height"),
     ),
     Check(
@@ -437,7 +437,7 @@ _ALL = (
         "warning",
         "a number of targets that is not that of the mask's connected parts, small gaps and specks allowed for",
         "the sentence or the mask misses a target",
-        "look which of them is right",
+        "look which of them is right; if the mask: tmca data correct",
         partial(_contradicted, "count"),
     ),
     Check(
@@ -445,7 +445,7 @@ _ALL = (
         "warning",
         "a size class far from the area in the mask",
         "the model learns sizes that mean nothing",
-        "correct the sentence",
+        "correct the sentence: tmca data correct",
         partial(_contradicted, "size"),
     ),
     Check(
