@@ -117,6 +117,15 @@ def test_no_manifest_is_overwritten_by_accident(tmca: Callable[..., Outcome], ph
         (tmp_path / "m.csv").write_text("mine")
 
 
+@pytest.mark.parametrize("arguments", [("correct",), ("describe", "--grammar", "phantom"), ("import",)])
+def test_the_name_of_a_manifest_is_checked_before_the_work(
+    tmca: Callable[..., Outcome], tmp_path: Path, arguments: tuple[str, ...]
+):
+    outcome = tmca(*arguments, tmp_path / "nowhere", "-o", tmp_path / "m.txt")
+    assert outcome.code == 1
+    assert ".csv, .jsonl or .parquet" in outcome.err
+
+
 def test_an_audit_tells_a_sound_dataset_from_a_faulty_one(tmca: Callable[..., Outcome], tmp_path: Path):
     sizes = {"size": 64, "seed": 3, "no_lesion_share": 0.0, "absent_share": 0.0}
     write_phantoms(tmp_path / "data", {"train": 10, "val": 4, "test": 4}, **sizes)

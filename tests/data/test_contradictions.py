@@ -154,6 +154,7 @@ def test_correcting_a_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[str
     texts = ["one small polyp", "two small polyp, located in right of the image", "two spongy polyp", None]
     records = [Record(f"{number}", "image.png", mask="mask.png", text=text) for number, text in enumerate(texts)]
     records.append(Record("4", "image.png", text="nine polyp"))
+    records.append(Record("5", "image.png", mask="gone.png", text="nine polyp"))
     manifest = Manifest(tmp_path, tuple(records), "drawn")
 
     right = correct_manifest(manifest)
@@ -163,10 +164,20 @@ def test_correcting_a_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[str
         "two spongy polyp",
         None,
         "nine polyp",
+        "nine polyp",
     ]
-    assert [record.text_provenance for record in right.records] == ["human", "from_mask", *["human"] * 3]
+    assert [record.text_provenance for record in right.records] == ["human", "from_mask", *["human"] * 4]
     said = capsys.readouterr().err
     assert "1 of 4 sentences corrected (count 1, side 1, height 1)" in said
-    assert "1 contradict their mask and stay as they are" in said
+    assert "2 could not be judged or corrected and stay as they are" in said
+    assert "gone.png does not exist" in said
     assert "2: “two spongy polyp” contradicts its mask, and spongy would be lost" in said
     assert correct_manifest(right).records == right.records
+
+
+def test_nothing_to_correct(tmp_path: Path):
+    write_image(tmp_path / "image.png", np.zeros((SIZE, SIZE, 3), dtype=np.uint8))
+    write_mask(tmp_path / "mask.png", _mask((3, 3, 9, 9)))
+    records = (Record("0", "image.png", mask="mask.png"), Record("1", "image.png", text="nine polyp"))
+    with pytest.raises(DataError, match=r"no case of drawn has both a sentence and a mask .*tmca data describe"):
+        correct_manifest(Manifest(tmp_path, records, "drawn"))

@@ -127,7 +127,6 @@ class DataCorrect:
     def run(self) -> None:
         """Correct, write, and show an example."""
         from tmca.data.contradictions import correct_manifest
-        from tmca.data.describe import provenance_notice
         from tmca.data.layouts import open_dataset
 
         _require_new(self.output, overwrite=self.overwrite)
@@ -139,9 +138,7 @@ class DataCorrect:
         if example is not None:
             show(f"{example[0].id}: {example[0].text} → {example[1].text}")
         show(f"{len(correct.records)} cases → {self.output}")
-        notice = provenance_notice(correct)
-        if notice:
-            say(f"note: {notice}")
+        _tell_provenance(correct)
 
 
 @dataclass(frozen=True)
@@ -167,7 +164,7 @@ class DataDescribe:
 
     def run(self) -> None:
         """Describe, write, and say what such sentences are."""
-        from tmca.data.describe import describe_manifest, provenance_notice
+        from tmca.data.describe import describe_manifest
         from tmca.data.layouts import open_dataset
 
         _require_new(self.output, overwrite=self.overwrite)
@@ -185,9 +182,7 @@ class DataDescribe:
         if example is not None:
             show(f"{example.id}: {example.text}")
         show(f"{len(described.sentences)} distinct sentences → {self.output}")
-        notice = provenance_notice(described)
-        if notice:
-            say(f"note: {notice}")
+        _tell_provenance(described)
 
 
 @dataclass(frozen=True)
@@ -285,7 +280,18 @@ def _counts(manifest: Manifest) -> str:
     return ", ".join(f"{count} {split or 'without split'}" for split, count in manifest.splits.items())
 
 
+def _tell_provenance(manifest: Manifest) -> None:
+    from tmca.data.describe import provenance_notice
+
+    notice = provenance_notice(manifest)
+    if notice:
+        say(f"note: {notice}")
+
+
 def _require_new(path: Path, *, overwrite: bool) -> None:
+    from tmca.data.tables import require_writable
+
+    require_writable(path)
     if path.exists() and not overwrite:
         raise StorageError(f"{path} is there already", hint="replace it with --overwrite, or choose another name")
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from tmca.data.describe import SIZE_LIMITS, SPECK_SHARES, ImageArray, MaskArray, half_profiles, measure, parts_of
+from tmca.data.describe import SIZE_LIMITS, SPECK_SHARES, MaskArray, half_profiles, measure, parts_of
 from tmca.data.grammar import PLACES, SIDES, Facts, parse, unknown_words, write_sentence
 from tmca.data.manifest import Manifest, Record
 from tmca.errors import DataError
@@ -42,7 +42,7 @@ class Contradiction:
     seen: str
 
 
-def contradictions(text: str, mask: MaskArray, image: ImageArray | None = None) -> list[Contradiction]:  # noqa: ARG001
+def contradictions(text: str, mask: MaskArray) -> list[Contradiction]:
     """Return what a sentence says against its mask.
 
     Doubt is no contradiction. Counts may be those with or without small parts, and with gaps or necks of 1 % of the
@@ -52,7 +52,6 @@ def contradictions(text: str, mask: MaskArray, image: ImageArray | None = None) 
     Args:
         text: The sentence; facts that it does not state, or not for sure, are not judged.
         mask: Ground truth, upright.
-        image: Not used yet.
     """
     said = parse(text)
     if said.present is None:
@@ -118,9 +117,15 @@ def correct_manifest(manifest: Manifest) -> Manifest:
         manifest: The cases; one at a time is read.
 
     Raises:
-        DataError: A mask cannot be read.
+        DataError: No case has a sentence and a mask.
     """
-    changes: Counter[str] = Counter()
+    judged = [record for record in manifest.records if record.text is not None and record.mask is not None]
+    if not judged:
+        raise DataError(
+            f"no case of {manifest.name} has both a sentence and a mask",
+            hint="`tmca data describe` writes sentences from masks",
+        )
+    kinds: Counter[str] = Counter()
     kept: list[str] = []
 
     def correct() -> Iterator[Record]:
@@ -129,8 +134,8 @@ def correct_manifest(manifest: Manifest) -> Manifest:
             if mask_path is None or record.text is None:
                 yield record
                 continue
-            mask = read_mask(mask_path)
             try:
+                mask = read_mask(mask_path)
                 text = corrected(record.text, mask)
             except DataError as error:
                 kept.append(f"{record.id}: {error.message}")
@@ -139,16 +144,15 @@ def correct_manifest(manifest: Manifest) -> Manifest:
             if text == record.text:
                 yield record
                 continue
-            changes.update(dict.fromkeys((found.kind for found in contradictions(record.text, mask)), 1))
-            changes["sentences"] += 1
+            kinds.update(dict.fromkeys((found.kind for found in contradictions(record.text, mask)), 1))
             yield replace(record, text=text, text_provenance="from_mask")
 
     records = tuple(track(correct(), f"Correcting {manifest.name}", len(manifest.records)))
-    sentences = sum(record.text is not None for record in manifest.records)
-    kinds = ", ".join(f"{kind} {count}" for kind, count in changes.most_common() if kind != "sentences")
-    say(f"{changes['sentences']} of {sentences} sentences corrected" + f" ({kinds})" * bool(kinds))
+    changed = sum(new.text != old.text for old, new in zip(manifest.records, records, strict=True))
+    counted = ", ".join(f"{kind} {count}" for kind, count in kinds.most_common())
+    say(f"{changed} of {len(judged)} sentences corrected" + f" ({counted})" * bool(counted))
     if kept:
-        say(f"{len(kept)} contradict their mask and stay as they are, for they have words that are not known:")
+        say(f"{len(kept)} could not be judged or corrected and stay as they are:")
         for message in kept:
             say(f"  {message}")
     return manifest.with_records(records)

@@ -20,6 +20,8 @@ from tmca.files import write_bytes, write_text
 Row = tuple[int, dict[str, str]]
 """Line number in the file, and the cells by column."""
 
+_WRITABLE = (".csv", ".jsonl", ".parquet")
+
 
 def read_rows(path: Path, required: Iterable[str], single: Iterable[str] = ("image", "text", "prompt")) -> list[Row]:
     """Read a table as rows of strings.
@@ -51,6 +53,22 @@ def read_rows(path: Path, required: Iterable[str], single: Iterable[str] = ("ima
     return rows
 
 
+def require_writable(path: Path) -> None:
+    """Check by its name that :func:`write_rows` can write a file, before the work that fills it.
+
+    Raises:
+        StorageError: The ending is none of ``.csv``, ``.jsonl`` and ``.parquet``.
+        DataError: The ending is ``.parquet`` and the extra ``data`` is not installed.
+    """
+    if path.suffix not in _WRITABLE:
+        raise StorageError(
+            f"Cannot write {path}: a table is CSV, JSON Lines or Parquet",
+            hint=f"let the name end in {_one_of(_WRITABLE)}",
+        )
+    if path.suffix == ".parquet":
+        _optional("pyarrow.parquet", path)
+
+
 def write_rows(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> None:
     """Write a table in one step.
 
@@ -62,6 +80,7 @@ def write_rows(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, s
     Raises:
         StorageError: The ending is unknown or the file could not be written.
     """
+    require_writable(path)
     if path.suffix == ".csv":
         # The csv module leaves a lone carriage return unquoted and would then read it as the end of the row.
         fragile = any("\r" in value for row in rows for value in row.values())
@@ -75,18 +94,13 @@ def write_rows(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, s
     elif path.suffix == ".jsonl":
         lines = (json.dumps({name: row[name] for name in columns if row[name]}) for row in rows)
         write_text(path, "".join(line + "\n" for line in lines))
-    elif path.suffix == ".parquet":
+    else:
         arrow = _optional("pyarrow", path)
         schema = arrow.schema([(name, arrow.string()) for name in columns])
         table = arrow.table({name: [row[name] or None for row in rows] for name in columns}, schema=schema)
         buffer = io.BytesIO()
         _optional("pyarrow.parquet", path).write_table(table, buffer)
         write_bytes(path, buffer.getvalue())
-    else:
-        raise StorageError(
-            f"Cannot write {path}: a table is CSV, JSON Lines or Parquet",
-            hint=f"let the name end in {_one_of(('.csv', '.jsonl', '.parquet'))}",
-        )
 
 
 def missing_column(where: Path | str, name: str, columns: Sequence[str]) -> DataError:

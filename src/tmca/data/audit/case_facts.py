@@ -137,7 +137,7 @@ def _examine_mask(facts: CaseFacts, path: Path, text: str | None, image: NDArray
         foreground=float(mask.mean()),
         parts=count,
         specks=_sizes(specks),
-        contradictions=tuple(contradictions(text, mask, image)) if text is not None and fits else (),
+        contradictions=tuple(contradictions(text, mask)) if text is not None and fits else (),
     )
 
 
