@@ -1,8 +1,9 @@
 """Write the results tables of the pages from results/*.json.
 
 A page holds ``<!-- results:begin WHAT -->`` and ``<!-- results:end -->``; between them goes the table that WHAT names:
-``runs`` (single runs, one a line), for example ``table1 kvasir_polyp cpu`` (a table of the paper, over all seeds), or
-``benchmark training_step`` (the table of ``benchmarks/results/training_step.json``).
+``runs`` (single runs, one a line), for example ``table1 kvasir_polyp cpu`` (a table of the paper, over all seeds),
+``benchmark training_step`` (the table of ``benchmarks/results/training_step.json``), or ``sweep kvasir_polyp`` (the forms
+of the alignment on validation data).
 ``python docs/tables.py`` rewrites them; with ``--check`` nothing is changed and the exit code is 1 if one is stale.
 """
 
@@ -110,10 +111,31 @@ def benchmark_table(name: str) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{where}"
 
 
+def sweep_table(dataset: str) -> str:
+    """Return the forms of the alignment tried on a dataset, a column a seed, in the order in which they were tried."""
+    path = ROOT / "benchmarks" / "results" / "alignment_sweep.json"
+    runs = json.loads(path.read_text("utf-8")) if path.is_file() else []
+    forms = list(dict.fromkeys(run["form"] for run in runs))
+    cells = {
+        (run["form"], run["seed"]): f"{run['pooled']['right']:.3f} / {run['per_case']:.3f}"
+        for run in runs
+        if run["data"] == dataset
+    }
+    if not cells:
+        return "Not measured yet."
+    seeds = sorted({seed for _, seed in cells})
+    lines = [["pooled / per-case Dice", *(f"seed {seed}" for seed in seeds)], ["---", *["---:"] * len(seeds)]]
+    tried = [form for form in forms if any(name == form for name, _ in cells)]
+    lines += [[form, *(cells.get((form, seed), "") for seed in seeds)] for form in tried]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def content(what: str, ledger: Ledger) -> str:
     """Return what stands between the marks of a block."""
     if what.startswith("benchmark "):
         return benchmark_table(what.split()[1])
+    if what.startswith("sweep "):
+        return sweep_table(what.split()[1])
     if what != "runs":
         name, dataset, scale = what.split()
         return paper_table(ledger, name, dataset, scale)

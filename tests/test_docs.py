@@ -514,6 +514,21 @@ def test_a_stale_table_is_found_and_rewritten(tables: ModuleType, tmp_path: Path
     assert rows[4][-4:-1] == ["n/a", "n/a", "n/a"]
 
 
+def test_a_sweep_has_a_line_a_form_and_a_column_a_seed(tables: ModuleType, tmp_path: Path):
+    assert tables.content("sweep polyps", Ledger(tmp_path)) == "Not measured yet."
+    runs = [("lungs", "no alignment", 1), ("polyps", "mask", 2), ("polyps", "no alignment", 1), ("polyps", "mask", 1)]
+    scored = [
+        {"data": data, "form": form, "seed": seed, "pooled": {"right": 0.9 + seed / 100}, "per_case": 0.8}
+        for data, form, seed in runs
+    ]
+    (tmp_path / "benchmarks/results").mkdir(parents=True)
+    (tmp_path / "benchmarks/results/alignment_sweep.json").write_text(json.dumps(scored), encoding="utf-8")
+    assert _rows(tables.content("sweep polyps", Ledger(tmp_path)))[2:] == [
+        ["no alignment", "0.910 / 0.800", ""],
+        ["mask", "0.910 / 0.800", "0.920 / 0.800"],
+    ]
+
+
 def test_the_runs_of_a_table_are_shown_there(tables: ModuleType, tmp_path: Path):
     runs = plan(get_table("table2"), Data("kvasir_polyp", "a" * 64, 800), "cpu", [1, 2])
     for run in (run for run in runs if run.row.preset in ("tmca", "ariadne")):
