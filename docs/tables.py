@@ -2,8 +2,8 @@
 
 A page holds ``<!-- results:begin WHAT -->`` and ``<!-- results:end -->``; between them goes the table that WHAT names:
 ``runs`` (single runs, one a line), for example ``table1 kvasir_polyp cpu`` (a table of the paper, over all seeds),
-``benchmark training_step`` (the table of ``benchmarks/results/training_step.json``), or ``sweep kvasir_polyp`` (the forms
-of the alignment on validation data).
+``benchmark training_step`` (the table of ``benchmarks/results/training_step.json``), or ``sweep kvasir_polyp`` (the
+forms of the alignment on validation data).
 ``python docs/tables.py`` rewrites them; with ``--check`` nothing is changed and the exit code is 1 if one is stale.
 """
 
