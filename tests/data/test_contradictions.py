@@ -120,6 +120,42 @@ def test_unknown_words_are_not_lost_by_a_correction():
         corrected("a spongy polyp", _mask())
 
 
+@pytest.mark.parametrize(
+    ("text", "lost"),
+    [
+        ("two small pink polyps, left side of the image", "left"),
+        ("two polyps in the left of the image, pink and round", "pink, round"),
+        ("two red pink polyps", "pink"),
+        ("Unilateral infection of the right lung, two infected areas, right lung upper", "right, upper"),
+    ],
+)
+def test_known_words_that_are_not_understood_are_not_lost_by_a_correction(text: str, lost: str):
+    with pytest.raises(DataError, match=f"{lost} would be lost"):
+        corrected(text, _mask((40, 5, 20, 20)))
+
+
+@pytest.mark.parametrize(
+    ("text", "boxes"),
+    [
+        ("one infected area in the right lung, no infected area in the left lung", [(40, 60, 20, 20)]),
+        ("the lungs are not infected", []),
+        ("polyp not seen", []),
+        ("without polyp", []),
+        ("12 mm polyp in the left of the image", [(40, 5, 20, 20)]),
+        ("polyp of 12.5 % of the image", [(40, 5, 20, 20)]),
+        ("frame 12: one polyp", [(40, 5, 20, 20)]),
+        ("Grade 3 lesion", [(40, 5, 20, 20)]),
+    ],
+)
+def test_what_is_not_told_for_sure_contradicts_nothing(text: str, boxes: list[tuple[int, int, int, int]]):
+    assert contradictions(text, _mask(*boxes)) == []
+
+
+@pytest.mark.parametrize(("text", "count"), [("frame 12: two polyps", 2), ("there are 3 polyps", 3), ("3 polyps", 3)])
+def test_figures_that_count_are_told_from_others(text: str, count: int):
+    assert parse(text).count == count
+
+
 @given(
     mask=st.lists(blocks, max_size=4).map(lambda boxes: _mask(*boxes)),
     other=st.lists(blocks, max_size=4).map(lambda boxes: _mask(*boxes)),

@@ -63,6 +63,8 @@ _LUNG_WORDS = frozenset(
     f"{_GLUE} bilateral unilateral both pulmonary infection infected area areas lung lungs all".split()
 ) | {*SIDES, *THIRDS, *COUNT_WORDS, "higher", "zero"}
 
+_FACT_WORDS = frozenset({*COLOURS, *SHAPES, *THIRDS, "all", *(word for place in PLACES for word in place.split())})
+
 _HORIZONTAL = {"left": "right", "right": "left"}
 _VERTICAL = {"top": "bottom", "bottom": "top", "upper": "lower", "lower": "upper"}
 _OPPOSITES = {
@@ -87,20 +89,23 @@ _CHEST = re.compile(
 """Words of chest reports that need not stand beside those of ``_LUNG``."""
 _HIDDEN_SIDES = {
     "horizontal": re.compile(
-        r"\b((left|right)[^\W\d_]+|l|r|lt|rt|lft|rgt|rght|o\W?clock|link\w{0,2}|rechts?|rechte\w|gauche\w?|droite?s?"
-        r"|izquierd\w+|derech\w+|sinistr\w+|destr[aoei])\b",
+        r"\b((left|right)[^\W\d_]+|l|r|lt|rt|lft|rgt|rght|[lr]\s?[uml][lzq]|[lr]hs|lingula\w*|o\W?clock|\d{1,2}:00"
+        r"|link\w{0,2}|rechts?|rechte\w|gauche\w?|droite?s?|izquierd\w+|derech\w+|sinistr\w+|destr[aoei])\b",
         re.IGNORECASE,
     ),
     "vertical": re.compile(
-        r"\b((top|bottom|upper|lower)[^\W\d_]+|up|down|above|below|superior\w*|inferior\w*|o\W?clock|oben|unten|ober\w+"
-        r"|unt\w{3,}|haut|bas|arriba|abajo|sopra|sotto)\b",
+        r"\b((top|bottom|upper|lower)[^\W\d_]+|up|down|above|below|beneath|under(neath)?|high(er|est)?|low(est)?"
+        r"|superior\w*|inferior\w*|[lr]\s?[uml][lzq]|o\W?clock|\d{1,2}:00|oben|unten|ober\w+|unt\w{3,}|haut|bas"
+        r"|arriba|abajo|sopra|sotto)\b",
         re.IGNORECASE,
     ),
 }
 """Words that name a side in another way than those that :func:`mirror` exchanges."""
 _LESION = re.compile(r"\blesions?\b", re.IGNORECASE)
 _NUMBER = rf"(?:\d+|{'|'.join(_COUNTS)})"
-_COUNTED = re.compile(rf"(?<!\w){_NUMBER}\b", re.IGNORECASE)
+_COUNTED = re.compile(rf"(?<![\w.,:/-])(?:{_NUMBER})\b(?!\s?(?:mm|cm|%|x\b|[.,:/-]\d))", re.IGNORECASE)
+_UNCLEAR_DENIAL = re.compile(r"\b(?:not|without|none|never|nor|neither|absent|free|clear|\w+n['’]t)\b", re.IGNORECASE)
+"""Words that deny something, but not as the grammars do: what, is not told for sure."""
 _COUNTED_AREAS = re.compile(rf"\b((?:{_NUMBER}\s+)+)infected\s+areas?\b", re.IGNORECASE)
 _PLACE = r"(?:(?:top|bottom|upper|lower|middle|cent(?:er|re))(?:[\s-]+(?:left|right|middle|cent(?:er|re)))?|left|right)"
 _LOCATED = re.compile(
@@ -166,6 +171,12 @@ def unknown_words(text: str) -> list[str]:
     return list(dict.fromkeys(word for word in words if word not in known and not word.isdecimal()))
 
 
+def fact_words(text: str) -> list[str]:
+    """Return the words of a sentence that name a place, a colour or a shape, each once and in its usual form."""
+    words = (_SYNONYMS.get(word.lower(), word.lower()) for word in _WORD.findall(text))
+    return [word for word in dict.fromkeys(words) if word in _FACT_WORDS]
+
+
 def parse(text: str) -> Facts:
     """Return the facts that a sentence states.
 
@@ -180,13 +191,13 @@ def parse(text: str) -> Facts:
 
 
 def _parse_polyp(text: str, grammar: Grammar) -> Facts:
-    if not _WORD.search(text):
+    if not _WORD.search(text) or _UNCLEAR_DENIAL.search(text):
         return Facts(grammar)
     places = tuple(place for match in _LOCATED.finditer(text) for place in _places(match["places"]))
     places = tuple(sorted(places, key=PLACES.index))
     head = _LOCATED.sub(" ", text)
     head = head[: noun.start()] if (noun := _NOUN.search(head)) else head
-    counted = _COUNTED.search(head)
+    counted = next((match for match in _COUNTED.finditer(head) if not _is_label(head, match)), None)
     count = _number(counted[0]) if counted else None
     if count == 0:  # "no polyp on the left" says nothing about the rest of the image
         return Facts(grammar) if places else Facts(grammar, present=False, count=0)
@@ -205,9 +216,19 @@ def _parse_polyp(text: str, grammar: Grammar) -> Facts:
     )
 
 
+def _is_label(head: str, figure: re.Match[str]) -> bool:
+    """Return whether a figure numbers what stands before it: "frame 12", "grade 3"."""
+    before = _WORD.findall(head[: figure.start()])
+    return figure[0].isdecimal() and bool(before) and before[-1].lower() not in _POLYP_WORDS
+
+
 def _parse_lung(text: str) -> Facts:
     words = [_SYNONYMS.get(word.lower(), word.lower()) for word in _WORD.findall(text)]
+    if _UNCLEAR_DENIAL.search(text):
+        return Facts("lung")
     if re.search(r"\bno\s+(?:pulmonary|infection|infected)\b", text, re.IGNORECASE):
+        if any(side in words for side in SIDES):  # "no infected area in the left lung" leaves the right one open
+            return Facts("lung")
         return Facts("lung", present=False, count=0)
     counted = _COUNTED_AREAS.search(text)
     numbers = [_number(word) for word in counted[1].split()] if counted else []
@@ -416,7 +437,7 @@ def contradict(text: str) -> str | None:
     - A lung sentence that names one side: side and height are exchanged. Count and "unilateral" stay: a sentence on
       both lungs would name the true one as well.
     - A lung sentence that names both sides: "Unilateral pulmonary infection, one infected area, …" with the first
-      region only, its height exchanged.
+      region only, its height exchanged. "All" and "middle" have no opposite: only side and count are false then.
     - Anything else: words for place, side, size, brightness and count become their opposites.
 
     Args:
