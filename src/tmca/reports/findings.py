@@ -51,6 +51,8 @@ _OTHERS: dict[Grammar, str] = {
         r"|fibro\w+|granulomas?|emphysema|calcifi\w+|thickening|costophrenic|angles?|carina|trachea|shift|arter\w+|veins?"
         r"|spar(?:ing|ed|es)|bronch(?:us|i|iectasis)|aorta|spine|thyroid|markings|congestion|cavit\w+|bulla\w*|blebs?|tuberculosis"
         r"|embol\w+|clips?|hernia|stents?|volume\s+loss|hilar?|hilum|mediastin\w+|volumes|clear|unremarkable|normal|border"
+        r"|collapse|abscess\w*|empyema|plaques?|\w+(?:ectomy|otomy)|reticul\w+|lucenc\w+|hyperinflation|deviat\w+|pain"
+        r"|views?|projections?|decubitus|rotat(?:ed|ion)|unaffected|uninvolved|not\s+(?:affected|involved)|aerated|inflated"
     ),
     "polyp": (
         r"scars?|ha?emorrhoids?|diverticul\w+|mass(?:es)?|inflammation|bowel|intestines?|mucosa|folds?|blood|bleeding|stools?"
@@ -133,7 +135,7 @@ _LABEL = re.compile(r"\s*[A-Z][\w /-]{0,40}:")
 
 _COUNTS = {word: value for value, word in enumerate(COUNT_WORDS)} | {"single": 1, "solitary": 1}
 _NUMBER = re.compile(
-    rf"(?<![\w.,/-])(?P<number>\d{{1,2}}|{'|'.join(COUNT_WORDS[1:])}|single|solitary)(?![\w./]|-\d)", re.IGNORECASE
+    rf"(?<![\w.,/–-])(?P<number>\d{{1,2}}|{'|'.join(COUNT_WORDS[1:])}|single|solitary)(?![\w./+]|[–-]\d)", re.IGNORECASE
 )
 _NUMBER_IN = re.compile(
     rf"\b(?P<number>\d{{1,2}}|{'|'.join(COUNT_WORDS[1:])})\s+(?:in|at|on|of|within)\b", re.IGNORECASE
@@ -143,10 +145,21 @@ _LENGTH = re.compile(
     re.IGNORECASE,
 )
 _VAGUE = re.compile(
-    r"\b(?:about|approximately|at\s+least|at\s+most|more\s+than|less\s+than|up\s+to|over|around|nearly|or)\s+(?:\d+|\w+)\s*$"
-    r"|\d\s*(?:-|–|to|or)\s*\d+\s*$",
+    r"\b(?:about|approximately|circa|roughly|some|at\s+least|at\s+most|(?:more|less|fewer)\s+than|up\s+to|over|under|around"
+    r"|nearly|almost|or|to)\s+(?:\d+|\w+)\s*$"
+    r"|[<>≤≥~≈±]\s*\d+\s*$"
+    r"|\d\s*(?:-|–|to|or)\s*\d+\s*$"
+    r"|\b(?:\w+ty|hundred)[\s-]+\w+\s*$"  # thirty-two
+    r"|\b(?:day|week|month|year|grade|stage|type|class|score|series|image|frame|slice|level|segment|\w*-?rads)\s+\d+\s*$",
     re.IGNORECASE,
 )
+"""Words by which a number is no count, up to the number."""
+_DOZENS = re.compile(r"\s*(?:dozens?|hundreds?|scores?)\b", re.IGNORECASE)
+_SUM = re.compile(
+    rf"\b(?:\d{{1,2}}|{'|'.join(COUNT_WORDS[1:])})\s+(?:(?:{'|'.join((*SIZES, *COLOURS))})\s+)?(?:and|or|to)\s*$",
+    re.IGNORECASE,
+)
+"""What stands before a number that is only a part, or an end: "one small and two large polyps", "two to three"."""
 _ARTICLE = re.compile(r"\b(?:an?)\b", re.IGNORECASE)
 _DEFINITE = re.compile(r"\b(?:the|this|that|these|those|its|both|each|remaining|said|all)\b", re.IGNORECASE)
 _FURTHER = re.compile(r"\b(?:another|second|third|fourth|further|additional|other|more)\b", re.IGNORECASE)
@@ -159,7 +172,8 @@ _ONE_OF_THEM = re.compile(
 )
 _TOTAL = re.compile(r"\b(?:total|altogether|in\s+all|overall)\b", re.IGNORECASE)
 _TIMES = re.compile(
-    r"\s*(?:\(?\s*[x×]\s?|:\s*)(?P<number>[1-9]\d?)\b(?!\s*(?:[-–.,]?\s*\d|-|–|to\b|mm|cm))\)?", re.IGNORECASE
+    r"\s*(?:\(?\s*[x×]\s?|:\s*(?=\d+\s*(?:$|[.;,)])))(?P<number>[1-9]\d?)\b(?!\s*(?:[-–.,]?\s*\d|-|–|to\b|mm|cm))\)?",
+    re.IGNORECASE,
 )
 _NUMBER_AGAIN = re.compile(r"(?<=\w)\s*\(\d{1,2}\)(?=\s)")
 _VALUES: dict[str, tuple[Adjective, str]] = {
@@ -202,6 +216,7 @@ _AFTER_ADJECTIVES = sorted(
     _NEUTRAL | _COPULA | set(_VALUES) | {"or", "but", "on", "at", "with", "which", "seen", "removed"}
 )
 _ENDS_ADJECTIVES = re.compile(rf"\s*(?:$|[,;.()]|(?:{'|'.join(_AFTER_ADJECTIVES)})\b)", re.IGNORECASE)
+_NON = re.compile(r"\bno[nt][\s-]$", re.IGNORECASE)
 _WITH_SURFACE = re.compile(
     r"\bwith\s+an?\s+(?P<word>[\w-]+)\s+(?:surface|colou?r|hue|shape|appearance)\b", re.IGNORECASE
 )
@@ -463,7 +478,8 @@ def _counted(text: str, start: int, head: Noun, plural: bool) -> tuple[int, Span
     for match in _NUMBER.finditer(blank):
         word = match["number"].lower()
         value = int(word) if word.isdecimal() else _COUNTS[word]
-        vague = _VAGUE.search(text[: start + match.end()])
+        vague = _VAGUE.search(text[: start + match.end()]) or _DOZENS.match(blank, match.end())
+        vague = vague or _SUM.search(text[:start]) or _NUMBER.search(blank, match.end())
         if vague or value == 0 or (value == 1 and plural) or (value > 1 and not plural):
             return None
         return value, (start + match.start(), start + match.end())
@@ -486,7 +502,7 @@ def _adjectives(text: str, offset: int, start: int, heads: list[Noun], head: Nou
     return [
         Stated(_VALUES[word][0], _VALUES[word][1], (first + offset, last + offset))
         for word, (first, last) in found
-        if word in _VALUES and word not in _NO_ADJECTIVE
+        if word in _VALUES and word not in _NO_ADJECTIVE and not _NON.search(text, 0, first)
     ]
 
 
@@ -496,6 +512,8 @@ def _predicates(text: str, start: int, end: int, *, before_other: bool) -> Itera
     last = start
     for match in _WORD.finditer(text, start, end):
         word = match[0].lower()
+        if re.search(r"\d", text[last : match.start()]) or word in COUNT_WORDS:
+            return  # of some of them
         if re.search(r"[,(]", text[last : match.start()]) or word in _COPULA:
             allowed = True
         last = match.end()

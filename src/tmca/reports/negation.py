@@ -51,7 +51,7 @@ _PERSISTS = re.compile(
 )
 _ENDS = re.compile(
     r"\b(?:but|however|although|though|except|apart\s+from|aside\s+from|besides|other\s+than|while|whereas|yet"
-    r"|with\s+the\s+exception|and\s+(?=there\s+(?:is|are|was|were)\b)|and\s+(?=an?\s)|which|that\s+(?=\w+s\b))",
+    r"|with\s+the\s+exception|and\s+(?=there\s+(?:is|are|was|were)\b)|and\s+(?=an?\s)|(?:with|and)\s+(?=(?:new|persist\w+|development)\s)|which|that\s+(?=\w+s\b))",
     re.IGNORECASE,
 )
 _ENDS_AFTER = re.compile(r"\b(?:but|however|although|though|except|while|whereas)\b", re.IGNORECASE)
@@ -84,8 +84,17 @@ _BEFORE = (
         r"|document|look\s+for|assess|confirm|rule\s+out)|(?:evaluate|assess|look|screen(?:ing)?)\s+for|rule\s+out|r/o"
         r"|surveillance\s+(?:of|for)|in\s+case\s+of|if)\b",
     ),
-    _cue("resolved", r"\b(?:resolution|clearing|clearance|disappearance|regression)\s+of\b|\bno\s+longer\b"),
+    _cue(
+        "resolved",
+        r"\b(?:resolution|clearing|clearance|disappearance|regression)\s+of\b|\bno\s+longer\b"
+        r"|\binterval\s+(?:resolution|clearing|clearance|regression)\b",
+    ),
     _cue("resolved", r"\b(?:resolved|cleared)\b", to_comma=True),
+    _cue(
+        "historical",
+        rf"^\W*(?:in\s+(?:\w+\s+)?(?:19|20)\d\d|last\s+(?:year|month|week|\w+day)|yesterday|(?:the\s+|an?\s+)?"
+        rf"(?:{_EARLIER}|yesterday\S*|last\s+\w+\S*)\s+(?:\w+\s+)?{_STUDY})\b(?!.*\b(?:now|today|currently|since)\b)",
+    ),
     _cue(
         "historical",
         r"\b(?:(?:he|she|patient|who)\s+had|mother|father|brother|sister|parents?|family|uncle|aunt|cousin|son|daughter)\b",
@@ -94,9 +103,14 @@ _BEFORE = (
         "uncertain",
         r"\b(?:can\s?not|can't|could\s+not|unable\s+to|difficult\s+to)\s+(?:\w+\s+)?(?:exclude|rule\s+out)\b"
         r"|\b(?:concern(?:ing)?|suspicious|suspicion|question)\s+(?:for|of)\b|\b(?:(?<!\d\s)may(?!\s+\d)|might|could)\b|\bversus\b|\bvs\b"
-        r"|\bfavou?r\w*\b[^,;]*\bover\b|\bdifferential\b|\bpossibility\s+of\b|\bdoubt\b",
+        r"|\bfavou?r\w*\b[^,;]*\bover\b|\bdifferential\b|\bddx?\b|\bpossibility\s+of\b|\bdoubt\b"
+        r"|\bcorrelat(?:e|ion)\b[^,;]*\bfor\b",
     ),
-    _cue("uncertain", r"\b(?:possibl[ey]|questionable|equivocal|suspected|doubtful|perhaps)\b|\?", to_comma=True),
+    _cue(
+        "uncertain",
+        r"\b(?:possibl[ey]|questionable|equivocal|suspected|doubtful|perhaps|potential(?:ly)?|query|question|consider)\b|\?",
+        to_comma=True,
+    ),
     _cue(
         "negated",
         rf"\b(?:no(?!\s+longer)|without|not(?!\s+(?:be\s+|been\s+)?(?:\w+ly\s+)?{_SEEN})|nor|neither|never|none"
@@ -104,6 +118,7 @@ _BEFORE = (
         r"|(?:is|are|was|were|do|does|did|has|have|had)n['’]t|(?:fail(?:s|ed)?|failure)\s+to|ruled\s+out"
         r"|rather\s+than|unlikely|clear\s+of|excludes?)\b",
     ),
+    _cue("negated", r"(?<![\w.,:/-])(?:0|zero)(?=\s)", to_comma=True),
     _cue(
         "historical",
         rf"\b(?:history\s+of|h/o|hx\s+of|status\s+post|s/p|treated(?:\s+for)?|previous(?:ly)?|prior|(?<!-)(?<!years\s)old|former(?:ly)?"
@@ -118,8 +133,13 @@ _AFTER = (
     ),
     _cue("resolved", r"^\s*(?:resolved|cleared)\b"),
     _cue(
+        "resolved",
+        rf"^[^,:;(]{{0,40}}[,:(–-]\s*(?:has\s+|have\s+|completely\s+)?{_ADVERBS}(?:resolved|cleared|gone)(?=\s*(?:$|[.,;)]))",
+    ),
+    _cue(
         "uncertain",
-        r"\bcan\s?not\s+be\s+(?:entirely\s+|completely\s+)?(?:excluded|ruled\s+out)\b|\bnot\s+(?:be\s+)?(?:entirely\s+)?excluded\b"
+        r"\bcan\s?not\s+be\s+(?:entirely\s+|completely\s+)?(?:excluded|ruled\s+out)\b"
+        r"|\bnot\s+(?:be\s+|been\s+)?(?:entirely\s+)?(?:excluded|ruled\s+out)\b|\bshould\s+be\s+considered\b"
         r"|\bis\s+(?:also\s+)?(?:possible|questioned|suspected|questionable|equivocal)\b|\bnot\s+be\s+confirmed\b"
         r"|\b(?:may|might|could)\s+be\s+present\b|\bless\s+likely\b|\b(?:difficult|hard|impossible)\s+to\s+(?:exclude|rule\s+out)\b|\?",
     ),
@@ -127,7 +147,9 @@ _AFTER = (
         "negated",
         rf"\b(?:is|are|was|were|has|have|could|can|been|be)\s+(?:\w+\s+)?not\s+(?:be\s+|been\s+)?(?:\w+ly\s+)?{_SEEN}\b"
         rf"|\bnot\s+{_SEEN}\b|\b(?:is|are|was|were|(?:has|have|had)\s+been)\s+{_ADVERBS}(?:absent|excluded|ruled\s+out|denied)\b"
-        rf"|\b(?:is|are|was|were)\s+(?:\w+\s+)?(?:to\s+be\s+)?unlikely\b|\b(?:is|are|was|were|do|does|did)n['’]t\s+{_SEEN}\b|:\s*(?:none|no|absent|negative)\b|\bneither\b|\bnowhere\b",
+        rf"|\b(?:is|are|was|were)\s+(?:\w+\s+)?(?:to\s+be\s+)?unlikely\b|\b(?:is|are|was|were|do|does|did)n['’]t\s+{_SEEN}\b|:\s*(?:none|no|nil|absent|negative|0|zero)\b|\bneither\b|\bnowhere\b"
+        r"|^[^,;]{0,40}?\s[–-]\s*(?:none|nil|absent|negative|0)(?=\s*(?:$|[.,;)]))|^\s*\?\s*(?:none|nil)\b"
+        r"|^\s*(?:\w+ly\s+)?(?:excluded|ruled\s+out)\b",
     ),
     _cue(
         "historical", rf"\b{_REMOVED}\s+{_WHEN}\b|\bpreviously\s+{_REMOVED}\b|\b(?:was|were)\b[^,;]{{0,40}}?\b{_WHEN}\b"
@@ -136,6 +158,7 @@ _AFTER = (
         "historical",
         r"\b(?:last\s+(?:year|month|week|winter|spring|summer|autumn|fall)|(?:years?|months?|weeks?)\s+ago)\b",
     ),
+    _cue("historical", rf"^[^,;]{{0,40}}?\b(?:on|in)\s+(?:the\s+|an?\s+)?{_EARLIER}\s+(?:\w+\s+)?{_STUDY}\b"),
     _cue("sought", r"\b(?:should\s+be\s+(?:sought|excluded))\b"),
 )
 

@@ -42,7 +42,7 @@ _ATOM = re.compile(
     rf"|(?P<lobe>\b{_HEIGHT_LIST}(?={_AND_MORE}[\s-]+lobes?\b))"
     rf"|(?P<zone>\b{_HEIGHT_LIST}(?={_AND_MORE}[\s-]*(?:(?:left|right)\s+)?{_ZONES}\b))"
     r"|(?P<edge>\b(?:apex|apices|apical(?:ly)?|bases?|basal(?:ly)?|basilar)\b(?!\s+of\s+(?:the\s+)?(?:heart|skull|neck)))"
-    r"|(?P<side>\b(?:left|right)(?:[\s-]sided)?\b)"
+    r"|(?P<side>\b(?:left|right|lt|rt)(?:[\s-]sided)?\b|\((?:[lr]|lt|rt)\))"
     r"|(?P<both>\bbilateral(?:ly)?\b|\bb/l\b|\b(?:both|either)(?=\s+(?:\w+\s+){0,3}?(?:lungs?|bases|apices|zones|sides|lobes|hemithora\w+|fields))\b)",
     re.IGNORECASE,
 )
@@ -58,10 +58,24 @@ _SHOWS = re.compile(
     re.IGNORECASE,
 )
 _TURNS = re.compile(r"[,;]|\b(?:but|while|whereas|although)\b", re.IGNORECASE)
+_OF_A_SIDE = re.compile(rf"\s+(?:{_ZONES}\s+|lobes?\s+)?of\s+(?:the\s+)?(?:left|right)\b", re.IGNORECASE)
 _PLACE_NOUN = re.compile(rf"[\s-]*(?:{_ZONES}|lobes?|hemithorax|sided?)\b", re.IGNORECASE)
 _LABEL_END = re.compile(r"[\s\w-]{0,20}:")
+_WITHIN = re.compile(
+    r"\b(?:in|at|on|of|within|over(?:lying)?|involving|throughout|along|into|across|affecting|near)\s+(?:the\s+|an?\s+)?$",
+    re.IGNORECASE,
+)
+_WORDS = re.compile(rf"(?:[ \t]+(?!{PHRASE_ENDS.pattern})[\w-]+)+", re.IGNORECASE)
+_NO_NOUN = re.compile(
+    r"(?:ly|greater|more|worse|less|only|again|too|also|still|now|today|posterior|anterior|medial|lateral|present|visible"
+    r"|unchanged|stable|larger|smaller|new|suspicious|compatible|consistent|likely|region|area|location|space|distribution"
+    r"|aspect|chest|side)$",
+    re.IGNORECASE,
+)
 _EXCEPTED = re.compile(
-    r"\b(?:not|except(?:\s+for)?|excluding|never|nor|sparing|previously|formerly|no\s+longer|rather\s+than|instead\s+of)\s+(?:\w+ly\s+)?(?:(?:in|on|at|of|involving|within)\s+)?(?:(?:the|its)\s+)?$",
+    r"\b(?:not|except(?:\s+for)?|excluding|never|nor|sparing|previously|formerly|no\s+longer|rather\s+than|instead\s+of"
+    r"|none|nothing|absent|(?:no|without)\s+(?:\w+\s+)?(?:involvement|extension|changes?|abnormalit(?:y|ies)|disease))"
+    r"\s+(?:\w+ly\s+)?(?:(?:in|on|at|of|to|into|involving|within)\s+)?(?:(?:the|its)\s+)?$",
     re.IGNORECASE,
 )
 _IS = re.compile(
@@ -142,14 +156,37 @@ def lung_places(sentence: Sentence, heads: list[Noun], taken: list[Span]) -> lis
     text, offset = sentence.text, sentence.start
     result = []
     for item, (start, end) in sides_and_heights(text, offset):
-        if not any(first <= start and end <= last for first, last in taken):
-            result.append((item, _owners(text, start, end, heads)))
-    return result
+        if any(first <= start and end <= last for first, last in taken):
+            continue
+        owners = [] if _qualifies_unknown(text, start, end, heads) else _owners(text, start, end, heads)
+        result.append((item, owners))
+    placed = [owners[0] for _, owners in result if len(owners) == 1]
+    # "Right basal opacity and atelectasis at the left base": what has a place of its own shares no other.
+    shared = [(item, [head for head in owners if head == owners[0] or head not in placed]) for item, owners in result]
+    return [(item, [head for head in owners if head.is_target]) for item, owners in shared]
+
+
+def _qualifies_unknown(text: str, start: int, end: int, heads: list[Noun]) -> bool:
+    """Return whether a place stands before a noun that the rules do not know: "and left pleural plaque".
+
+    Behind "in", "of" and the like it says where something is, whatever noun follows: "in the left retrocardiac space".
+    """
+    if not any(head.is_target and head.end <= start for head in heads) or _WITHIN.search(text, 0, start):
+        return False
+    noun = _PLACE_NOUN.match(text, end)
+    words = _WORDS.match(text, noun.end() if noun else end)
+    following = min((head.start for head in heads if head.start >= end), default=len(text))
+    return words is not None and words.end() <= following and _NO_NOUN.search(words[0]) is None
 
 
 def share_sides(located: tuple[Located, ...]) -> tuple[Located, ...]:
-    """Give heights without a side the sides of the same finding that have no height: "bilateral …, lower zones"."""
-    bare = [item for item in located if item.sides and not item.thirds and not item.lobe]
+    """Give heights without a side the sides of the same finding: "bilateral …, lower zones".
+
+    Where one of its sides has a height of its own, which side the others belong to cannot be told.
+    """
+    if any(item.sides and (item.thirds or item.lobe) for item in located):
+        return located
+    bare = [item for item in located if item.sides]
     sides = tuple(side for side in SIDES if any(side in item.sides for item in bare))
     return tuple(replace(item, sides=sides) if item.thirds and not item.sides else item for item in located)
 
@@ -198,6 +235,8 @@ def _belongs(group: list[re.Match[str]], atom: re.Match[str], text: str) -> bool
         return (
             not has_height and atom.lastgroup == "side" and re.fullmatch(r"\s*(?:and|or|&|/)\s*", between) is not None
         )
+    if has_side and has_height and _OF_A_SIDE.match(text, atom.end()):
+        return False  # "left base and apex of the right lung"
     if _is_sided(group[-1]) and not text[group[-1].end() : atom.start()].strip():
         return True  # "segment of the right lower lobe"
     is_postfixed = has_side and has_height and not _is_sided(group[0])
@@ -226,7 +265,7 @@ def _meaning(group: list[re.Match[str]]) -> tuple[tuple[str, ...], tuple[str, ..
             sides.add("left")
             lobes.add(word)
         elif kind == "side":
-            sides.add(word[: 5 if word.startswith("right") else 4])
+            sides.add("right" if word.lstrip("(")[0] == "r" else "left")
         elif kind == "both":
             sides |= set(SIDES)
         elif kind == "whole":
@@ -243,7 +282,7 @@ def _meaning(group: list[re.Match[str]]) -> tuple[tuple[str, ...], tuple[str, ..
 
 
 def _owners(text: str, start: int, end: int, heads: list[Noun], *, shared: bool = True) -> list[Noun]:
-    """Return the findings that a place belongs to.
+    """Return the nouns that a place belongs to, the nearest first.
 
     The one that it stands before as an adjective ("right effusion"); else, behind a verb, the next ("the right lung
     shows …"); else the ones before it, which are joined by "and" where ``shared``; else the next.
@@ -253,9 +292,9 @@ def _owners(text: str, start: int, end: int, heads: list[Noun], *, shared: bool 
     if following:
         between = text[end : following[0].start]
         if "," not in between and PHRASE_ENDS.search(between) is None:
-            return _only(following[0])
+            return following[:1]
         if (_SHOWS.match(between) and not _TURNS.search(between)) or _IS.fullmatch(between):
-            return _only(following[0])
+            return following[:1]
         if "," not in between and _FREE.match(text, following[0].start):
             return []
     if preceding:
@@ -265,12 +304,8 @@ def _owners(text: str, start: int, end: int, heads: list[Noun], *, shared: bool 
             if not shared or not re.fullmatch(r"\s*(?:/|\b(?:and|or)\b)\s*(?:[\w-]+\s+){0,2}", joint):
                 break
             owners.append(head)
-        return [head for head in owners if head.is_target]
-    return _only(following[0]) if following else []
-
-
-def _only(head: Noun) -> list[Noun]:
-    return [head] if head.is_target else []
+        return owners
+    return following[:1]
 
 
 def image_places(sentence: Sentence, heads: list[Noun], grammar: Grammar) -> list[tuple[Located, list[Noun]]]:
@@ -295,16 +330,15 @@ def image_places(sentence: Sentence, heads: list[Noun], grammar: Grammar) -> lis
         if (lead or follows) and (anchored or named):
             place = _place_name(words)
             span = (match.start() + offset, match.end() + offset)
-            result.append(
-                (Located(span, of_image=True, place=place), _owners(text, match.start(), joined, heads, shared=False))
-            )
+            owners = _owners(text, match.start(), joined, heads, shared=False)
+            result.append((Located(span, of_image=True, place=place), owners))
     for match in _CLOCK.finditer(text):
         hour = int(match["hour"])
         if hour in _CLOCK_PLACES:
             span = (match.start() + offset, match.end() + offset)
             owners = _owners(text, match.start(), match.end(), heads, shared=False)
             result.append((Located(span, of_image=True, place=_CLOCK_PLACES[hour]), owners))
-    return result
+    return [(item, [head for head in owners if head.is_target]) for item, owners in result]
 
 
 def _joined_end(text: str, matches: list[re.Match[str]]) -> int:

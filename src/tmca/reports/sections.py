@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,10 +22,16 @@ HEADERS: dict[Section, tuple[str, ...]] = {
             "clinical data",
             "clinical context",
         ),
-        *("clinical question", "clinical indication", "indication", "indications", "reason for examination"),
-        *("reason for exam", "reason for study", "reason", "background", "referral", "symptoms"),
+        *("clinical question", "clinical indication", "indication", "indications", "indication(s)", "clinical"),
+        *("reason for examination", "reason for exam", "reason for study", "reason for request", "reason", "request"),
+        *("background", "referral", "symptoms", "chief complaint", "presenting complaint", "patient history", "hx"),
+        *("clinical hx", "clinical notes", "clinical summary", "pmh", "hpi", "provisional diagnosis"),
+        *("admission diagnosis", "referring diagnosis", "working diagnosis", "differential diagnosis"),
     ),
-    "comparison": ("comparison", "comparisons", "comparison studies", "prior studies", "previous studies", "priors"),
+    "comparison": (
+        *("comparison", "comparisons", "comparison studies", "prior studies", "previous studies", "priors", "prior"),
+        *(f"{when} {what}" for when in ("prior", "previous", "earlier") for what in ("cxr", "ct", "film", "imaging")),
+    ),
     "technique": (
         *("technique", "procedure", "protocol", "method", "methods", "medication", "medications", "sedation"),
         *("preparation", "bowel preparation", "consent", "examination", "exam", "study", "views", "contrast", "dose"),
@@ -37,14 +43,13 @@ HEADERS: dict[Section, tuple[str, ...]] = {
     ),
     "impression": (
         *("impression", "impressions", "conclusion", "conclusions", "summary", "opinion", "assessment", "diagnosis"),
-        *("endoscopic diagnosis", "interpretation", "final impression", "overall impression"),
+        *("endoscopic diagnosis", "interpretation", "final impression", "overall impression", "addendum"),
     ),
     "recommendation": ("recommendation", "recommendations", "plan", "follow-up", "follow up", "advice", "comment"),
     "other": (
         "pathology",
         "histology",
         "histopathology",
-        "addendum history",
         "complications",
         "electronically signed by",
     ),
@@ -52,15 +57,25 @@ HEADERS: dict[Section, tuple[str, ...]] = {
 """Headers by the section that they open."""
 
 _SECTION_OF: dict[str, Section] = {name: section for section, names in HEADERS.items() for name in names}
-_NAMES = "|".join(re.escape(name).replace(r"\ ", r"[ \t]+") for name in sorted(_SECTION_OF, key=len, reverse=True))
-# At the start of a line with a colon or a dash or alone on it; or after the end of a sentence with a colon.
+
+
+def _any_of(names: Iterable[str]) -> str:
+    return "|".join(re.escape(name).replace(r"\ ", r"[ \t]+") for name in sorted(names, key=len, reverse=True))
+
+
+_NAMES, _CAPITALS = _any_of(_SECTION_OF), _any_of(name.upper() for name in _SECTION_OF)
+_TAG = r"</?\w{1,6}>"
+# At the start of a line with a colon, a dash or a bracket, alone on it, or in capitals before other words; or after the
+# end of a sentence with a colon.
 _HEADER = re.compile(
-    rf"^[ \t#*]*(?:(?:{_NAMES})[ \t]*(?:/|&|and)[ \t]*)?(?P<line>{_NAMES})[ \t*]*(?::|[–-](?=\s)|$)"
+    rf"^(?:[ \t#*\[]|{_TAG})*(?:(?:{_NAMES})[ \t]*(?:/|&|and)[ \t]*)?(?P<line>{_NAMES})[ \t]*"
+    rf"(?:(?:\*|\]|{_TAG})+:?|:(?:\*|{_TAG})*|[–-](?=\s)|$)"
+    rf"|^[ \t]*(?P<capitals>(?-i:{_CAPITALS}))[ \t]+(?=\w*[a-z])"
     rf"|(?<=[.!?;])[ \t]+(?P<inline>{_NAMES})[ \t]*:",
     re.IGNORECASE | re.MULTILINE,
 )
 _BOUNDARY = re.compile(
-    r"(?:[.!]+|(?<=\w)\?)(?=\s|$)"  # the end of a sentence; "? pneumonia" asks for one
+    r"(?:[.!]+|(?<=\w)\?(?!\s*(?i:none|no|nil)\b))(?=\s|$)"  # the end of a sentence; "? pneumonia" asks for one
     r"|;"
     r"|\n[ \t]*(?=\n)"  # a blank line
     r"|\n(?=[ \t]*(?:\d{1,2}[.)]|[-*•])[ \t])"  # an item of a list
@@ -69,6 +84,11 @@ _BOUNDARY = re.compile(
 )
 _NEXT_PARAGRAPH = re.compile(r"\n[ \t]*\n|\n(?=[ \t]*[A-Z][\w /-]{0,40}:)")
 _SHORT_LINE = 60
+_IN_A_PHRASE = re.compile(
+    r"\b(?:NO|NOT|WITHOUT|OF|OR|AND|THE|AN?|HAS|HAVE|HAD|IS|ARE|WAS|WERE|BE|BEEN|IN|ON|AT|TO|FOR|FROM|WITH|THAN|THAT|WHICH"
+    r"|ACUTE|FOCAL|LOBAR|PATCHY|DENSE|NEW|SMALL|LARGE|FREE|EVIDENCE|PLEURAL|PULMONARY|PREVIOUS|PRIOR|POSSIBLE|NEW LEFT"
+    r"|NEW RIGHT|,)[ \t]*$"
+)
 _ABBREVIATION = re.compile(
     r"(?:\b(?:dr|approx|vs|e\.g|i\.e|ca|cf|fig|mr|mrs|ms|st|resp|incl)|^\s*\d{1,2})$", re.IGNORECASE
 )
@@ -96,7 +116,9 @@ class Sentence:
 
 
 def split_report(text: str) -> tuple[Sentence, ...]:
-    """Return the sentences of a report in their order; what stands before the first header counts as findings.
+    """Return the sentences of a report in their order.
+
+    What stands before the first header counts as findings, unless there is a header for these.
 
     Headers, the numbers of lists and blank space belong to no sentence. A semicolon ends one. One that is longer than
     :data:`MOST_IN_SENTENCE` stands under "other".
@@ -107,9 +129,10 @@ def split_report(text: str) -> tuple[Sentence, ...]:
     text = text.translate(_BLANKS)
     headers = list(_HEADER.finditer(text))
     has_findings = any(_section_of(header) in CURRENT for header in headers)
+    before: Section = "other" if any(_section_of(header) == "findings" for header in headers) else "findings"
     starts = [0, *(header.end() for header in headers)]
     ends = [*(header.start() for header in headers), len(text)]
-    sections: list[Section] = ["findings", *map(_section_of, headers)]
+    sections: list[Section] = [before, *map(_section_of, headers)]
     sentences: list[Sentence] = []
     for section, start, end in zip(sections, starts, ends, strict=True):
         # Without a header of its own, what is found follows the last header's paragraph.
@@ -125,7 +148,7 @@ def split_report(text: str) -> tuple[Sentence, ...]:
 
 
 def _section_of(header: re.Match[str]) -> Section:
-    return _SECTION_OF[re.sub(r"\s+", " ", header["line"] or header["inline"]).lower()]
+    return _SECTION_OF[re.sub(r"\s+", " ", header["line"] or header["capitals"] or header["inline"]).lower()]
 
 
 def _pieces(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
@@ -143,11 +166,15 @@ def _pieces(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
 
 
 def _is_wrapped(text: str, position: int, after: int) -> bool:
-    """Return whether a line goes on in the next one: it is long, and no list item, label or blank line follows."""
+    """Return whether a line goes on in the next one: it is long, or in capitals and ends in the midst of a phrase.
+
+    No list item, label or blank line must follow.
+    """
     line = text[text.rfind("\n", 0, position) + 1 : position]
     rest = text[after : after + 60]
     opens = re.match(r"[ \t]*(?:\n|(?:\d{1,2}[.)]|[-*•])[ \t]|[A-Z][\w /-]{0,40}:)", rest)
-    return len(line) >= _SHORT_LINE and opens is None
+    goes_on = len(line) >= _SHORT_LINE or (not re.search(r"[a-z]", line) and _IN_A_PHRASE.search(line) is not None)
+    return goes_on and opens is None
 
 
 def _trimmed(text: str, first: int, last: int) -> Iterator[tuple[int, int]]:
