@@ -26,7 +26,7 @@ from tmca.reports.prompt import (
     prompt_from_report,
 )
 
-DEVELOPMENT, HELD_OUT = read_reports("development"), read_reports("held_out")
+DEVELOPMENT, HELD_OUT, INDEPENDENT = (read_reports(name) for name in ("development", "held_out", "independent"))
 REPORTS = [*DEVELOPMENT, *HELD_OUT]
 IDS = [report["id"] for report in REPORTS]
 
@@ -378,7 +378,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_the_recorded_scores_are_those_of_the_rules():
     recorded = json.loads((ROOT / "benchmarks" / "results" / "report_to_prompt.json").read_text("utf-8"))
-    for name, reports in (("development", DEVELOPMENT), ("held_out", HELD_OUT)):
+    for name, reports in (("development", DEVELOPMENT), ("held_out", HELD_OUT), ("independent", INDEPENDENT)):
         assert recorded[name]["facts"] == score(reports)
         assert recorded[name]["all facts right"] == len(reports) - len(differing(reports))
 
@@ -388,6 +388,7 @@ def test_the_scores_of_the_page_are_those_recorded():
     text = (ROOT / "docs" / "concepts" / "reports.md").read_text("utf-8")
     assert f"{len(DEVELOPMENT)} on\nwhich" in text
     assert f"{len(HELD_OUT)} that were finished" in text
+    assert f"{len(INDEPENDENT)} of a second hand" in text
     assert f"of {COMPOSED:,} is composed" in text
     for fact in (*FACTS, "all"):
         cells = []

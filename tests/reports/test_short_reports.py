@@ -33,9 +33,9 @@ LUNG = [
     ("Consolidation on the right, absent on the left", "Pulmonary infection, right lung."),
     ("Consolidation at the right base, no involvement of the left lung", "Pulmonary infection, lower right lung."),
     ("Consolidation at the right base without involvement of the left lung", "Pulmonary infection, lower right lung."),
-    ("Consolidation on the right, the left lung is unaffected", "Pulmonary infection, right lung."),
-    ("Consolidation on the right, the left lung is not affected", "Pulmonary infection, right lung."),
-    ("Consolidation on the right, left lung uninvolved", "Pulmonary infection, right lung."),
+    ("Consolidation on the right, the left lung is unaffected", "Unilateral pulmonary infection, right lung."),
+    ("Consolidation on the right, the left lung is not affected", "Unilateral pulmonary infection, right lung."),
+    ("Consolidation on the right, left lung uninvolved", "Unilateral pulmonary infection, right lung."),
     ("Consolidation on the right, left lung well aerated", "Pulmonary infection, right lung."),
     (
         "Consolidation at Lt base and right upper zone.",
@@ -85,7 +85,7 @@ LUNG = [
     ),
     (
         "FINDINGS: right lower zone consolidation.\nADDENDUM: Correction: left upper zone consolidation.",
-        "Pulmonary infection.",
+        "Pulmonary infection, upper left lung.",
     ),
     ("Query right basal consolidation.", NOTHING),
     ("Question right basal opacity.", NOTHING),

@@ -86,10 +86,10 @@ _OTHER_ORGAN = re.compile(
     re.IGNORECASE,
 )
 _NORMAL_LUNGS = re.compile(
-    r"\b(?:(?:the|both|remaining|remainder\s+of\s+the|rest\s+of\s+the|visuali[sz]ed)\s+)*(?:(?:left|right|[LR])\s+)?"
+    r"\b(?:(?:the|both|remaining|remainder\s+of\s+the|rest\s+of\s+the|visuali[sz]ed)\s+)*(?:(?:left|right|lt|rt|[LR])\s+)?"
     r"(?:lungs?(?:\s+(?:fields?|parenchyma))?|hemithorax)(?:\s+and\s+(?:[\w-]+\s+){0,2}[\w-]+?)?(?:\s+(?:is|are|remains?|was|were|appears?|appear)|\s*:)?"
     r"(?:\s+(?:otherwise|(?:well[\s-]|hyper-?)?(?:expanded|aerated|inflated)(?:,|\s+and)?|grossly|essentially|now|fully|both))*"
-    r"\s+(?:clear|unremarkable|normal)\b(?:\s+bilaterally\b)?"
+    r"\s+(?:clear|unremarkable|normal|spared|unaffected|uninvolved|not\s+(?:affected|involved))\b(?:\s+bilaterally\b)?"
     r"|\bchest\s+(?:is\s+)?clear\b|\bclear\s+lungs?\b"
     r"|\bno\s+(?:\w+\s+)?(?:evidence\s+of\s+)?(?:acute|active)\s+(?:\w+\s+)?(?:cardiopulmonary|pulmonary|lung|chest"
     r"|intrathoracic|airspace|thoracic)\s+\w+"
@@ -288,6 +288,8 @@ class Mention:
 def find_mentions(sentences: Sequence[Sentence], grammar: Grammar, more: Sequence[Span] = ()) -> list[Mention]:
     """Return the mentions of the target in the sections that tell of now, in their order.
 
+    What an addendum says of the target stands in place of what the report said before.
+
     Args:
         sentences: The report.
         grammar: What the target is.
@@ -304,7 +306,8 @@ def find_mentions(sentences: Sequence[Sentence], grammar: Grammar, more: Sequenc
         if not any(head.is_target for head in heads) and mentions:
             found += _about_the_last(sentence, grammar, mentions[-1])
         mentions += found
-    return mentions
+    added = [replace(mention, section="findings") for mention in mentions if mention.section == "addendum"]
+    return added or mentions
 
 
 def _heads(sentence: Sentence, grammar: Grammar, more: Sequence[Span]) -> list[Noun]:
@@ -512,10 +515,11 @@ def _predicates(text: str, start: int, end: int, *, before_other: bool) -> Itera
     last = start
     for match in _WORD.finditer(text, start, end):
         word = match[0].lower()
-        if re.search(r"\d", text[last : match.start()]) or word in COUNT_WORDS:
-            return  # of some of them
-        if re.search(r"[,(]", text[last : match.start()]) or word in _COPULA:
+        between = text[last : match.start()]
+        if re.search(r"[,(]", between) or word in _COPULA:
             allowed = True
+        if re.search(r"\d", between) or word in COUNT_WORDS:
+            allowed = False  # of some of them: "two red, three white"
         last = match.end()
         if word in _VALUES:
             # An adjective right before another noun is that one's: "white-light images", "red blood".

@@ -93,7 +93,7 @@ _PLACE_WORDS = (
 )
 _PLACE = re.compile(rf"(?<![\w-])(?P<place>{_PLACE_WORDS})(?![\w-])", re.IGNORECASE)
 _CLOCK = re.compile(
-    r"\bat\s+(?:the\s+)?(?P<hour>\d{1,2})(?:\s*:\s*00)?\s*o[’'`]?\s?clock\b(?!\s*(?:to|until|[-–])\s)(?!\s+(?:in\s+the\s+(?:morning|afternoon|evening)|a\.?m|p\.?m))",
+    r"\b(?:at|on)\s+(?:the\s+)?(?P<hour>\d{1,2})(?:\s*:\s*00)?\s*o[’'`]?\s?clock\b(?!\s*(?:to|until|[-–])\s)(?!\s+(?:in\s+the\s+(?:morning|afternoon|evening)|a\.?m|p\.?m))",
     re.IGNORECASE,
 )
 _BOWEL = re.compile(r"bowel|intestine", re.IGNORECASE)
@@ -188,7 +188,10 @@ def share_sides(located: tuple[Located, ...]) -> tuple[Located, ...]:
         return located
     bare = [item for item in located if item.sides]
     sides = tuple(side for side in SIDES if any(side in item.sides for item in bare))
-    return tuple(replace(item, sides=sides) if item.thirds and not item.sides else item for item in located)
+    of_image = any(item.of_image for item in bare)
+    return tuple(
+        replace(item, sides=sides, of_image=of_image) if item.thirds and not item.sides else item for item in located
+    )
 
 
 def sides_and_heights(text: str, offset: int) -> Iterator[tuple[Located, Span]]:
@@ -317,7 +320,7 @@ def image_places(sentence: Sentence, heads: list[Noun], grammar: Grammar) -> lis
     for number, match in enumerate(matches):
         joined = _joined_end(text, matches[number:])
         words = match["place"].lower()
-        lead = re.search(r"\b(?:in|on|at|occup\w+)\s+(?:the\s+)?$", text[: match.start()], re.IGNORECASE)
+        lead = re.search(r"(?:\b(?:in|on|at|occup\w+)\s+(?:the\s+)?|,\s*)$", text[: match.start()], re.IGNORECASE)
         follows = number > 0 and re.fullmatch(
             r"(?:\s+of\s+the\s+\w+)?\s*(?:,|and|,\s*and)\s+(?:one\s+)?(?:in\s+|at\s+)?(?:the\s+)?",
             text[matches[number - 1].end() : match.start()],

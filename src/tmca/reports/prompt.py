@@ -295,6 +295,8 @@ def _note_left_out(draft: _Draft, mentions: Sequence[Mention]) -> None:
 def _note_not_read(draft: _Draft, sentences: Sequence[Sentence], grammar: Grammar) -> None:
     for sentence in sentences:
         named = re.search(rf"\b(?:{TARGETS[grammar]})\b", sentence.text, re.IGNORECASE)
+        if named and sentence.section == "addendum":
+            draft.notes.append("an addendum names the finding: it stands in place of what the report says before")
         if sentence.section not in CURRENT and named:
             draft.notes.append(f"not read: {named[0]!r} under {sentence.section}")
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-Section = Literal["history", "comparison", "technique", "findings", "impression", "recommendation", "other"]
+Section = Literal["history", "comparison", "technique", "findings", "impression", "addendum", "recommendation", "other"]
 
-CURRENT: tuple[Section, ...] = ("findings", "impression")
+CURRENT: tuple[Section, ...] = ("findings", "impression", "addendum")
 """The sections that tell what is seen now; the others are read for nothing but their place."""
 
 HEADERS: dict[Section, tuple[str, ...]] = {
@@ -43,8 +43,9 @@ HEADERS: dict[Section, tuple[str, ...]] = {
     ),
     "impression": (
         *("impression", "impressions", "conclusion", "conclusions", "summary", "opinion", "assessment", "diagnosis"),
-        *("endoscopic diagnosis", "interpretation", "final impression", "overall impression", "addendum"),
+        *("endoscopic diagnosis", "interpretation", "final impression", "overall impression"),
     ),
+    "addendum": ("addendum", "addenda", "correction", "corrected report", "amended report"),
     "recommendation": ("recommendation", "recommendations", "plan", "follow-up", "follow up", "advice", "comment"),
     "other": (
         "pathology",
@@ -68,9 +69,9 @@ _TAG = r"</?\w{1,6}>"
 # At the start of a line with a colon, a dash or a bracket, alone on it, or in capitals before other words; or after the
 # end of a sentence with a colon.
 _HEADER = re.compile(
-    rf"^(?:[ \t#*\[]|{_TAG})*(?:(?:{_NAMES})[ \t]*(?:/|&|and)[ \t]*)?(?P<line>{_NAMES})[ \t]*"
-    rf"(?:(?:\*|\]|{_TAG})+:?|:(?:\*|{_TAG})*|[–-](?=\s)|$)"
-    rf"|^[ \t]*(?P<capitals>(?-i:{_CAPITALS}))[ \t]+(?=\w*[a-z])"
+    rf"^(?:[ \t#*\[]|{_TAG})*(?:(?:{_NAMES})[ \t]*(?:/|&|and)[ \t]*)?(?P<line>{_NAMES})"
+    rf"(?:[ \t]+\(?\d[\d:./ ()-]{{0,20}})?[ \t]*(?:(?:\*|\]|{_TAG})+:?|:(?:\*|{_TAG})*|[–-](?=\s)|$)"
+    rf"|^[ \t]*(?P<capitals>(?-i:{_CAPITALS}))[ \t]+(?=(?-i:\w*[a-z]))"
     rf"|(?<=[.!?;])[ \t]+(?P<inline>{_NAMES})[ \t]*:",
     re.IGNORECASE | re.MULTILINE,
 )
