@@ -113,6 +113,26 @@ def test_a_run_is_resumed_by_name(tmca: Callable[..., Outcome], phantoms: Manife
     resumed = tmca(*start, "--trainer.max-epochs", 2, "--resume", "last")
     assert resumed.code == 0, resumed.err
     assert "Trained 2 epochs" in resumed.out
+    assert "note: 2 epochs now, 1 before: the learning rate follows" in resumed.err
+
+
+def test_a_resumed_run_keeps_the_settings_that_are_not_named_again(
+    tmca: Callable[..., Outcome], phantoms: Manifest, tmp_path: Path
+):
+    start = ("train", "tiny", "--data", phantoms.root / "manifest.csv", "-o", tmp_path / "run")
+    assert tmca(*start, "--trainer.max-epochs", 3, "--optimiser.learning-rate", 0.002, "--seed", 7).code == 0
+    record = (tmp_path / "run" / "environment.json").read_text()
+    resumed = tmca(*start, "--resume", "last")
+    assert resumed.code == 0, resumed.err
+    assert "Trained 3 epochs" in resumed.out
+    assert (tmp_path / "run" / "environment.json").read_text() == record
+    for other, said in (("demo", "one of tiny, not of demo"), ("nonsense", "Unknown preset")):
+        refused = tmca("train", other, *start[2:], "--resume", "last")
+        assert refused.code == 2
+        assert said in refused.err
+    refused = tmca(*start, "--resume", "last", "--trainer.max-epochs", 2)
+    assert refused.code == 2
+    assert "has trained 3 epochs already" in refused.err
 
 
 def test_drawn_data_is_written(tmca: Callable[..., Outcome], tmp_path: Path):

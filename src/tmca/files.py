@@ -114,6 +114,38 @@ def replace_folder(path: Path | str) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def held(folder: Path | str, refusal: StorageError) -> Iterator[None]:
+    """Hold a folder while the block runs: another process, or block, that asks for it meanwhile is refused.
+
+    The hold ends with the process, however that ends. Where there are no such locks nothing is held.
+
+    Args:
+        folder: A folder that exists.
+        refusal: What is raised where somebody holds it already.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise refusal from None
+        except OSError:  # no locks on this file system
+            yield
+            return
+        try:
+            yield
+        finally:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # loader processes may have inherited it
+    finally:
+        os.close(descriptor)
+
+
 def real_path(path: Path | str) -> Path:
     """Return the absolute path without links; a link that leads to itself stays (``Path.resolve`` raises there)."""
     return Path(os.path.realpath(path))

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -34,12 +35,13 @@ from tmca.errors import (
     WeightsError,
 )
 from tmca.evaluation import evaluate
+from tmca.files import held
 from tmca.losses import objective
 from tmca.models import TMCA, build_model
 from tmca.models.text import SentenceTokenizer
 from tmca.models.vision import build_image_encoder
 from tmca.presets import NO_ALIGNMENT, NO_ENHANCEMENT, change
-from tmca.training import fit, resolve, task, writer
+from tmca.training import already_training, fit, resolve, task, writer
 from tmca.training.task import SegmentationTask, averaged_copy, follow, learning_rate_factor
 from tmca.types import Batch
 
@@ -409,14 +411,49 @@ def test_a_finished_run_can_be_lengthened(copied: Path, phantoms: Manifest, tiny
     assert json.loads((copied / "experiment.json").read_text("utf-8"))["trainer"]["max_epochs"] == 3
 
 
-@pytest.mark.parametrize("max_epochs", [1, 2])
-def test_resuming_a_finished_run_changes_nothing(
-    copied: Path, phantoms: Manifest, tiny_experiment: Experiment, max_epochs: int
-):
+def test_resuming_a_finished_run_changes_nothing(copied: Path, phantoms: Manifest, tiny_experiment: Experiment):
     before = _content(copied / "checkpoints") | {"metrics.csv": (copied / "metrics.csv").read_bytes()}
-    record = fit(_with_trainer(tiny_experiment, max_epochs=max_epochs), phantoms, copied, resume=True)
+    record = fit(_with_trainer(tiny_experiment, max_epochs=2), phantoms, copied, resume=True)
     assert (record.epochs, record.stopped) == (2, "all epochs done")
     assert _content(copied / "checkpoints") | {"metrics.csv": (copied / "metrics.csv").read_bytes()} == before
+
+
+def test_a_run_is_not_made_shorter_than_it_is(finished: Path, phantoms: Manifest, tiny_experiment: Experiment):
+    before = _content(finished)
+    with pytest.raises(ConfigError, match=r"has trained 2 epochs already, trainer\.max_epochs is 1"):
+        fit(_with_trainer(tiny_experiment, max_epochs=1), phantoms, finished, resume=True)
+    assert _content(finished) == before
+
+
+@pytest.mark.parametrize("how", [{"resume": True}, {"overwrite": True}])
+def test_a_folder_in_which_a_training_is_at_work_is_left_alone(
+    finished: Path, phantoms: Manifest, tiny_experiment: Experiment, how: dict[str, bool]
+):
+    before = _content(finished)
+    with (
+        held(finished, already_training(finished)),
+        pytest.raises(StorageError, match="A training is at work in") as caught,
+    ):
+        fit(tiny_experiment, phantoms, finished, **how)
+    assert "another folder" in caught.value.hint
+    assert _content(finished) == before
+
+
+def test_a_training_holds_its_folder(
+    copied: Path, phantoms: Manifest, tiny_experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+):
+    tried: list[str] = []
+
+    def fit_meanwhile(*_: Any, **__: Any) -> None:
+        with pytest.raises(StorageError, match="A training is at work in"), held(copied, already_training(copied)):
+            pass
+        tried.append("held")
+
+    monkeypatch.setattr(pl.Trainer, "fit", fit_meanwhile)
+    fit(tiny_experiment, phantoms, copied, overwrite=True)
+    assert tried == ["held"]
+    with held(copied, already_training(copied)):
+        pass  # and gives it back
 
 
 # Starting --------------------------------------------------------------------------------------------------------

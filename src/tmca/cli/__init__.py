@@ -5,6 +5,7 @@ Heavy libraries are imported inside the verbs, so that ``tmca --help`` answers a
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import tyro
@@ -27,7 +29,7 @@ from tmca.cli.reproduction import Reproduce
 from tmca.cli.results import Bench, BenchPrompts, Calibrate, Compare
 from tmca.cli.server import Serve
 from tmca.cli.verbs import Demo, Evaluate, Predict, Train
-from tmca.config import Experiment
+from tmca.config import Experiment, from_dict
 from tmca.errors import EXIT_INTERRUPTED, ConfigError, TMCAError, unknown_name
 from tmca.presets import PRESETS, get_preset
 from tmca.progress import set_quiet
@@ -178,8 +180,31 @@ def _parse(verb: str, rest: list[str]) -> Any:  # noqa: ANN401
     if verb != "train":
         return tyro.cli(VERBS[verb], args=rest, prog=f"tmca {verb}")
     preset, rest = _split_preset(rest)
-    experiment, rest = _with_options(get_preset(preset), rest)
+    chosen = get_preset(preset)
+    experiment, rest = _with_options(_of_the_run(rest, preset) or chosen, rest)
     return tyro.cli(Train, args=rest, prog=f"tmca train {preset}", default=Train(experiment))
+
+
+def _of_the_run(rest: list[str], preset: str) -> Experiment | None:
+    """Return the settings of the run that shall go on: what the command line leaves out is as it was.
+
+    Raises:
+        ConfigError: It is a run of another preset.
+    """
+    given = dict(itertools.pairwise([part for argument in rest for part in argument.split("=", 1)]))
+    if given.get("--resume") != "last":
+        return None
+    folder = Path(given.get("-o", given.get("--output", f"runs/{preset}")))
+    try:
+        experiment = from_dict(Experiment, json.loads((folder / "experiment.json").read_text("utf-8")))
+    except (OSError, ValueError):
+        return None  # training says what is missing
+    if experiment.name != preset and experiment.name in PRESETS and "--name" not in given:
+        raise ConfigError(
+            f"The run in {folder} is one of {experiment.name}, not of {preset}",
+            hint=f"tmca train {experiment.name} … --resume last",
+        )
+    return experiment
 
 
 def _with_options(experiment: Experiment, rest: list[str]) -> tuple[Experiment, list[str]]:

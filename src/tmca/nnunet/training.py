@@ -10,8 +10,8 @@ from typing import Any
 from tmca.config import Experiment, to_dict
 from tmca.data.manifest import Manifest
 from tmca.environment import describe_environment
-from tmca.errors import ConfigError, DataError, StorageError
-from tmca.files import replace_folder, write_json
+from tmca.errors import ConfigError, DataError
+from tmca.files import held, replace_folder, write_json
 from tmca.nnunet import engine
 from tmca.nnunet.dataset import export
 from tmca.nnunet.workspace import (
@@ -28,7 +28,7 @@ from tmca.nnunet.workspace import (
 )
 from tmca.presets import differences
 from tmca.progress import say
-from tmca.training import RunRecord, note_end
+from tmca.training import RunRecord, already_training, check_folder, note_end
 from tmca.training.writer import Row, write_history
 
 COLUMNS = {
@@ -88,7 +88,7 @@ def fit(
     if resume:
         _check_resumed(experiment, folder, data)
     else:
-        _check_folder(folder, overwrite=overwrite)
+        check_folder(folder, overwrite=overwrite)
         with replace_folder(folder) as place:
             export(chosen, Workspace(place).folder, image_size=exported_size(experiment))
             write_json(place / "splits.json", data)
@@ -96,16 +96,17 @@ def fit(
             environment |= {"packages": environment["packages"] | versions, "stopped": None}
             write_json(place / "environment.json", environment)
             write_json(place / "experiment.json", to_dict(experiment))
-    if not workspace.trained.is_dir():
-        say("nnU-Net plans network, augmentation and optimiser, and prepares the images")
-        _plan(workspace, options, device)
-    if not workspace.weights.is_file():
-        try:
-            _train(workspace, experiment, len(data["train"]), device)
-        finally:
-            _write_history(workspace)
-    record = _record(workspace)
-    note_end(folder, record.stopped)
+    with held(folder, already_training(folder)):
+        if not workspace.trained.is_dir():
+            say("nnU-Net plans network, augmentation and optimiser, and prepares the images")
+            _plan(workspace, options, device)
+        if not workspace.weights.is_file():
+            try:
+                _train(workspace, experiment, len(data["train"]), device)
+            finally:
+                _write_history(workspace)
+        record = _record(workspace)
+        note_end(folder, record.stopped)
     return record
 
 
@@ -134,18 +135,6 @@ def _train(workspace: Workspace, experiment: Experiment, n_train: int, device: s
     # --c: from the last checkpoint, or from the start where there is none
     arguments = [IDENTIFIER, "2d", "0", "-tr", TRAINER, "-p", PLANS, "--c", *device_flag(device)]
     engine.run("train", arguments, variables, workspace.log)
-
-
-def _check_folder(folder: Path, *, overwrite: bool) -> None:
-    holds_run = (folder / "experiment.json").exists()
-    if holds_run and not overwrite:
-        raise StorageError(
-            f"{folder} holds a training run already", hint="continue it with --resume last, or replace it: --overwrite"
-        )
-    if folder.is_dir() and any(folder.iterdir()) and not holds_run:
-        raise StorageError(
-            f"{folder} holds files that are no training run; they would be lost", hint="choose another output folder"
-        )
 
 
 def _check_resumed(experiment: Experiment, folder: Path, data: dict[str, Any]) -> None:

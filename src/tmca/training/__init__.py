@@ -13,7 +13,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from tmca.data.manifest import Manifest
 from tmca.devices import keep_freed_memory, resolve_device, uses_bfloat16
 from tmca.environment import describe_environment
 from tmca.errors import CheckpointError, ConfigError, DataError, OutOfMemoryError, StorageError
-from tmca.files import replace_folder, write_json
+from tmca.files import held, replace_folder, write_json
 from tmca.models import SegmentationModel, build_model
 from tmca.models.operations import channels_last
 from tmca.models.text import SentenceTokenizer
@@ -127,12 +127,12 @@ def fit(
     data |= {"val": [r.id for r in validation.records]}
     pl.seed_everything(experiment.seed, verbose=False)
     if resume:
-        experiment = _resumed(experiment, folder, data)
+        _check_resumed(experiment, folder, data)
         model = load_checkpoint(last)
         model.train()
     else:
         if layout.is_first:
-            _check_folder(folder, overwrite=overwrite)
+            check_folder(folder, overwrite=overwrite)
         model = build_model(experiment.model, training.sentences)
     model.experiment = experiment
     _report_tokens(model, training, validation)
@@ -143,6 +143,7 @@ def fit(
         cached = DecodedCache(split, experiment.preprocessing.image_size, cache)
         for _ in track(cached.fill(), f"Reading {name} images", len(cached)):
             pass
+        _check_targets(cached, name)
         dataset = SegmentationDataset(split, experiment.preprocessing, augmentation, seed=experiment.seed, cache=cached)
         loader = make_loader(
             dataset,
@@ -155,25 +156,25 @@ def fit(
     if layout.is_first and not resume:
         # Only now, when nothing can be wrong with weights and data any more, may an older run be given up; of another
         # training that was started on this folder meanwhile, nothing.
-        _check_folder(folder, overwrite=overwrite)
+        check_folder(folder, overwrite=overwrite)
         with replace_folder(folder) as fresh:
             (fresh / "checkpoints").mkdir()
         write_json(folder / "splits.json", data)
         write_json(folder / "environment.json", describe_environment())
-    if layout.is_first:
-        write_json(folder / "experiment.json", to_dict(experiment))  # a resumed run may have become longer
-        note_end(folder, None)
-
-    task = SegmentationTask(channels_last(model), experiment)
-    writer = RunWriter(task, folder)
-    trainer = _make_trainer(experiment, writer, place, layout)
-    keep_freed_memory()
-    with _readable_failures(trainer):
-        state = last / TRAINER_STATE if resume else None
-        trainer.fit(task, loaders[0], loaders[1], ckpt_path=state, weights_only=True)
-    stopped = _reason(writer, experiment.trainer)
-    if layout.is_first:
-        note_end(folder, stopped)
+    with held(folder, already_training(folder)) if layout.is_first else nullcontext():
+        if layout.is_first:
+            write_json(folder / "experiment.json", to_dict(experiment))  # a resumed run may have become longer
+            note_end(folder, None)
+        task = SegmentationTask(channels_last(model), experiment)
+        writer = RunWriter(task, folder)
+        trainer = _make_trainer(experiment, writer, place, layout)
+        keep_freed_memory()
+        with _readable_failures(trainer):
+            state = last / TRAINER_STATE if resume else None
+            trainer.fit(task, loaders[0], loaders[1], ckpt_path=state, weights_only=True)
+        stopped = _reason(writer, experiment.trainer)
+        if layout.is_first:
+            note_end(folder, stopped)
     return RunRecord(folder, len(writer.history), writer.best_epoch, writer.best_score, writer.seconds, stopped)
 
 
@@ -228,6 +229,15 @@ def _splits(experiment: Experiment, manifest: Manifest) -> tuple[Manifest, Manif
     return training, validation
 
 
+def _check_targets(cases: DecodedCache, name: str) -> None:
+    """Refuse a training split without any target; it would look learned at once. Of a validation split, warn."""
+    if any(cases[index][-1].any() for index in range(len(cases))):
+        return
+    if name == "train":
+        raise DataError("No mask of the train split marks anything", hint="look at the masks: tmca data audit")
+    say(f"warning: no mask of the {name} split marks anything; its scores say nothing")
+
+
 def _report_tokens(model: SegmentationModel, *splits: Manifest) -> None:
     if model.text_encoder is None:
         return
@@ -243,20 +253,35 @@ def _report_tokens(model: SegmentationModel, *splits: Manifest) -> None:
         )
 
 
-def _check_folder(folder: Path, *, overwrite: bool) -> None:
-    if (folder / "experiment.json").exists() and not overwrite:
+def already_training(folder: Path) -> StorageError:
+    """Return the error for a run folder in which another training is at work."""
+    return StorageError(f"A training is at work in {folder}", hint="wait for it, or choose another folder")
+
+
+def check_folder(folder: Path, *, overwrite: bool) -> None:
+    """Refuse a run folder that may not be filled.
+
+    Raises:
+        StorageError: It holds a run and ``overwrite`` is off, files that are no run, or a training that is at work.
+    """
+    holds_run = (folder / "experiment.json").exists()
+    if holds_run and not overwrite:
         raise StorageError(
             f"{folder} holds a training run already", hint="continue it with --resume last, or replace it: --overwrite"
         )
     if folder.exists() and not folder.is_dir():
         raise StorageError(f"{folder} is a file", hint="choose another output folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "checkpoints").is_dir():
+    is_begun = holds_run or (folder / "checkpoints").is_dir()
+    if folder.is_dir() and any(folder.iterdir()) and not is_begun:
         raise StorageError(
             f"{folder} holds files that are no training run; they would be lost", hint="choose another output folder"
         )
+    if folder.is_dir():
+        with held(folder, already_training(folder)):
+            pass
 
 
-def _resumed(experiment: Experiment, folder: Path, data: dict[str, Any]) -> Experiment:
+def _check_resumed(experiment: Experiment, folder: Path, data: dict[str, Any]) -> None:
     try:
         before = from_dict(Experiment, json.loads((folder / "experiment.json").read_text("utf-8")))
         split_before = json.loads((folder / "splits.json").read_text("utf-8"))
@@ -276,7 +301,17 @@ def _resumed(experiment: Experiment, folder: Path, data: dict[str, Any]) -> Expe
             f"The data is not what the run in {folder} was started on (data hash or split differs)",
             hint="resume on the same data, or start another run",
         )
-    return experiment
+    length, planned = experiment.trainer.max_epochs, before.trainer.max_epochs
+    history = folder / "metrics.csv"
+    done = len(history.read_text("utf-8").splitlines()) - 1 if history.is_file() else 0
+    if length < done:
+        raise ConfigError(
+            f"The run in {folder} has trained {done} epochs already, trainer.max_epochs is {length}",
+            hint=f"score it as it is, or resume it with at least {done}",
+        )
+    follows = experiment.optimiser.schedule == "cosine" and experiment.optimiser.schedule_epochs is None
+    if length != planned and follows:
+        say(f"note: {length} epochs now, {planned} before: the learning rate follows the new length from here on")
 
 
 def _make_trainer(experiment: Experiment, writer: RunWriter, place: torch.device, layout: ProcessLayout) -> pl.Trainer:
