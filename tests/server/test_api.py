@@ -167,6 +167,23 @@ def test_a_file_that_is_no_image_is_explained(client: TestClient, name: str, con
     assert _segment(client, LEFT).status_code == 200
 
 
+@pytest.mark.parametrize(("path", "name"), [("/v1/segment", "promt"), ("/v1/jobs", "min-region")])
+def test_a_field_that_is_not_known_is_refused_not_left_out(client: TestClient, path: str, name: str):
+    response = client.post(path, files={"image": ("a.png", IMAGE.read_bytes())}, data={name: "1"})
+    assert response.status_code == 422
+    problem = response.json()
+    assert problem["code"] == "invalid_request"
+    assert f"Unknown field {name!r}" in problem["detail"]
+    assert problem["hint"] in ("did you mean 'prompt'?", "did you mean 'min_region'?")
+
+
+def test_a_file_of_many_that_is_no_image_is_named(client: TestClient):
+    files = [("image", ("good.png", IMAGE.read_bytes())), ("image", ("notes.png", b"no image"))]
+    response = client.post("/v1/jobs", files=files, data={"prompt": LEFT})
+    assert response.status_code == 415
+    assert "'notes.png'" in response.json()["detail"]
+
+
 def test_a_bomb_is_refused_before_it_is_unpacked(client: TestClient):
     import struct
     import zlib

@@ -275,6 +275,7 @@ def test_the_log_holds_neither_sentence_nor_file(start: Callable[..., Running]):
     [
         (("--host", "0.0.0.0"), 2, "Without a key"),
         (("--api-key", "short"), 2, "fewer than 16"),
+        (("--port", "80000"), 2, "There is no port 80000"),
         (("--api-key-file", "missing"), 3, "cannot be read"),
         (("--tls-certificate", "missing.pem"), 2, "certificate and its key"),
         (("--tls-certificate", "missing.pem", "--tls-key", "missing.pem"), 2, "no file missing.pem"),

@@ -23,6 +23,7 @@ NIFTI = b"\x5c\x01\x00\x00" + bytes(400)
         (b"II*\x00", ".tif"),
         (b"RIFF1234WEBP", ".webp"),
         (bytes(128) + b"DICM", ".dcm"),
+        (b"II*\x00" + bytes(124) + b"DICM", ".dcm"),  # a preamble for readers of TIFF, which the standard allows
         (NIFTI, ".nii"),
         (gzip.compress(NIFTI, mtime=0), ".nii.gz"),
     ],

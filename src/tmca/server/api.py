@@ -51,7 +51,7 @@ async def segment(request: Request, service: Served) -> Response:
     header `X-Region-Found`.
     """
     form_kind = accepted(request.headers.get("accept", "*/*"))
-    async with read_form(request, 1) as form, service.folder() as folder:
+    async with read_form(request, 1, schema.SEGMENT_FIELDS) as form, service.folder() as folder:
         prompts: list[str | None] = [
             text or None for text in texts_of(form, "prompt", most=service.settings.max_prompts)
         ]
@@ -126,7 +126,7 @@ async def add_job(
     An accepted job survives a restart of the server.
     """
     store = service.store
-    async with read_form(request, MOST_JOB_FILES + 1) as form:  # the table of sentences is one more
+    async with read_form(request, MOST_JOB_FILES + 1, schema.JOB_FIELDS) as form:  # + the sentences
         model = service.model((texts_of(form, "model") or [""])[0]).name
         prompt = (texts_of(form, "prompt") or [""])[0] or None
         report = (texts_of(form, "report") or [""])[0] or None

@@ -25,7 +25,7 @@ _REPORT = {"type": "string", "description": "A clinical report to take the sente
 
 
 def _form(properties: dict[str, Any], required: list[str]) -> dict[str, Any]:
-    schema = {"type": "object", "properties": properties, "required": required}
+    schema = {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
     return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
 
@@ -61,6 +61,14 @@ JOB_REQUEST = _form(
     },
     ["image"],
 )
+
+
+def _fields(request: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(request["requestBody"]["content"]["multipart/form-data"]["schema"]["properties"])
+
+
+SEGMENT_FIELDS, JOB_FIELDS = _fields(SEGMENT_REQUEST), _fields(JOB_REQUEST)
+"""What a form may hold; anything else is refused."""
 
 PROBLEM: dict[str, Any] = {
     "type": "object",

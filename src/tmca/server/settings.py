@@ -12,6 +12,7 @@ from tmca.server.messages import WorkerSettings
 
 MEGABYTE = 2**20
 SHORTEST_KEY = 16
+LAST_PORT = 65_535
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class ServerSettings:
     stop_seconds: float = 30.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.port <= LAST_PORT:
+            raise ConfigError(f"There is no port {self.port}", hint=f"choose one of 1 to {LAST_PORT}")
         if any(len(key) < SHORTEST_KEY for key in self.keys):
             raise ConfigError(
                 f"A key has fewer than {SHORTEST_KEY} characters", hint="`openssl rand -hex 32` makes one"

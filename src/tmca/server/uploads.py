@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import unicodedata
 import zlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -22,7 +22,7 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
-from tmca.errors import TMCAError
+from tmca.errors import TMCAError, unknown_name
 from tmca.files import storage_error
 from tmca.imaging.reading import case_name
 from tmca.server.problems import ClientGoneError, InvalidRequestError, TooLargeError, UnsupportedTypeError
@@ -39,12 +39,12 @@ MOST_FIELDS = 64
 NIFTI_HEADERS = (b"\x5c\x01\x00\x00", b"\x00\x00\x01\x5c", b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c")
 _GZIP = b"\x1f\x8b"
 _MAGIC = {
+    (128, b"DICM"): ".dcm",  # first: what stands before it may look like a TIFF, on purpose
     (0, b"\x89PNG\r\n\x1a\n"): ".png",
     (0, b"\xff\xd8\xff"): ".jpg",
     (0, b"II*\x00"): ".tif",
     (0, b"MM\x00*"): ".tif",
     (8, b"WEBP"): ".webp",
-    (128, b"DICM"): ".dcm",
     (0, b"BM"): ".bmp",
 }
 """Where a file has which bytes → its ending."""
@@ -66,11 +66,16 @@ class Upload:
 
 
 @asynccontextmanager
-async def read_form(request: Request, most_files: int) -> AsyncIterator[FormData]:
+async def read_form(request: Request, most_files: int, known: Collection[str]) -> AsyncIterator[FormData]:
     """Read a multipart request; what does not fit into memory lies in a temporary file until the block ends.
 
+    Args:
+        request: Its body is not read yet.
+        most_files: Files that it may hold.
+        known: The names of its fields.
+
     Raises:
-        InvalidRequestError: It is no multipart request, or holds too much.
+        InvalidRequestError: It is no multipart request, holds too much, or a field that is not known.
         UnsupportedTypeError: It has another content type.
         StorageError: There is no room for it.
         TooLargeError: It has more files than can be open.
@@ -99,6 +104,10 @@ async def read_form(request: Request, most_files: int) -> AsyncIterator[FormData
     except (ValueError, KeyError, OverflowError) as error:
         raise InvalidRequestError("The form cannot be read", hint="check how it was made") from error
     try:
+        for name in form:
+            if name not in known:  # a misspelt `prompt` must not become a mask without a sentence
+                unknown = unknown_name("field", name[:LONGEST_NAME], known)
+                raise InvalidRequestError(unknown.message, hint=unknown.hint)
         yield form
     finally:
         await form.close()
@@ -200,7 +209,11 @@ async def save(file: UploadFile, folder: Path, name: str = "") -> Upload:
     """
     head = await file.read(COPY_BYTES)
     await file.seek(0)
-    suffix = suffix_of(head)
+    try:
+        suffix = suffix_of(head)
+    except UnsupportedTypeError as error:
+        named = f"{file.filename[:LONGEST_NAME]!r}: " if file.filename else ""
+        raise UnsupportedTypeError(f"{named}{error.message}", hint=error.hint) from error
     own = safe_name(file.filename or "")
     names = itertools.chain([name or own], (f"{name or own}_{number}" for number in itertools.count(2)))
     path = next(path for each in names if not (path := folder / f"{each}{suffix}").exists())
