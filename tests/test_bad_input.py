@@ -512,6 +512,19 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "write_bytes", fail)
 
 
+def test_a_training_split_without_a_target_is_refused(
+    refused: Callable[..., Refusal], phantoms: Manifest, tmp_path: Path
+):
+    data = Path(shutil.copytree(phantoms.root, tmp_path / "data"))
+    manifest = Manifest.read(data / "manifest.csv")
+    for record in manifest.split("train").records:
+        Image.new("L", (64, 64)).save(data / str(record.mask))
+    refusal = refused("train", "tiny", "--data", data, "-o", tmp_path / "run")
+    assert refusal.code == 3
+    assert "No mask of the train split marks anything" in refusal.line
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.usefixtures("full_disk")
 def test_a_full_disk_while_training(refused: Callable[..., Refusal], phantoms: Manifest, tmp_path: Path):
     refusal = refused("train", "tiny", "--data", phantoms.root, "-o", tmp_path / "run", "--trainer.max-epochs", 1)

@@ -231,9 +231,19 @@ def test_sentences_are_taken_from_reports(tmp_path: Path):
     assert first.report is not None
     assert first.text == first.report.prompt == "Unilateral pulmonary infection, lower left lung."
     assert (second.text, second.report) == ("one lesion", None)
-    (tmp_path / "jobs.csv").write_text("image,report\na.png,gone.txt\n")
-    with pytest.raises(DataError, match=r"gone\.txt"):
-        read_jobs(tmp_path / "jobs.csv")
+
+
+def test_a_report_that_cannot_be_read_is_the_problem_of_its_case_alone(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("Opacity in the right lower zone.")
+    (tmp_path / "b.txt").write_text("Kein Hinweis auf eine Verschattung, links ist der Befund nicht so klar.")
+    (tmp_path / "jobs.csv").write_text("image,report\na.png,gone.txt\nb.png,b.txt\nc.png,a.txt\n")
+    gone, german, read = read_jobs(tmp_path / "jobs.csv")
+    assert (read.text, read.problem) == ("Pulmonary infection, lower left lung.", None)
+    assert [str(job.problem).partition(":")[0] for job in (gone, german)] == [
+        f"{tmp_path / 'jobs.csv'}, line {line}" for line in (2, 3)
+    ]
+    assert "report gone.txt: " in str(gone.problem)
+    assert "report b.txt: The report does not read as English" in str(german.problem)
 
 
 # Series ----------------------------------------------------------------------------------------------------------

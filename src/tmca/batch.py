@@ -440,7 +440,7 @@ def _problem(job: Job) -> DataError | None:
         return job.problem
     return DataError(
         f"{job.image}: its report names no finding, so that there is nothing to segment",
-        hint="`tmca report-to-prompt` shows how it was read; give a sentence in `text` to segment all the same",
+        hint="`tmca report-to-prompt` shows how it was read; to segment all the same, write a sentence (-p, `text`)",
     )
 
 

@@ -146,27 +146,30 @@ def read_jobs(path: Path, images: Sequence[Path] | None = None) -> list[Job]:
             line get no job. ``None`` takes the file's own paths, relative to the file.
 
     Raises:
-        DataError: A column is missing, a line names an image that is not there, or not clearly, or a report cannot be
-            read.
+        DataError: A column is missing, or a line names an image that is not there, or not clearly. A report that cannot
+            be read is the ``problem`` of its job.
     """
     known = None if images is None else _Images(images)
-    asked: dict[tuple[Path, str | None], ReportPrompt | None] = {}
+    asked: dict[tuple[Path, str | None], tuple[ReportPrompt | None, DataError | None]] = {}
     for line, row in read_rows(path, required=("image",)):
         text = (row.get("text") or row.get("prompt") or "").strip()
         text = text.encode("utf-8", "replace").decode()  # half of a character, which JSON can hold, means nothing
         name = row["image"]
         image = _as_on_disk(path.parent / name) if known is None else known.meant(name, path, line)
-        report = None
+        report = problem = None
         if not text and row.get("report"):
-            report = read_prompt(path.parent / row["report"])
-            text = report.prompt or ""
-        asked[image, text or None] = report
+            try:
+                report = read_prompt(path.parent / row["report"])
+                text = report.prompt or ""
+            except DataError as error:
+                problem = DataError(f"{path}, line {line}: report {row['report']}: {error.message}", hint=error.hint)
+        asked[image, text or None] = report, problem
     unique = list(dict.fromkeys(image for image, _ in asked))
     base = dict(zip(unique, _names(unique), strict=True))
     lines = Counter(image for image, _ in asked)
     return [
-        Job(image, text, base[image] if lines[image] == 1 else f"{base[image]}_{slug(text)}", report)
-        for (image, text), report in asked.items()
+        Job(image, text, base[image] if lines[image] == 1 else f"{base[image]}_{slug(text)}", report, problem=problem)
+        for (image, text), (report, problem) in asked.items()
     ]
 
 

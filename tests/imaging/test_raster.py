@@ -247,6 +247,19 @@ def test_colour_coded_masks_are_foreground_in_any_channel(tmp_path: Path):
     np.testing.assert_array_equal(read_mask(_saved(tmp_path / "c.png", palette)), SHAPE)
 
 
+@pytest.mark.parametrize(("mode", "colour"), [("RGBA", (0, 0, 0)), ("RGBA", (255, 255, 255)), ("LA", (0,))])
+def test_a_shape_in_the_transparency_is_refused_not_read_as_empty(tmp_path: Path, mode: str, colour: tuple[int, ...]):
+    image = Image.new(mode, (8, 6), (*colour, 0))
+    image.paste((*colour, 255), (2, 2, 5, 5))
+    image.save(tmp_path / "mask.png")
+    with pytest.raises(DataError, match=r"mask\.png holds its shape as transparency") as caught:
+        read_mask(tmp_path / "mask.png")
+    assert "0 and 255" in caught.value.hint
+    image.putalpha(200)
+    image.save(tmp_path / "mask.png")
+    assert read_mask(tmp_path / "mask.png").any() == bool(colour[0])  # the same everywhere: nothing is lost
+
+
 def test_an_image_in_place_of_a_mask_is_refused_with_its_share(tmp_path: Path):
     values = np.zeros((10, 10), dtype=np.uint8)
     values[0, :5] = 100

@@ -14,7 +14,7 @@ from pydicom import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
 from tmca.errors import DataError
-from tmca.imaging.series import Plane, find_series, order_planes, read_stack
+from tmca.imaging.series import Plane, find_series, order_planes, read_stack, survey_series
 
 AXIAL = np.array([[0, -1, 0], [-1, 0, 0], [0, 0, 1]], dtype=float)  # rows to the back, columns to the left
 
@@ -186,6 +186,9 @@ def test_a_missing_slice_is_noticed(tmp_path: Path):
 def test_folders_without_images(tmp_path: Path):
     with pytest.raises(DataError, match="There is no folder"):
         find_series(tmp_path / "missing")
+    (tmp_path / "slice.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"slice\.png is a file, expected the folder of a series"):
+        survey_series(tmp_path / "slice.png")
     with pytest.raises(DataError, match="holds no DICOM image"):
         find_series(tmp_path)
     (tmp_path / "a.dcm").write_bytes(b"words")

@@ -127,9 +127,20 @@ def read_mask(path: Path | str) -> NDArray[np.bool_]:
         else:
             if upright.mode in ("P", "PA"):
                 upright = upright.convert("RGBA")
+            _refuse_transparent_shape(path, upright)
             channels = np.asarray(upright.convert("L" if upright.mode in ("1", "L", "LA") else "RGB"))
             grey_levels = channels if channels.ndim == 2 else channels.max(axis=2)
     return foreground(path, grey_levels, lossy=lossy)
+
+
+def _refuse_transparent_shape(path: Path, image: Image.Image) -> None:
+    """Refuse a mask whose shape is in its transparency, which is not looked at: it would be read as empty or full."""
+    *colours, last = image.getbands()
+    if last != "A":
+        return
+    low, high = image.getchannel("A").getextrema()
+    if low != high and all(len(set(image.getchannel(band).getextrema())) == 1 for band in colours):
+        raise DataError(f"{path} holds its shape as transparency, expected a mask", hint="save it as 0 and 255, opaque")
 
 
 def image_size(path: Path | str) -> tuple[int, int]:

@@ -120,6 +120,8 @@ def survey_series(folder: Path | str) -> tuple[list[Series], dict[Path, Unread]]
         DataError: The folder does not exist or holds no DICOM image.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise DataError(f"{folder} is a file, expected the folder of a series", hint="name its folder")
     if not folder.is_dir():
         raise DataError(f"There is no folder {folder}", hint="check the path")
     sources: list[Source] = []
