@@ -342,7 +342,7 @@ def main() -> None:
         sys.exit(1)
     except OSError as error:
         print(f"error: {error.strerror or error}: {error.filename or given.image}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(BAD_IMAGE if str(error.filename) == given.image else 1)
     print(f"{given.output}: {mask.mean():.1%} of the image is marked. Research only; not a medical device.")
 
 

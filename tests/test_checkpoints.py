@@ -381,6 +381,13 @@ def test_a_folder_that_does_not_exist_is_refused(tmp_path: Path):
     assert "tmca train" in caught.value.hint
 
 
+def test_a_bundle_is_no_folder_of_a_model(tmp_path: Path):
+    (tmp_path / "model.tmca").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"model\.tmca is a file") as caught:
+        load_checkpoint(tmp_path / "model.tmca")
+    assert "tmca-run" in caught.value.hint
+
+
 def test_a_mistyped_run_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TMCA_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)

@@ -140,6 +140,10 @@ def resolve_checkpoint(name: str | Path) -> Path:
         WeightsError: There is neither a folder nor a model of that id.
     """
     path = Path(name).expanduser()
+    if path.is_file():
+        raise CheckpointError(
+            f"{name} is a file, expected the folder of a model", hint="a bundle is run by `tmca-run BUNDLE IMAGE`"
+        )
     try:
         folder = locate(str(name))
     except WeightsError as error:
@@ -188,8 +192,10 @@ with Target-informed Multi-level Contrastive Alignments*"""
 _PROMPTS = """## Prompts
 
 A sentence in the style of the training data, up to {limit} tokens; longer ones are cut and reported.
-Good: "two large white round polyp, located in top left, top of the image". Bad: a whole report, a question, a negation.
-"left" and "right" mean the image's left and right. Without a sentence the model falls back on the image alone.
+Of polyps, for example: "two large white round polyp, located in top left, top of the image"; of chest films: "Bilateral
+pulmonary infection, two infected areas, upper left lung and lower right lung.". Bad: a whole report, a question, a
+negation. "left" and "right" mean the image's left and right. Without a sentence the model falls back on the image
+alone.
 """
 
 
@@ -204,7 +210,7 @@ def model_card(model: SegmentationModel, experiment: Experiment, metrics: dict[s
     reads = "language-guided" if model.reads_text else "image-only"
     source = _TMCA if method == "tmca" and model.reads_text else ""
     target = "what a sentence names" if model.reads_text else "what its training masks mark"
-    sentence = '"one small round polyp, located in top left of the image"' if model.reads_text else ""
+    sentence = '"a sentence in the style of the training data"' if model.reads_text else ""
     prompts = "The model reads no sentence.\n"
     if model.reads_text:
         prompts = _PROMPTS.format(limit=experiment.model.text_encoder.max_tokens)

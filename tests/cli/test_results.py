@@ -120,6 +120,9 @@ def test_what_cannot_be_reproduced_is_refused_before_the_first_training(tmca: Ca
     outcome = tmca(*command, "--only", "unett")
     assert outcome.code == 2
     assert "did you mean 'unet'" in outcome.err.lower()
+    outcome = tmca("reproduce", "figure", "--scale", "smoke")
+    assert outcome.code == 2
+    assert "known: figure2, table1" in outcome.err
     assert not (tmp_path / "runs" / "phantoms").exists()
 
 

@@ -139,6 +139,7 @@ def test_json_lines_accept_null_numbers_and_blank_lines(tmp_path: Path):
         ("a.csv", "id,image\n1,a.png\n1,b.png\n2,c.png\n2,d.png\n", r"a\.csv.* 2 ids more than once: 1, 2"),
         ("a.csv", "image\nx/a.png\ny/a.png\n", "more than once: a"),
         ("a.csv", "id,image\n../a,a.png\n", "line 2: the id '../a' holds a slash"),
+        ("a.csv", "image\nimages\\a.png\n", r"line 2: the path images\\a\.png has backslashes.*forward slashes"),
         ("a.csv", b"image\n\xff\xfe.png\n", "not UTF-8"),
         ("a.csv", "image\n" + "a" * 200_000, "field larger than"),
         ("a.jsonl", '{"image": "a.png"}\n{"image"', "line 2: not JSON"),

@@ -125,6 +125,9 @@ def test_one_split_can_be_divided_further():
     assert divided.splits == {"train": 36, "val": 4, "test": 1}
     with pytest.raises(ConfigError, match="split 'test' of toy is there already"):
         split_manifest(manifest, {"train": 0.9, "test": 0.1}, within="train")
+    with pytest.raises(DataError, match="has no split 'tset'") as caught:
+        manifest.split("tset")
+    assert caught.value.hint == "did you mean 'test'?"
     with pytest.raises(DataError, match="has no split 'val'"):
         split_manifest(manifest, {"val": 1.0}, within="val")
 

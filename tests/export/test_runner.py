@@ -146,7 +146,7 @@ def test_a_sentence_that_is_cut_is_told(bundle_file: Path, tmp_path: Path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "mask.png"]
 
 
-@pytest.mark.parametrize("kind", ["text", "cut", "wide", "float", "empty"])
+@pytest.mark.parametrize("kind", ["text", "cut", "wide", "float", "empty", "gone"])
 def test_a_picture_that_is_none_is_refused_in_a_line(bundle_file: Path, tmp_path: Path, kind: str):
     path = tmp_path / "x.png"
     if kind == "text":
@@ -157,6 +157,8 @@ def test_a_picture_that_is_none_is_refused_in_a_line(bundle_file: Path, tmp_path
     elif kind == "empty":
         path = tmp_path / "x.npy"
         np.save(path, np.zeros((0, 4, 3), np.uint8))
+    elif kind == "gone":
+        path = tmp_path / "gone.png"
     elif kind == "wide":
         Image.fromarray(np.zeros((8, 8), np.uint16)).save(path)
     else:

@@ -52,7 +52,7 @@ class Reproduce:
 
     def run(self) -> None:
         """Reproduce one after the other; exit code 4 if a method could not run."""
-        from tmca.reproduction.tables import get_table
+        from tmca.reproduction.tables import TABLES, get_table
 
         if not self.what:
             raise ConfigError(
@@ -63,6 +63,9 @@ class Reproduce:
         if len(set(self.seeds)) < len(self.seeds):
             raise ConfigError("--seeds names a number twice, which would count one run as two", hint="name each once")
         # What is misspelt is refused before hours of training.
+        for name in self.what:
+            if name not in (*TABLES, FIGURE):
+                raise unknown_name("table", name, (*TABLES, FIGURE))
         tables = [get_table(name) for name in self.what if name != FIGURE]
         rows = {row.preset for table in tables for row in table.rows}
         for name in self.only if tables else ():

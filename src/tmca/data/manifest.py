@@ -7,6 +7,7 @@ relative to the manifest's folder and use forward slashes.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
 import json
 import os
@@ -150,9 +151,9 @@ class Manifest:
         chosen = [record for record in self.records if record.split == name]
         if not chosen:
             known = ", ".join(f"{split or '(none)'} ({count})" for split, count in self.splits.items())
-            raise DataError(
-                f"{self.name} has no split {name!r}; it has {known or 'no cases'}", hint="fill the column split"
-            )
+            nearest = difflib.get_close_matches(name, self.splits, n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else "fill the column split"
+            raise DataError(f"{self.name} has no split {name!r}; it has {known or 'no cases'}", hint=hint)
         return self.with_records(chosen)
 
     def select(self, ids: Iterable[str]) -> Manifest:
@@ -298,6 +299,10 @@ def _record(path: Path, line: int, row: dict[str, str]) -> Record:
     values = {name: value.strip() or _DEFAULTS.get(name, "") for name, value in cells.items()}
     if not values["image"]:
         raise DataError(f"{path}, line {line}: the cell image is blank", hint="every row needs the path of an image")
+    if not values["id"] and "\\" in values["image"]:
+        raise DataError(
+            f"{path}, line {line}: the path {values['image']} has backslashes", hint="write it with forward slashes"
+        )
     values["id"] = values["id"] or case_name(values["image"])
     if "/" in values["id"] or "\\" in values["id"]:
         raise DataError(
