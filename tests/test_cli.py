@@ -458,9 +458,11 @@ def test_an_interrupted_training_says_how_to_go_on(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(SegmentationTask, "training_step", interrupt)
-    outcome = tmca("train", "tiny", "--data", phantoms.root, "-o", tmp_path / "run")
-    assert outcome.code == 130
-    assert "--resume last" in outcome.err
+    for name, preset in (("tiny", "tiny"), ("mine", "PRESET")):
+        outcome = tmca("train", "tiny", "--data", phantoms.root, "-o", tmp_path / name, "--name", name)
+        assert outcome.code == 130
+        go_on = f"tmca train {preset} --data {phantoms.root} -o {tmp_path / name} --resume last"
+        assert go_on in outcome.err.replace("\n", "")
 
 
 def test_ctrl_c_anywhere_is_exit_130(tmca: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch):

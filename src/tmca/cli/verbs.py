@@ -12,6 +12,7 @@ import tyro
 from tmca.cli.options import Data, Device, Models, Output, PromptLevel, show
 from tmca.config import Experiment
 from tmca.errors import ConfigError, DataError, PartialFailureError
+from tmca.presets import PRESETS
 from tmca.progress import say
 
 if TYPE_CHECKING:
@@ -85,7 +86,8 @@ class Train:
                 nodes=self.nodes,
             )
         except KeyboardInterrupt:
-            say(f"Interrupted; continue with: tmca train {self.experiment.name} … -o {folder} --resume last")
+            preset = self.experiment.name if self.experiment.name in PRESETS else "PRESET"
+            say(f"Interrupted; continue with: tmca train {preset} --data {self.data} -o {folder} --resume last")
             raise
         if not ProcessLayout.of(self.devices, self.nodes).is_first:
             return
