@@ -52,7 +52,7 @@ _OTHERS: dict[Grammar, str] = {
         r"|spar(?:ing|ed|es)|bronch(?:us|i|iectasis)|aorta|spine|thyroid|markings|congestion|cavit\w+|bulla\w*|blebs?|tuberculosis"
         r"|embol\w+|clips?|hernia|stents?|volume\s+loss|hilar?|hilum|mediastin\w+|volumes|clear|unremarkable|normal|border"
         r"|collapse|abscess\w*|empyema|plaques?|\w+(?:ectomy|otomy)|reticul\w+|lucenc\w+|hyperinflation|deviat\w+|pain"
-        r"|views?|projections?|decubitus|rotat(?:ed|ion)|unaffected|uninvolved|not\s+(?:affected|involved)|aerated|inflated"
+        r"|views?|projections?|decubitus|rotated|rotation|unaffected|uninvolved|not\s+(?:affected|involved)|aerated|inflated"
     ),
     "polyp": (
         r"scars?|ha?emorrhoids?|diverticul\w+|mass(?:es)?|inflammation|bowel|intestines?|mucosa|folds?|blood|bleeding|stools?"
