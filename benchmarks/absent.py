@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from measuring import report
 
-from tmca.data.grammar import deny
 from tmca.data.layouts import open_dataset
 from tmca.data.manifest import Manifest
+from tmca.data.opposites import deny
 from tmca.data.preprocessing import Drawn, without_lesion
 from tmca.imaging.reading import read_image, read_mask
 from tmca.inference import Predictor

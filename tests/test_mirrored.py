@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from tmca.data.grammar import mirror
 from tmca.data.manifest import Manifest
+from tmca.data.opposites import mirror
 from tmca.evaluation import evaluate
 from tmca.inference import Predictor
 from tmca.mirrored import MirrorAveraged

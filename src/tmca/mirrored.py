@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tmca.data.grammar import mirror
+from tmca.data.opposites import mirror
 from tmca.models import SegmentationModel
 from tmca.types import ImageFeatures, ModelOutput, TextFeatures
 
@@ -20,7 +20,7 @@ from tmca.types import ImageFeatures, ModelOutput, TextFeatures
 class MirrorAveraged(SegmentationModel):
     """A model whose logits are averaged over the image and its mirror image, left to right.
 
-    Where a sentence cannot be mirrored (see :func:`tmca.data.grammar.mirror`), the image alone counts. Everything is
+    Where a sentence cannot be mirrored (see :func:`tmca.data.opposites.mirror`), the image alone counts. Everything is
     computed twice.
 
     Args:

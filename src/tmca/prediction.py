@@ -11,7 +11,8 @@ from jaxtyping import Bool, Float
 from scipy import ndimage
 
 from tmca.data.contradictions import Contradiction, contradictions
-from tmca.data.grammar import contradict, parse
+from tmca.data.grammar import parse
+from tmca.data.opposites import contradict
 from tmca.errors import ConfigError
 from tmca.imaging.frames import Geometry
 from tmca.metrics import check_threshold
@@ -194,7 +195,7 @@ def wrong_sentences(text: str, effects: Sequence[str]) -> dict[str, str | None]:
     """Return the sentences a mask is compared with, to see whether the sentence mattered.
 
     ``none`` is no sentence; ``reordered`` the same words in another order, the same at every call; ``contradictory``
-    one that names what is not there (:func:`tmca.data.grammar.contradict`).
+    one that names what is not there (:func:`tmca.data.opposites.contradict`).
 
     Args:
         text: The sentence.

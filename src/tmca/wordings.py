@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from tmca.data.grammar import LEVELS, PARAPHRASES, contradict, mirror, parse, stated, write_sentence
+from tmca.data.grammar import LEVELS, PARAPHRASES, parse, stated, write_sentence
 from tmca.data.manifest import Manifest, Record
+from tmca.data.opposites import contradict, mirror
 from tmca.errors import DataError
 from tmca.evaluation import shuffled
 from tmca.files import write_json

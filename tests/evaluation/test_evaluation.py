@@ -15,8 +15,8 @@ from PIL import Image
 
 from tmca.calibration import Calibration
 from tmca.config import Experiment, config_hash, from_dict
-from tmca.data.grammar import contradict
 from tmca.data.manifest import Manifest, Record
+from tmca.data.opposites import contradict
 from tmca.errors import CheckpointError, ConfigError, DataError, StorageError
 from tmca.evaluation import Evaluation, evaluate, pixel_size, score_masks, sentence_variants, shuffled
 from tmca.evaluation.writing import case_table, write_evaluation, write_ledger

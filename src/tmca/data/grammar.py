@@ -1,4 +1,4 @@
-"""The sentences: their words, the facts they state, and how facts become sentences, mirror images and contradictions.
+"""The sentences: their words, the facts they state, and the sentences that state facts.
 
 Three grammars are known, all of which mean left and right *in the image*:
 
@@ -10,7 +10,6 @@ Three grammars are known, all of which mean left and right *in the image*:
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -65,42 +64,8 @@ _LUNG_WORDS = frozenset(
 
 _FACT_WORDS = frozenset({*COLOURS, *SHAPES, *THIRDS, "all", *(word for place in PLACES for word in place.split())})
 
-_HORIZONTAL = {"left": "right", "right": "left"}
-_VERTICAL = {"top": "bottom", "bottom": "top", "upper": "lower", "lower": "upper"}
-_OPPOSITES = {
-    **_HORIZONTAL,
-    **_VERTICAL,
-    "small": "large",
-    "large": "small",
-    "bright": "dark",
-    "dark": "bright",
-    "one": "two",
-    "two": "one",
-    "bilateral": "unilateral",
-    "unilateral": "bilateral",
-}
-
 _WORD = re.compile(r"[^\W_]+")
 _LUNG = re.compile(r"\b(lungs?|pulmonary|chest|thorax|lobes?)\b", re.IGNORECASE)
-_CHEST = re.compile(
-    r"\b(consolidations?|opacit(y|ies)|infiltrat\w+|pneumoni\w+|effusions?|zones?|apical|basal|hil(um|ar))\b",
-    re.IGNORECASE,
-)
-"""Words of chest reports that need not stand beside those of ``_LUNG``."""
-_HIDDEN_SIDES = {
-    "horizontal": re.compile(
-        r"\b((left|right)[^\W\d_]+|l|r|lt|rt|lft|rgt|rght|[lr]\s?[uml][lzq]|[lr]hs|lingula\w*|o\W?clock|\d{1,2}:00"
-        r"|link\w{0,2}|rechts?|rechte\w|gauche\w?|droite?s?|izquierd\w+|derech\w+|sinistr\w+|destr[aoei])\b",
-        re.IGNORECASE,
-    ),
-    "vertical": re.compile(
-        r"\b((top|bottom|upper|lower)[^\W\d_]+|up|down|above|below|beneath|under(neath)?|high(er|est)?|low(est)?"
-        r"|superior\w*|inferior\w*|[lr]\s?[uml][lzq]|o\W?clock|\d{1,2}:00|oben|unten|ober\w+|unt\w{3,}|haut|bas"
-        r"|arriba|abajo|sopra|sotto)\b",
-        re.IGNORECASE,
-    ),
-}
-"""Words that name a side in another way than those that :func:`mirror` exchanges."""
 _LESION = re.compile(r"\blesions?\b", re.IGNORECASE)
 _NUMBER = rf"(?:\d+|{'|'.join(_COUNTS)})"
 _COUNTED = re.compile(rf"(?<![\w.,:/-])(?:{_NUMBER})\b(?!\s?(?:mm|cm|%|x\b|[.,:/-]\d))", re.IGNORECASE)
@@ -115,8 +80,6 @@ _LOCATED = re.compile(
 _BETWEEN_PLACES = re.compile(r"\s*(?:,\s*(?:and\s+)?|\band\s+)(?:the\s+)?", re.IGNORECASE)
 _NOUN = re.compile(r"\b(?:polyps?|lesions?)\b|\bwhich\b|\blocated\b|,\s*(?:in|on|at)\b", re.IGNORECASE)
 _SIZE_LIST = re.compile(rf"\b(?:{'|'.join(SIZES)})\b(?:\s*(?:,|\band\b)\s*(?:{'|'.join(SIZES)})\b)*", re.IGNORECASE)
-_PRESENT_LESION = "one large bright round lesion, located in center of the image"
-_PRESENT_INFECTION = "Unilateral pulmonary infection, one infected area, lower left lung."
 
 
 @dataclass(frozen=True)
@@ -177,6 +140,18 @@ def fact_words(text: str) -> list[str]:
     return [word for word in dict.fromkeys(words) if word in _FACT_WORDS]
 
 
+def place_lists(text: str) -> list[tuple[slice, tuple[str, ...]]]:
+    """Return every list of places in a sentence ("in top left, bottom"): where it stands, and its places in its order.
+
+    The places are named as in :data:`PLACES`.
+    """
+    found = []
+    for match in _LOCATED.finditer(text):
+        phrases = _BETWEEN_PLACES.split(match["places"].strip())
+        found.append((slice(*match.span("places")), tuple(_place(_WORD.findall(phrase.lower())) for phrase in phrases)))
+    return found
+
+
 def parse(text: str) -> Facts:
     """Return the facts that a sentence states.
 
@@ -193,8 +168,7 @@ def parse(text: str) -> Facts:
 def _parse_polyp(text: str, grammar: Grammar) -> Facts:
     if not _WORD.search(text) or _UNCLEAR_DENIAL.search(text):
         return Facts(grammar)
-    places = tuple(place for match in _LOCATED.finditer(text) for place in _places(match["places"]))
-    places = tuple(sorted(places, key=PLACES.index))
+    places = sorted((place for _, places in place_lists(text) for place in places), key=PLACES.index)
     head = _LOCATED.sub(" ", text)
     head = head[: noun.start()] if (noun := _NOUN.search(head)) else head
     counted = next((match for match in _COUNTED.finditer(head) if not _is_label(head, match)), None)
@@ -212,8 +186,14 @@ def _parse_polyp(text: str, grammar: Grammar) -> Facts:
         sizes=tuple(size for size in SIZES if size in named),
         colour=next((word for word in words if word in COLOURS), None),
         shape=next((word for word in reversed(words) if word in SHAPES), None),
-        places=places,
+        places=tuple(places),
     )
+
+
+def _place(words: list[str]) -> str:
+    height = "top" if {"top", "upper"} & set(words) else "bottom" if {"bottom", "lower"} & set(words) else ""
+    side = "left" if "left" in words else "right" if "right" in words else ""
+    return f"{height} {side}".strip() or "center"
 
 
 def _is_label(head: str, figure: re.Match[str]) -> bool:
@@ -397,127 +377,3 @@ def _lung(facts: Facts, side: str) -> str:
 
 def _count_word(count: int) -> str:
     return COUNT_WORDS[count] if count < len(COUNT_WORDS) else str(count)
-
-
-def mirror(text: str, axis: Literal["horizontal", "vertical"]) -> str | None:
-    """Return the sentence that is true for the mirrored image.
-
-    Case and punctuation stay; mirroring twice gives the sentence back.
-
-    Args:
-        text: A sentence that is true for the image.
-        axis: ``horizontal`` exchanges the image's left and right, ``vertical`` its top and bottom.
-
-    Returns:
-        The sentence, unchanged where it names no side; ``None`` where it cannot be stated: a chest is never upside
-        down, a lung sentence with an unknown (mostly misspelled) word may hide a side, and so does a word like
-        "leftmost", "9 o'clock" or "links".
-    """
-    if _LUNG.search(text) and (axis == "vertical" or unknown_words(text)):
-        return None
-    if _HIDDEN_SIDES[axis].search(text) or (axis == "vertical" and _CHEST.search(text)):
-        return None
-    return _replaced(text, _HORIZONTAL if axis == "horizontal" else _VERTICAL)
-
-
-def deny(text: str) -> str:
-    """Return the sentence of the same grammar that says there is nothing."""
-    return write_sentence(Facts(grammar_of(text), present=False, count=0))
-
-
-def contradict(text: str) -> str | None:
-    """Return a sentence in the same grammar that names something which is not there.
-
-    The rules, so that the new sentence never means the same places:
-
-    - "no lesion …" and "no pulmonary infection …" become a fixed sentence with one target.
-    - A list of places: each becomes the diagonally opposite one, or where the list holds that too, the opposite along
-      one axis, or the next free place; the center becomes top left. The other words become their opposites; where two
-      targets become one, the first place is kept.
-    - A lung sentence that names one side: side and height are exchanged. Count and "unilateral" stay: a sentence on
-      both lungs would name the true one as well.
-    - A lung sentence that names both sides: "Unilateral pulmonary infection, one infected area, …" with the first
-      region only, its height exchanged. "All" and "middle" have no opposite: only side and count are false then.
-    - Anything else: words for place, side, size, brightness and count become their opposites.
-
-    Args:
-        text: A sentence that is true for the image.
-
-    Returns:
-        The contradiction, or ``None`` where the sentence says nothing that has an opposite.
-    """
-    if re.match(r"\s*no\b", text, re.IGNORECASE) or parse(text).present is False:
-        return _PRESENT_INFECTION if _LUNG.search(text) else _PRESENT_LESION
-    if _LUNG.search(text):
-        return _contradict_lung(text)
-    located = _LOCATED.search(text)
-    if located:
-        before, after = text[: located.start("places")], text[located.end("places") :]
-        opposite = _opposite_places(_places(located["places"]))
-        if parse(text).count == 2:
-            opposite = opposite[:1]
-        separator = " and the " if re.search(r"\band the\b", located["places"], re.IGNORECASE) else ", "
-        changed = [_replaced(part, _OPPOSITES) or part for part in (before, after)]
-        return _with_count(text, separator.join(opposite).join(changed))
-    exchanged = _replaced(text, _OPPOSITES)
-    # "small, large polyp" becomes "large, small polyp", which says the same.
-    if exchanged is None or sorted(_WORD.findall(exchanged)) == sorted(_WORD.findall(text)):
-        return None
-    return _with_count(text, exchanged)
-
-
-def _contradict_lung(text: str) -> str | None:
-    regions = re.findall(r"((?:\b(?:all|upper|middle|lower)\b\W*)*)\b(left|right)\b", text.lower())
-    if len({side for _, side in regions}) < 2:
-        changed = _replaced(text, {**_HORIZONTAL, **_VERTICAL} if regions else _OPPOSITES)
-        return None if changed == text else changed
-    heights, side = regions[0]
-    region = _replaced(" ".join([*heights.split(), side]), _VERTICAL)
-    return f"Unilateral pulmonary infection, one infected area, {region} lung."
-
-
-def _places(listed: str) -> tuple[str, ...]:
-    """Return the places of a list in order, by their names in :data:`PLACES`."""
-    return tuple(_place(re.findall(r"\w+", phrase.lower())) for phrase in _BETWEEN_PLACES.split(listed.strip()))
-
-
-def _place(words: list[str]) -> str:
-    height = "top" if {"top", "upper"} & set(words) else "bottom" if {"bottom", "lower"} & set(words) else ""
-    side = "left" if "left" in words else "right" if "right" in words else ""
-    return f"{height} {side}".strip() or "center"
-
-
-def _opposite_places(places: tuple[str, ...]) -> list[str]:
-    chosen: list[str] = []
-    for place in places:
-        if place == "center":
-            candidates = ["top left"]
-        else:
-            axes = ({**_HORIZONTAL, **_VERTICAL}, _HORIZONTAL, _VERTICAL)
-            candidates = [_replaced(place, words) or place for words in axes]
-        free = [name for name in (*candidates, *PLACES) if name not in places and name not in chosen]
-        chosen += free[:1]
-    return chosen or [_replaced(place, _OPPOSITES) or place for place in places[:1]]
-
-
-def _with_count(old: str, new: str) -> str:
-    """Make verb and "lesion" agree with a count that was changed; polyp sentences have no plural and keep the noun."""
-    if re.search(r"\bone\b", old, re.IGNORECASE):
-        return re.sub(r"\bthere is\b", "there are", re.sub(r"\blesion\b", "lesions", new))
-    if re.search(r"\btwo\b", old, re.IGNORECASE):
-        return re.sub(r"\bthere are\b", "there is", re.sub(r"\blesions\b", "lesion", new))
-    return new
-
-
-def _replaced(text: str, words: Mapping[str, str]) -> str | None:
-    """Replace whole words, all at once, in their case; ``None`` where a word's case has no pattern (e.g. "lEFT")."""
-    pattern = re.compile(r"\b(" + "|".join(words) + r")\b", re.IGNORECASE)
-    if any(word not in (word.lower(), word.upper(), word.capitalize()) for word in pattern.findall(text)):
-        return None
-
-    def opposite(match: re.Match[str]) -> str:
-        word = match[0]
-        other = words[word.lower()]
-        return other if word.islower() else other.upper() if word.isupper() else other.capitalize()
-
-    return pattern.sub(opposite, text)

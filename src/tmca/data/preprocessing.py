@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from tmca.config import AugmentationConfig, PreprocessingConfig
-from tmca.data.grammar import deny, mirror
+from tmca.data.opposites import deny, mirror
 from tmca.errors import DataError
 
 ImageArray = UInt8[np.ndarray, "height width 3"]

@@ -18,9 +18,9 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from tmca.config import Experiment
-from tmca.data.grammar import contradict
 from tmca.data.loading import SegmentationDataset, make_loader
 from tmca.data.manifest import Manifest, Record
+from tmca.data.opposites import contradict
 from tmca.data.preprocessing import resize_mask, restore
 from tmca.devices import resolve_device
 from tmca.errors import ConfigError, DataError
