@@ -15,13 +15,13 @@ import numpy as np
 from tmca.config import DecoderConfig, ImageEncoderConfig, TextEncoderConfig
 from tmca.data.phantom import describe_targets, draw_phantom, write_phantoms
 from tmca.files import replace_folder, write_json
-from tmca.health import mask_dice
+from tmca.health.self_test import mask_dice
 from tmca.imaging.raster import write_image, write_mask
 from tmca.inference import Predictor
 from tmca.presets import change, get_preset
 from tmca.training import fit
 
-FOLDER = Path(__file__).parents[1] / "src" / "tmca" / "self_test"
+FOLDER = Path(__file__).parents[1] / "src" / "tmca" / "health" / "self_test_data"
 COUNTS = {"train": 1600, "val": 50}
 IMAGE_SIZE, NETWORK_SIZE = 96, 64
 LEAST_TRUE_DICE, LEAST_EQUAL_DICE = 0.9, 0.995

@@ -18,7 +18,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from tmca.health import SELF_TEST
+from tmca.health.self_test import SELF_TEST
 from tmca.server import ServerSettings, WorkerSettings
 
 MODEL = SELF_TEST / "model"

@@ -14,7 +14,7 @@ from PIL import Image
 from serving import BOTTOM, IMAGE, LEFT, image_form
 from starlette.testclient import TestClient
 
-from tmca.health import SELF_TEST
+from tmca.health.self_test import SELF_TEST
 from tmca.imaging import rle
 from tmca.imaging.raster import read_mask
 from tmca.server.api import accepted

@@ -12,7 +12,7 @@ from PIL import Image
 from serving import BOTTOM, IMAGE, LEFT
 from starlette.testclient import TestClient
 
-from tmca.health import SELF_TEST
+from tmca.health.self_test import SELF_TEST
 from tmca.imaging.raster import read_mask
 from tmca.server import kserve
 

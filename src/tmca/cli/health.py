@@ -25,7 +25,7 @@ class Info:
 
     def run(self) -> None:
         """Print it."""
-        from tmca.health import describe_installation
+        from tmca.health.installation import describe_installation
 
         facts = describe_installation()
         if self.json:
