@@ -16,11 +16,11 @@ from PIL import Image
 from tmca import files
 from tmca.batch import BatchOptions, CaseRunner, predict_batch
 from tmca.data.manifest import Manifest
-from tmca.errors import DataError, StorageError
+from tmca.errors import ConfigError, DataError, StorageError
 from tmca.files import sha256_of
 from tmca.imaging.raster import read_mask
 from tmca.inference import Predictor
-from tmca.jobs import Job, make_jobs, make_series_jobs, part_of
+from tmca.jobs import Job, make_jobs, make_series_jobs
 from tmca.models import TMCA
 from tmca.outputs import OutputOptions
 from tmca.prediction import PredictionOptions
@@ -134,7 +134,7 @@ def test_a_broken_image_does_not_end_the_batch_nor_spoil_the_next(predictor: Pre
     assert (tmp_path / "out" / "one.png").read_bytes() == (tmp_path / "out" / "four.png").read_bytes()
     assert [failure["image"] for failure in report.failures] == [str(broken)] * 2
     for failure in report.failures:
-        assert set(failure) == {"image", "code", "message", "hint"}
+        assert set(failure) == {"image", "name", "code", "message", "hint"}
         assert failure["code"] == "invalid_input"
         assert str(broken) in failure["message"]
         assert failure["hint"]
@@ -226,25 +226,116 @@ def test_a_journal_that_was_cut_off_is_read_to_there(
     assert len(computed) == 3
 
 
-@pytest.mark.parametrize("change", ["sentence", "threshold", "image"])
-def test_another_question_is_not_taken_for_the_same(predictor: Predictor, jobs: list[Job], tmp_path: Path, change: str):
+@pytest.mark.parametrize(
+    ("change", "reason"), [("sentence", "of another sentence"), ("threshold", "of another model or option")]
+)
+def test_another_question_is_not_taken_for_the_same(
+    predictor: Predictor, jobs: list[Job], tmp_path: Path, change: str, reason: str
+):
     out = tmp_path / "out"
     predict_batch(predictor, jobs[:1], out)
     job, options = jobs[0], BatchOptions()
     if change == "sentence":
         job = Job(job.image, "two dark lesions", job.name)
-    elif change == "threshold":
-        options = BatchOptions(PredictionOptions(threshold=0.3))
     else:
-        _picture(job.image, seed=99)
-    with pytest.raises(StorageError, match=r"a\.png already"):
+        options = BatchOptions(PredictionOptions(threshold=0.3))
+    with pytest.raises(StorageError, match=r"a\.png already") as caught:
         predict_batch(predictor, [job], out, options)
+    assert reason in caught.value.hint
+
+
+def test_a_mask_of_another_version_is_kept(
+    predictor: Predictor, jobs: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    predict_batch(predictor, jobs[:1], tmp_path / "out")
+    monkeypatch.setattr("tmca.journal.version", lambda _: "99.0")
+    with pytest.raises(StorageError) as caught:
+        predict_batch(predictor, jobs[:1], tmp_path / "out")
+    assert "made it, this is 99.0" in caught.value.hint
+
+
+def test_a_changed_image_is_segmented_again(
+    predictor: Predictor, jobs: list[Job], tmp_path: Path, computed: list[object]
+):
+    out = tmp_path / "out"
+    predict_batch(predictor, jobs[:2], out)
+    before = (out / "a.png").read_bytes(), (out / "overlays" / "a.png").read_bytes()
+    _picture(jobs[0].image, seed=99)
+    report = predict_batch(predictor, jobs[:3], out)
+    assert (report.resumed, report.failures, len(computed)) == (1, [], 4)
+    assert (out / "overlays" / "a.png").read_bytes() != before[1]
+    assert predict_batch(predictor, jobs[:3], out).resumed == 3
+
+
+def test_a_damaged_image_leaves_its_earlier_mask_and_says_so(predictor: Predictor, jobs: list[Job], tmp_path: Path):
+    out = tmp_path / "out"
+    predict_batch(predictor, jobs[:2], out)
+    jobs[0].image.write_bytes(jobs[0].image.read_bytes()[:200])
+    for overwrite in (False, True):
+        report = predict_batch(predictor, jobs[:3], out, BatchOptions(overwrite=overwrite))
+        (failure,) = report.failures
+        assert (failure["name"], len(report.cases)) == ("a", 2)
+        assert failure["message"].endswith("; a.png is still that of an earlier run")
+
+
+def test_only_what_is_in_the_way_fails_where_a_batch_goes_on(predictor: Predictor, jobs: list[Job], tmp_path: Path):
+    out = tmp_path / "out"
+    predict_batch(predictor, jobs[:2], out)
+    (out / "c.png").write_bytes(b"precious")
+    changed = Job(jobs[1].image, "two dark lesions", "b")
+    report = predict_batch(predictor, [jobs[0], changed, jobs[2], jobs[3]], out)
+    assert [case["name"] for case in report.cases] == ["a", "d"]
+    assert [(failure["name"], failure["code"]) for failure in report.failures] == [
+        ("b", StorageError.code),
+        ("c", StorageError.code),
+    ]
+    assert "another sentence" in report.failures[0]["hint"]
+    assert "nothing here says" in report.failures[1]["hint"]
+    assert (out / "c.png").read_bytes() == b"precious"
+
+
+def test_an_image_keeps_its_name_when_others_come_and_go(predictor: Predictor, tmp_path: Path, computed: list[object]):
+    out, folder = tmp_path / "out", tmp_path / "in"
+    first, second = _picture(folder / "p1" / "x.png"), _picture(folder / "p1" / "y.png", seed=1)
+    predict_batch(predictor, make_jobs([first, second], None), out)
+    third = _picture(folder / "p0" / "x.png", seed=2)
+    report = predict_batch(predictor, make_jobs([third, first, second], None), out)
+    assert [case["name"] for case in report.cases] == ["p0_x", "x", "y"]
+    first.unlink()
+    report = predict_batch(predictor, make_jobs([third, second], None), out)  # alone it would be called x
+    assert [case["name"] for case in report.cases] == ["p0_x", "y"]
+    fourth = _picture(folder / "p2" / "x.png", seed=3)
+    report = predict_batch(predictor, make_jobs([fourth], None), out)
+    assert [case["name"] for case in report.cases] == ["x_2"]
+    assert len(computed) == 4
+    report = predict_batch(predictor, make_jobs([fourth], None), out, BatchOptions(overwrite=True))
+    assert [case["name"] for case in report.cases] == ["x_2"]
+
+
+def test_a_renamed_folder_is_known_by_its_content(predictor: Predictor, jobs: list[Job], tmp_path: Path):
+    out = tmp_path / "out"
+    predict_batch(predictor, jobs[:2], out)
+    moved = [replace(job, image=tmp_path / "new" / job.image.name) for job in jobs[:2]]
+    jobs[0].image.parent.rename(tmp_path / "new")
+    assert predict_batch(predictor, moved, out).resumed == 2
+
+
+def test_an_emptied_mask_is_made_again(predictor: Predictor, jobs: list[Job], tmp_path: Path):
+    predict_batch(predictor, jobs[:2], tmp_path / "out")
+    (tmp_path / "out" / "a.png").write_bytes(b"")
+    assert predict_batch(predictor, jobs[:2], tmp_path / "out").resumed == 1
+    assert (tmp_path / "out" / "a.png").stat().st_size
+
+
+def test_a_share_that_does_not_exist_is_refused():
+    with pytest.raises(ConfigError, match="Part 2 of 2"):
+        BatchOptions(part=(2, 2))
 
 
 def test_shares_write_to_one_folder(predictor: Predictor, jobs: list[Job], tmp_path: Path, computed: list[object]):
     out = tmp_path / "out"
     for number in range(2):
-        predict_batch(predictor, part_of(jobs, 2, number), out, BatchOptions(part=(number, 2)))
+        predict_batch(predictor, jobs, out, BatchOptions(part=(number, 2)))
     assert len(computed) == 5
     assert {path.name for path in out.glob("*.json*")} == {
         *(f"run_report-part-{number}-of-2.json" for number in range(2)),
@@ -315,6 +406,21 @@ def test_a_volume_is_segmented_slice_by_slice(predictor: Predictor, tmp_path: Pa
     assert predict_batch(predictor, [job], out, options).resumed == 1
 
 
+def test_a_shorter_volume_leaves_no_slices_of_the_longer_one(predictor: Predictor, tmp_path: Path):
+    nibabel = pytest.importorskip("nibabel")
+    job, out = Job(tmp_path / "scan.nii.gz", PROMPT, "scan"), tmp_path / "out"
+    options = BatchOptions(PredictionOptions(threshold=0.05), OutputOptions(("png",), probabilities=True))
+    for depth in (5, 2):
+        values = np.random.default_rng(depth).integers(0, 200, (20, 24, depth)).astype(np.int16)
+        nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), job.image)
+        (case,) = predict_batch(predictor, [job], out, options).cases
+        (out / "scan" / "notes.txt").write_text("mine")
+    for folder in (case["outputs"][kind] for kind in ("mask", "probability", "overlay")):
+        assert {path.name for path in (out / folder).glob("*.png")} == {"0000.png", "0001.png"}
+    assert (out / "scan" / "notes.txt").exists()
+    assert not list(out.rglob(".*"))
+
+
 def test_a_picture_is_no_volume(predictor: Predictor, jobs: list[Job], tmp_path: Path):
     report = predict_batch(predictor, jobs[:1], tmp_path / "out", BatchOptions(outputs=OutputOptions(("nifti",))))
     (failure,) = report.failures
@@ -374,9 +480,12 @@ def test_a_report_is_asked_and_shown(predictor: Predictor, jobs: list[Job], tmp_
     (case,) = batch.cases
     assert case["prompt"] == report.prompt
     assert case["report"]["evidence"][0]["text"] in report.report
-    (failure,) = batch.failures
-    assert "names no finding" in failure["message"]
+    (skipped,) = batch.skipped
+    assert batch.failures == []
+    assert skipped["name"] == "b"
+    assert "names no finding" in skipped["message"]
     assert not (tmp_path / "out" / "b.png").exists()
+    assert json.loads((tmp_path / "out" / "run_report.json").read_text("utf-8"))["skipped"] == [skipped]
 
 
 def test_the_latest_journal_counts(predictor: Predictor, jobs: list[Job], tmp_path: Path):
@@ -384,8 +493,7 @@ def test_the_latest_journal_counts(predictor: Predictor, jobs: list[Job], tmp_pa
     predict_batch(predictor, jobs[:2], out)
     other = PredictionOptions(threshold=0.3)
     for number in range(2):  # whose journals come first by name
-        share = part_of(jobs[:2], 2, number)
-        predict_batch(predictor, share, out, BatchOptions(other, overwrite=True, part=(number, 2)))
+        predict_batch(predictor, jobs[:2], out, BatchOptions(other, overwrite=True, part=(number, 2)))
     assert predict_batch(predictor, jobs[:2], out, BatchOptions(other)).resumed == 2
     with pytest.raises(StorageError):
         predict_batch(predictor, jobs[:2], out)
@@ -413,7 +521,7 @@ def test_pictures_of_a_volume_are_not_replaced(predictor: Predictor, tmp_path: P
     with pytest.raises(StorageError, match="scan"):
         predict_batch(predictor, [job], out, nothing)
     predict_batch(predictor, [job], out, BatchOptions(nothing.prediction, nothing.outputs, overwrite=True))
-    assert not list((out / "overlays" / "scan").iterdir())
+    assert not (out / "overlays" / "scan").exists()
 
 
 def test_a_file_name_that_is_no_text_does_not_end_the_batch(predictor: Predictor, jobs: list[Job], tmp_path: Path):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -96,6 +98,60 @@ def test_16_bit_arrays(predictor: Predictor):
     np.testing.assert_array_equal(
         _probability(predictor, image.astype(np.uint16) * 257), _probability(predictor, image)
     )
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "CMYK", "I;16"])
+def test_images_of_pillow_are_read_as_their_files(predictor: Predictor, tmp_path: Path, mode: str):
+    values = np.random.default_rng(0).integers(0, 60000, (30, 40)).astype(np.uint16)
+    image = Image.fromarray(values) if mode == "I;16" else Image.fromarray(_noise(30, 40)).convert(mode)
+    path = tmp_path / "a.tif"
+    image.save(path)
+    np.testing.assert_array_equal(_probability(predictor, image), _probability(predictor, path))
+
+
+def test_a_turned_photograph_of_pillow_is_segmented_upright(predictor: Predictor, tmp_path: Path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.fromarray(_noise(30, 40)).save(tmp_path / "a.png", exif=exif)
+    with Image.open(tmp_path / "a.png") as image:
+        assert _probability(predictor, image).shape == (40, 30)
+
+
+def test_impossible_batches_and_effects_are_refused(predictor: Predictor):
+    predictor.set_image(_noise())
+    assert predictor.encode([]) == []
+    with pytest.raises(ConfigError, match="batch size is 0"):
+        predictor.probabilities([FIRST], batch_size=0)
+    with pytest.raises(ConfigError, match="batch size is -1"):
+        list(predictor.segment([(_noise(), FIRST)], batch_size=-1))
+    with pytest.raises(ConfigError, match="effect 'shuffled'"):
+        PredictionOptions(effects=("shuffled",))
+
+
+def test_values_of_other_types_are_a_users_mistake():
+    """In a process of its own, as here the types are checked before."""
+    script = """
+from pathlib import Path
+import tmca.health.self_test as known
+from tmca import Predictor
+from tmca.errors import ConfigError, DataError
+predictor = Predictor.from_pretrained(known.SELF_TEST / "model", "cpu")
+predictor.set_image(known.SELF_TEST / "image.png")
+for call, error in (
+    (lambda: predictor.predict(5), ConfigError),
+    (lambda: predictor.predict(["one lesion"]), ConfigError),
+    (lambda: predictor.ask(b"one lesion"), ConfigError),
+    (lambda: list(predictor.segment([(known.SELF_TEST / "image.png", 5)])), ConfigError),
+    (lambda: predictor.set_image([[0, 1]]), DataError),
+    (lambda: predictor.set_image(None), DataError),
+):
+    try:
+        call()
+    except error:
+        continue
+    raise SystemExit("nothing was refused")
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 
 
 def test_a_view_with_negative_strides(predictor: Predictor):

@@ -43,6 +43,35 @@ def test_a_folder_is_searched_through_and_through(tmp_path: Path):
     assert found == sorted(tmp_path / name for name in ("a.JPG", "b.png", "deep/er/c.tiff"))
 
 
+def test_what_every_export_holds_beside_images_is_passed_over(draw_dicom: Callable[..., Path], tmp_path: Path):
+    pydicom = pytest.importorskip("pydicom")
+    film = draw_dicom(tmp_path / "st" / "film.dcm", np.zeros((8, 8), dtype=np.uint8), "CR")
+    report = pydicom.dcmread(film)
+    pixels = ("Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated", "BitsStored")
+    for name in (*pixels, "PixelData"):
+        del report[name]
+    report.SOPClassUID = report.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.88.11"
+    report.save_as(tmp_path / "st" / "report.dcm")
+    (tmp_path / "st" / "damaged.dcm").write_bytes(b"nothing")
+    _touch(tmp_path / "st" / "._film.png", tmp_path / "st" / ".hidden" / "a.png")
+    assert find_images([tmp_path / "st"]) == [tmp_path / "st" / "damaged.dcm", film]
+
+
+def test_linked_folders_are_searched_once(tmp_path: Path):
+    _touch(tmp_path / "far" / "a.png", tmp_path / "in" / "b.png")
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "far")
+    (tmp_path / "far" / "back").symlink_to(tmp_path / "in")
+    assert [path.name for path in find_images([tmp_path / "in"])] == ["b.png", "a.png"]
+
+
+@pytest.mark.parametrize("name", ["", "  "])
+def test_a_blank_name_is_not_the_current_folder(name: str):
+    with pytest.raises(ConfigError, match="blank"):
+        find_images([name])
+    with pytest.raises(ConfigError, match="blank"):
+        make_series_jobs([name], None)
+
+
 def test_globs_are_expanded(tmp_path: Path):
     _touch(*(tmp_path / name for name in ("a1.png", "a2.png", "b1.png", "deep/a3.png")))
     assert find_images([f"{tmp_path}/a*.png"]) == [tmp_path / "a1.png", tmp_path / "a2.png"]
@@ -85,6 +114,13 @@ def test_a_folder_without_images_is_named(tmp_path: Path):
 
 
 # Jobs ------------------------------------------------------------------------------------------------------------
+
+
+def test_long_names_are_cut_and_stay_different(tmp_path: Path):
+    deep = [tmp_path / ("é" * 60 + "a") / ("ü" * 60) / folder / "x.png" for folder in ("one", "two")]
+    names = [job.name for job in make_jobs([*deep, tmp_path / "x.png"], None)]
+    assert len(set(names)) == 3
+    assert all(len(name.encode()) <= 160 for name in names)
 
 
 def test_output_names_are_stems():
@@ -196,10 +232,27 @@ def test_the_name_of_an_input_in_another_folder_does_not_mean_it(tmp_path: Path)
         read_jobs(tmp_path / "jobs.csv", [_picture(tmp_path / "first" / "x.png")])
 
 
-def test_a_line_with_an_unknown_image_is_named(tmp_path: Path):
+def test_a_line_with_an_unknown_image_is_the_problem_of_its_case_alone(tmp_path: Path):
     (tmp_path / "jobs.csv").write_text("image,text\na.png,one\nz.png,two\n")
-    with pytest.raises(DataError, match=r"line 3: image 'z\.png' is not among the inputs"):
-        read_jobs(tmp_path / "jobs.csv", [_picture(tmp_path / "a.png")])
+    first, second = read_jobs(tmp_path / "jobs.csv", [_picture(tmp_path / "a.png")])
+    assert (first.text, first.problem) == ("one", None)
+    assert "line 3: image 'z.png' is not among the inputs" in str(second.problem)
+    (tmp_path / "jobs.csv").write_text("image,text\nz.png,two\n")
+    with pytest.raises(DataError, match=r"line 2: image 'z\.png' is not among the inputs"):
+        read_jobs(tmp_path / "jobs.csv", [tmp_path / "a.png"])
+
+
+@pytest.mark.parametrize("column", ["Text", "sentence", "TEXT"])
+def test_a_file_without_sentences_is_refused_not_segmented_without(tmp_path: Path, column: str):
+    (tmp_path / "jobs.csv").write_text(f"image,{column}\na.png,one lesion\n")
+    with pytest.raises(DataError, match="no column 'text'"):
+        read_jobs(tmp_path / "jobs.csv")
+
+
+def test_a_blank_line_and_a_bad_report_of_one_image_are_two_cases(tmp_path: Path):
+    (tmp_path / "jobs.csv").write_text("image,text,report\na.png,,\na.png,,gone.txt\nb.png,one,\n")
+    blank, gone, _ = read_jobs(tmp_path / "jobs.csv")
+    assert (blank.problem, gone.problem is None) == (None, False)
 
 
 def test_a_file_without_the_column_is_refused(tmp_path: Path):

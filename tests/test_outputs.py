@@ -127,6 +127,45 @@ def test_a_series_with_a_gap_is_refused_before_anything_is_computed(
     assert whole.problem is None
 
 
+def test_a_series_that_fails_leaves_no_slices(
+    predictor: Predictor, draw_slices: Callable[..., list[Path]], tmp_path: Path
+):
+    pydicom = pytest.importorskip("pydicom")
+    paths = draw_slices(tmp_path / "ct", np.zeros((4, 20, 24), dtype=np.int16))
+    (job,) = make_series_jobs([tmp_path / "ct"], PROMPT)
+    data = pydicom.dcmread(paths[2])
+    data.PixelData = data.PixelData[:100]
+    data.save_as(paths[2])
+    report = predict_batch(predictor, [job], tmp_path / "out", _options("png"))
+    assert len(report.failures) == 1
+    assert [path.name for path in (tmp_path / "out").rglob("*.png")] == []
+    assert not list((tmp_path / "out").rglob(".*"))
+
+
+def test_a_series_is_known_by_its_uid_and_keeps_its_name(
+    predictor: Predictor, draw_slices: Callable[..., list[Path]], tmp_path: Path
+):
+    volume, out = np.zeros((3, 20, 24), dtype=np.int16), tmp_path / "out"
+    draw_slices(tmp_path / "study" / "b", volume, SeriesInstanceUID="1.2.4", SeriesNumber=5)
+    report = predict_batch(predictor, make_series_jobs([tmp_path / "study"], PROMPT), out, _options("nifti"))
+    assert [(case["name"], case["series_uid"]) for case in report.cases] == [("study_1", "1.2.4")]
+    draw_slices(tmp_path / "study" / "a", volume + 1, SeriesInstanceUID="1.2.3", SeriesNumber=1)
+    report = predict_batch(predictor, make_series_jobs([tmp_path / "study"], PROMPT), out, _options("nifti"))
+    names = {case["series_uid"]: case["name"] for case in report.cases}
+    assert names == {"1.2.3": "study_1_2", "1.2.4": "study_1"}
+    assert (report.resumed, report.failures) == (1, [])
+
+
+def test_results_below_the_series_are_not_taken_for_series(
+    predictor: Predictor, draw_slices: Callable[..., list[Path]], tmp_path: Path
+):
+    draw_slices(tmp_path / "ct", np.zeros((3, 20, 24), dtype=np.int16))
+    out = tmp_path / "ct" / "out"
+    for resumed in (0, 1):
+        jobs = make_series_jobs([tmp_path / "ct"], PROMPT, None, out)
+        assert predict_batch(predictor, jobs, out, _options(*DICOM)).resumed == resumed
+
+
 def test_a_damaged_file_refuses_what_it_may_be_a_slice_of(draw_slices: Callable[..., list[Path]], tmp_path: Path):
     for name, uid in (("ct", "1.2.3"), ("whole", "1.2.4")):
         draw_slices(tmp_path / "study" / name, np.zeros((3, 8, 8), dtype=np.int16), SeriesInstanceUID=uid)

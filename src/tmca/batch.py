@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +23,7 @@ from tmca.imaging.dicom_sources import read_sources
 from tmca.imaging.frames import Frame, Frames
 from tmca.imaging.reading import read_frames, split_frame
 from tmca.inference import BATCH_SIZE, Predictor
-from tmca.jobs import Job
+from tmca.jobs import Job, part_of
 from tmca.journal import Journal, content_hash
 from tmca.outputs import CaseWriter, OutputOptions, output_paths, tell_apart
 from tmca.prediction import Prediction, PredictionOptions
@@ -70,6 +71,10 @@ class BatchOptions:
     overwrite: bool = False
     part: tuple[int, int] = (0, 1)
 
+    def __post_init__(self) -> None:
+        number, count = self.part
+        part_of([], count, number)  # refuses a share that does not exist
+
     @property
     def suffix(self) -> str:
         """Ending of the names of this share's own files."""
@@ -84,12 +89,14 @@ class BatchReport:
     Attributes:
         cases: Of each finished case, in order.
         failures: Of each case that failed.
+        skipped: Of each case whose report names nothing to segment.
         resumed: Cases that an earlier run had finished.
         seconds: Of this run.
     """
 
     cases: list[dict[str, Any]] = field(default_factory=list)
     failures: list[dict[str, str]] = field(default_factory=list)
+    skipped: list[dict[str, str]] = field(default_factory=list)
     resumed: int = 0
     seconds: float = 0.0
 
@@ -101,6 +108,7 @@ class BatchReport:
             "environment": describe_environment(),
             "cases": self.cases,
             "failures": self.failures,
+            "skipped": self.skipped,
             "resumed": self.resumed,
             "seconds": round(self.seconds, 3),
         }
@@ -123,31 +131,38 @@ def predict_batch(
     Images are decoded ahead and files are written behind, while the model computes. An image that stands in several
     jobs one after the other is encoded once. Cases that an earlier run finished in this folder, with the same image,
     sentence, model and options, are not computed again; nor, without ``overwrite``, those that an interrupted run with
-    ``overwrite`` had finished. A case that fails is reported and the batch goes on; only a folder that cannot be
-    written ends it.
+    ``overwrite`` had finished. An image that has changed since is computed again. A case that fails is reported and the
+    batch goes on; only a folder that cannot be written ends it. A job whose report names nothing is no failure: it is
+    skipped.
 
     Args:
         predictor: The model.
-        jobs: Images and sentences.
+        jobs: Images and sentences, those of all shares.
         folder: Where to write.
         options: How, and what.
         engine: Works the jobs off elsewhere, with the same models; ``None`` does it here.
 
     Raises:
         StorageError: The folder cannot be written, or holds a mask or even an image that this batch would replace.
+            Where the batch goes on with an earlier one, only the cases whose masks would be replaced fail.
+        ConfigError: There is no such share.
     """
     started = time.monotonic()
     options = options or BatchOptions()
-    jobs = tell_apart(jobs, options.outputs)
-    refuse_to_replace_images(jobs, folder, options.outputs)
     run = _Run(predictor, folder, options)
+    jobs = run.named(jobs)
+    refuse_to_replace_images(jobs, folder, options.outputs)
     if options.overwrite:
         run.journal.replace_all(jobs)
-    else:
+    silent = [job for job in jobs if job.is_silent]
+    jobs = [job for job in jobs if not job.is_silent]
+    if not options.overwrite:
         run.resume(jobs)
         run.refuse_to_replace(jobs)
-    run.work([job for job in jobs if job.name not in run.done], engine)
-    report = BatchReport([run.done[job.name] for job in jobs if job.name in run.done], run.failures, run.resumed)
+    run.work([job for job in jobs if job.name not in run.settled], engine)
+    report = BatchReport([run.done[job.name] for job in jobs if job.name in run.done], run.failures)
+    report.skipped = [_nothing_in(job) for job in silent]
+    report.resumed = run.resumed
     report.seconds = time.monotonic() - started
     write_json(folder / f"run_report{options.suffix}.json", report.as_dict(predictor))
     return report
@@ -179,8 +194,24 @@ class _Run:
         self.journal = _journal(folder, options, predictor, options.suffix)
         self.done: dict[str, dict[str, Any]] = {}
         self.failures: list[dict[str, str]] = []
+        self.refused: set[str] = set()
+        self.since = 0
         self.resumed = 0
         self._writes: deque[tuple[Job, Future[dict[str, Any]]]] = deque()
+
+    @property
+    def settled(self) -> set[str]:
+        """Names of the jobs that need no work: finished, or refused."""
+        return self.refused | self.done.keys()
+
+    def named(self, jobs: Sequence[Job]) -> list[Job]:
+        """Return this share of the jobs under names of their own: those that they had in this folder, or free ones."""
+        number, count = self.options.part
+        self.since = self.journal.replaced_since(part_of(jobs, count, number))
+        found, were_known = self.journal.settled(jobs, reserve=not (self.options.overwrite or self.since))
+        order = sorted(range(len(found)), key=lambda place: not were_known[place])
+        apart = dict(zip(order, tell_apart([found[place] for place in order], self.options.outputs), strict=True))
+        return part_of([apart[place] for place in range(len(found))], count, number)
 
     def resume(self, jobs: Sequence[Job]) -> None:
         """Take over what an earlier run finished."""
@@ -190,10 +221,12 @@ class _Run:
             say(f"{len(self.done)} of {len(jobs)} cases were finished before")
 
     def refuse_to_replace(self, jobs: Sequence[Job]) -> None:
-        """Refuse if a file that would be written is there and is not of an interrupted run of the same.
+        """Refuse to write a file that is there and not of an interrupted run of the same, or of a changed image.
+
+        In a folder in which something of this batch was finished before, only the cases concerned fail.
 
         Raises:
-            StorageError: It is.
+            StorageError: There is such a file, and nothing was finished before.
         """
         outputs = self.options.outputs
         left = [job for job in jobs if job.name not in self.done]
@@ -209,13 +242,18 @@ class _Run:
             for job, path in paths
             if any(os.path.lexists(self.folder / name) for name in (path, path.removesuffix(".png")))
         ]
-        since = self.journal.replaced_since(jobs)
-        foreign = [path for job, path in existing if not self.journal.may_replace(job, since)]
-        if foreign:
-            raise StorageError(
-                f"{self.folder} holds {foreign[0]} already" + (f" and {len(foreign) - 1} more" if foreign[1:] else ""),
-                hint="it is of another model, sentence or option: use --overwrite, or choose another folder",
-            )
+        foreign: dict[str, StorageError] = {}
+        for job, path in existing:
+            reason = None if self.journal.may_replace(job, self.since) else self.journal.conflict(job)
+            if reason is not None and job.name not in foreign:
+                hint = f"{reason}: use --overwrite, or choose another folder"
+                foreign[job.name] = StorageError(f"{self.folder} holds {path} already", hint=hint)
+        if foreign and not self.done:
+            first = next(iter(foreign.values()))
+            more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+            raise StorageError(first.message + more, hint=first.hint)
+        self.failures += [_failure(job, foreign[job.name]) for job in left if job.name in foreign]
+        self.refused |= foreign.keys()
 
     def work(self, jobs: Sequence[Job], engine: Engine | None = None) -> None:
         """Segment the jobs."""
@@ -240,9 +278,8 @@ class _Run:
 
     def _segment(self, group: Sequence[Job], read: Future[tuple[Images, float]]) -> Iterator[_Case]:
         """Yield what several jobs ask of one image; if that fails, each is tried by itself."""
-        problems = [(job, _problem(job)) for job in group]
-        self.failures += [_failure(job, problem) for job, problem in problems if problem is not None]
-        left = {job.name: job for job, problem in problems if problem is None}
+        self.failures += [_failure(job, job.problem, self.journal) for job in group if job.problem is not None]
+        left = {job.name: job for job in group if job.problem is None}
         try:
             images = read.result() if left else None
             for job in left.values():
@@ -254,7 +291,7 @@ class _Run:
             raise
         except Exception as error:
             if len(left) == 1:
-                self.failures += [_failure(job, error) for job in left.values()]
+                self.failures += [_failure(job, error, self.journal) for job in left.values()]
                 return
             for job in left.values():
                 yield from self._segment([job], read)
@@ -264,11 +301,11 @@ class _Run:
         while len(self._writes) > waiting:
             job, written = self._writes.popleft()
             try:
-                self.done[job.name] = self.journal.note(written.result())
+                self.done[job.name] = self.journal.note(job, written.result())
             except StorageError:
                 raise
             except Exception as error:
-                self.failures.append(_failure(job, error))
+                self.failures.append(_failure(job, error, self.journal))
 
 
 class CaseRunner:
@@ -294,16 +331,15 @@ class CaseRunner:
             StorageError: The folder cannot be written.
         """
         try:
-            problem = _problem(job)
-            if problem is not None:
-                raise problem
+            if job.problem is not None:
+                raise job.problem
             self.journal.begin(job)
             (case,) = _segment(self.predictor, _read([job]), [job], self.folder, self.options)
-            return {"case": self.journal.note(case.finish(self.journal.key))}
+            return {"case": self.journal.note(job, case.finish(self.journal.key))}
         except StorageError:
             raise
         except Exception as error:
-            return {"failure": _failure(job, error)}
+            return {"failure": _failure(job, error, self.journal)}
 
 
 @dataclass
@@ -353,12 +389,15 @@ class _Case:
     def finish(self, key: Callable[[Job], str]) -> dict[str, Any]:
         """Write what is left and return the case's entry in the report."""
         started = time.perf_counter()
-        for frame, prediction in self.waiting:
-            self.writer.add(frame, prediction)
-        outputs = self.writer.close()
+        with self.writer:
+            for frame, prediction in self.waiting:
+                self.writer.add(frame, prediction)
+            outputs = self.writer.close()
         self.spend("write", time.perf_counter() - started)
         known: dict[str, Any] = {"image": str(self.job.image), "name": self.job.name, "key": key(self.job)}
         known["sha256"] = content_hash(self.job)
+        if self.job.series_uid:
+            known["series_uid"] = self.job.series_uid
         report = {"report": None if self.job.report is None else self.job.report.as_dict()}
         summary = self.entries[0] if len(self.entries) == 1 else _summary(self.entries, self._voxel_volume())
         seconds = {name: round(value, 4) for name, value in self.seconds.items()}
@@ -388,12 +427,15 @@ def _segment(
     for start in range(0, len(jobs), BATCH_SIZE):
         chosen = jobs[start : start + BATCH_SIZE]
         cases = [_Case(job, CaseWriter(folder, job, options.outputs, source, several=several)) for job in chosen]
-        for frame in frames:
-            if several or start == 0:
-                predictor.set_image(frame)
-            predictions = predictor.ask_all([job.text for job in chosen], options.prediction)
-            for case, prediction in zip(cases, predictions, strict=True):
-                case.add(frame, prediction)
+        with ExitStack() as writers:
+            for case in cases:
+                writers.enter_context(case.writer)
+            for frame in frames:
+                if several or start == 0:
+                    predictor.set_image(frame)
+                predictions = predictor.ask_all([job.text for job in chosen], options.prediction)
+                for case, prediction in zip(cases, predictions, strict=True):
+                    case.add(frame, prediction)
         for case in cases:
             case.spend("read", seconds)
             yield case
@@ -434,21 +476,24 @@ def _journal(folder: Path, options: BatchOptions, predictor: Predictor, suffix: 
     return Journal(folder, options.prediction, options.outputs, predictor.provenance(), suffix)
 
 
-def _problem(job: Job) -> DataError | None:
-    """Return why a job cannot be segmented, where that is known without looking at the image."""
-    if job.problem is not None or job.report is None or job.report.prompt is not None:
-        return job.problem
-    return DataError(
-        f"{job.image}: its report names no finding, so that there is nothing to segment",
-        hint="`tmca report-to-prompt` shows how it was read; to segment all the same, write a sentence (-p, `text`)",
-    )
+def _nothing_in(job: Job) -> dict[str, str]:
+    return {
+        "image": str(job.image),
+        "name": job.name,
+        "message": f"{job.image}: its report names no finding, so that there is nothing to segment",
+        "hint": "`tmca report-to-prompt` shows how it was read; to segment all the same, write a sentence (-p, `text`)",
+    }
 
 
-def _failure(job: Job, error: Exception) -> dict[str, str]:
-    if not isinstance(error, TMCAError):
-        message = (str(error).splitlines() or [""])[0]
-        error = DataError(
-            f"{job.image}: {type(error).__name__}: {message}", hint="this is a fault of tmca; please report it"
-        )
-        return {"image": str(job.image), "code": TMCAError.code, "message": error.message, "hint": error.hint}
-    return {"image": str(job.image), "code": error.code, "message": error.message, "hint": error.hint}
+def _failure(job: Job, error: Exception, journal: Journal | None = None) -> dict[str, str]:
+    """Return what a report says of a case that failed, and that what an earlier run made of it is still there."""
+    if isinstance(error, TMCAError):
+        code, message, hint = error.code, error.message, error.hint
+    else:
+        said = (str(error).splitlines() or [""])[0]
+        code, message = TMCAError.code, f"{job.image}: {type(error).__name__}: {said}"
+        hint = "this is a fault of tmca; please report it"
+    earlier = [] if journal is None else [path for path in journal.outputs_of(job) if (journal.folder / path).exists()]
+    if earlier:
+        message += f"; {earlier[0]} is still that of an earlier run"
+    return {"image": str(job.image), "name": job.name, "code": code, "message": message, "hint": hint}

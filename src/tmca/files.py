@@ -146,6 +146,27 @@ def held(folder: Path | str, refusal: StorageError) -> Iterator[None]:
         os.close(descriptor)
 
 
+def files_below(folder: Path | str, leave_out: Path | None = None) -> list[Path]:
+    """Return the files of a folder and of those below it, sorted; linked folders too, names that begin with a dot not.
+
+    Args:
+        folder: Where to look.
+        leave_out: A folder below it that is not looked into.
+    """
+    root, left_out = Path(folder), None if leave_out is None else real_path(leave_out)
+    seen: set[Path] = set()
+    found = []
+    for name, folders, files in os.walk(root, followlinks=True):
+        place, real = Path(name), real_path(name)
+        if real in seen or (real == left_out and place != root):
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(each for each in folders if not each.startswith("."))
+        found += [place / each for each in files if not each.startswith(".") and (place / each).is_file()]
+    return sorted(found)
+
+
 def real_path(path: Path | str) -> Path:
     """Return the absolute path without links; a link that leads to itself stays (``Path.resolve`` raises there)."""
     return Path(os.path.realpath(path))

@@ -19,15 +19,16 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 from numpy.typing import NDArray
+from PIL import Image
 
 from tmca.calibration import Calibration, read_calibration
 from tmca.checkpoints import MODEL_FILE, file_hashes, load_checkpoint, resolve_checkpoint
 from tmca.config import PreprocessingConfig
 from tmca.data.preprocessing import ImageArray, prepare_image, restore
 from tmca.devices import Precision, resolve_device, uses_bfloat16
-from tmca.errors import ConfigError, OutOfMemoryError
+from tmca.errors import ConfigError, DataError, OutOfMemoryError
 from tmca.imaging.frames import Frame, Geometry
-from tmca.imaging.raster import rgb_from_array
+from tmca.imaging.raster import rgb_from_array, rgb_from_picture
 from tmca.imaging.reading import read_frames
 from tmca.metrics import check_threshold
 from tmca.mirrored import MirrorAveraged
@@ -46,7 +47,7 @@ from tmca.types import ImageFeatures
 
 Mask = NDArray[np.bool_]
 Probability = NDArray[np.float32]
-ImageSource = str | Path | NDArray[np.generic] | Frame
+ImageSource = str | Path | NDArray[np.generic] | Image.Image | Frame
 
 BATCH_SIZE = 8
 DEFAULTS = PredictionOptions()
@@ -210,9 +211,9 @@ class Predictor:
 
         Args:
             image: A file of any kind that :mod:`tmca.imaging.reading` knows (one image of a volume by its number:
-                ``scan.nii.gz#12``), one of its frames, or an upright array: ``(height, width)`` grey,
-                ``(height, width, 3)`` RGB or ``(height, width, 4)`` RGBA. uint8 is taken as it is; other types are
-                scaled from their own minimum and maximum.
+                ``scan.nii.gz#12``), one of its frames, an image of Pillow, or an upright array: ``(height, width)``
+                grey, ``(height, width, 3)`` RGB or ``(height, width, 4)`` RGBA. uint8 is taken as it is; other types
+                are scaled from their own minimum and maximum.
 
         Raises:
             DataError: The file cannot be read, or the array is no image.
@@ -228,6 +229,8 @@ class Predictor:
             DataError: A file cannot be read, or an array is no image.
             OutOfMemoryError: The images do not fit the device's memory.
         """
+        if not images:
+            return []
         started = time.perf_counter()
         frames = [_frame(image) for image in images]
         read = time.perf_counter()
@@ -263,6 +266,7 @@ class Predictor:
         Raises:
             OutOfMemoryError: It does not fit the device's memory.
         """
+        _check_texts([question.text for question in questions])
         guided = [bool(question.text and question.text.strip()) and self.reads_text for question in questions]
         others = [
             wrong_sentences(question.text, question.options.effects) if question.text and is_guided else {}
@@ -344,6 +348,8 @@ class Predictor:
             OutOfMemoryError: It does not fit the device's memory.
         """
         image = self._current()
+        _check_texts(texts)
+        _check_batch_size(batch_size)
         maps = self._maps([(image, text) for text in texts], batch_size)
         return [maps[image, text] for text in texts]
 
@@ -378,8 +384,10 @@ class Predictor:
             DataError: A file cannot be read, or an array is no image.
             OutOfMemoryError: The batch does not fit the device's memory.
         """
+        _check_batch_size(batch_size)
         remaining = iter(pairs)
         while batch := list(islice(remaining, batch_size)):
+            _check_texts([text for _, text in batch])
             arrays = [_frame(image).pixels for image, _ in batch]
             sizes = [(array.shape[0], array.shape[1]) for array in arrays]
             with self._computing():
@@ -461,9 +469,29 @@ def _state_hash(model: SegmentationModel) -> str:
     return digest.hexdigest()
 
 
+def _check_texts(texts: Sequence[object]) -> None:
+    for text in texts:
+        if not (text is None or isinstance(text, str)):
+            raise ConfigError(
+                f"The sentence is {type(text).__name__}, expected text or None", hint="ask one sentence at a time"
+            )
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ConfigError(f"The batch size is {batch_size}, expected at least 1", hint=f"leave it out for {BATCH_SIZE}")
+
+
 def _frame(image: ImageSource) -> Frame:
     if isinstance(image, Frame):
         return image
+    if not isinstance(image, str | Path | np.ndarray):
+        if not isinstance(image, Image.Image):
+            raise DataError(
+                f"The image is {type(image).__name__}, expected a file, an array or an image of Pillow",
+                hint="turn a tensor into an array, channels last: tensor.permute(1, 2, 0).cpu().numpy()",
+            )
+        image = rgb_from_picture(image)
     if isinstance(image, np.ndarray):
         pixels: ImageArray = rgb_from_array(image)
         return Frame(pixels, Geometry((pixels.shape[0], pixels.shape[1])))

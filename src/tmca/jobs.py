@@ -13,13 +13,16 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tmca.data.tables import read_rows
+from tmca.data.tables import missing_column, read_rows
 from tmca.errors import ConfigError, DataError
-from tmca.files import real_path
-from tmca.imaging.reading import IMAGE_SUFFIXES, case_name, is_image, split_frame
+from tmca.files import files_below, real_path
+from tmca.imaging.reading import IMAGE_SUFFIXES, case_name, is_image, is_other_dicom, split_frame
 from tmca.imaging.series import Series, Unread, problem_of, survey_series
 from tmca.reports.prompt import ReportPrompt, check_report, grammar_of_report, prompt_from_report
 from tmca.reports.reading import read_report
+
+LONGEST_NAME = 160
+"""Bytes of a name, so that a sentence and an ending fit behind it into the 255 that file systems have."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Job:
         name: Name of the output files, without ending.
         report: The clinical report that the sentence was taken from.
         slices: The files of a DICOM series in their order through the body; empty where the image is a file.
+        series_uid: Series Instance UID of a series.
         problem: Why it cannot be segmented, known beforehand: it becomes a failure of the batch, and the others go on.
     """
 
@@ -41,10 +45,18 @@ class Job:
     report: ReportPrompt | None = None
     slices: tuple[Path, ...] = ()
     problem: DataError | None = None
+    series_uid: str = ""
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether there is nothing to segment, by a report that could be read."""
+        return self.problem is None and self.report is not None and self.report.prompt is None
 
 
 def find_images(inputs: Sequence[str | Path], leave_out: Path | None = None) -> list[Path]:
     """Return the image files behind files, folders (searched through and through) and globs, sorted, each once.
+
+    In folders, names that begin with a dot and DICOM files without an image (reports, directories) are passed over.
 
     Args:
         inputs: Files, folders, globs.
@@ -52,27 +64,37 @@ def find_images(inputs: Sequence[str | Path], leave_out: Path | None = None) -> 
 
     Raises:
         DataError: An input does not exist, or nothing was found.
+        ConfigError: A name is blank.
     """
     found: dict[Path, Path] = {}
-    results = None if leave_out is None else real_path(leave_out)
     for item in inputs:
-        path = Path(item)
-        inner = results if results is not None and real_path(path) in results.parents else None
+        path = _not_blank(item)
         if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.is_file() and is_image(file))
-            files = [file for file in files if inner is None or inner not in real_path(file).parents]
+            files = [file for file in files_below(path, leave_out) if is_image(file) and not is_other_dicom(file)]
             if not files:
                 raise DataError(f"Folder {path} holds no image", hint=f"known endings: {', '.join(IMAGE_SUFFIXES)}")
         elif path.exists() or split_frame(path)[0].is_file():
             files = [path]
         else:
             files = sorted(Path(match) for match in glob.glob(str(item), recursive=True))  # noqa: PTH207
-            files = [file for file in files if file.is_file()]
+            files = _outside([file for file in files if file.is_file()], leave_out)
             if not files:
                 raise DataError(f"There is no file, folder or match for {str(item)!r}", hint="check the path")
         for file in files:
             found.setdefault(real_path(file), file)
     return list(found.values())
+
+
+def _not_blank(item: str | Path) -> Path:
+    if isinstance(item, str) and not item.strip():
+        raise ConfigError("The name of an image or folder is blank", hint="is a variable of the script not set?")
+    return Path(item)
+
+
+def _outside(files: Sequence[Path], leave_out: Path | None) -> list[Path]:
+    """Return the files that do not lie in a folder, or all of them if every one does: then that folder was meant."""
+    inner = None if leave_out is None else real_path(leave_out)
+    return [file for file in files if inner not in real_path(file).parents] or list(files)
 
 
 def make_jobs(images: Iterable[Path], text: str | None, report: ReportPrompt | None = None) -> list[Job]:
@@ -81,26 +103,37 @@ def make_jobs(images: Iterable[Path], text: str | None, report: ReportPrompt | N
     return [Job(path, text, name, report) for path, name in zip(paths, _names(paths), strict=True)]
 
 
-def make_series_jobs(folders: Sequence[str | Path], text: str | None, report: ReportPrompt | None = None) -> list[Job]:
+def make_series_jobs(
+    folders: Sequence[str | Path],
+    text: str | None,
+    report: ReportPrompt | None = None,
+    leave_out: Path | None = None,
+) -> list[Job]:
     """Return one job a DICOM series in some folders: the slices of a stack are one volume, other images one each.
 
     A series whose slices are not all there, or do not fit each other, gets a job that fails before anything of it is
     computed. So does a file that cannot be read, and the series that its header names; where that cannot be read
     either, every series beside it, since it may be a slice of that.
 
+    Args:
+        folders: Where to look, with everything below.
+        text: The sentence.
+        report: Where it comes from.
+        leave_out: As for :func:`find_images`.
+
     Raises:
         DataError: A folder does not exist or holds no DICOM image.
     """
     jobs: dict[str, Job] = {}
-    for folder in map(Path, folders):
-        surveyed, unread = survey_series(folder)
+    for folder in map(_not_blank, folders):
+        surveyed, unread = survey_series(folder, leave_out)
         found = [Job(path, text, case_name(path), report, problem=each.error) for path, each in unread.items()]
         for number, series in enumerate(surveyed, start=1):
             problems = [*series.problems, *_lost_slices(series, unread)]
             if series.is_stack or series.problems:
                 name = f"{folder.name or 'series'}_{number}"
                 problem = problem_of(f"{folder}, series {series.uid}", problems)
-                found.append(Job(folder, text, name, report, series.paths, problem))
+                found.append(Job(folder, text, name, report, series.paths, problem, series.uid))
             else:
                 found += make_jobs(series.paths, text, report)
         for job in found:
@@ -146,30 +179,41 @@ def read_jobs(path: Path, images: Sequence[Path] | None = None) -> list[Job]:
             line get no job. ``None`` takes the file's own paths, relative to the file.
 
     Raises:
-        DataError: A column is missing, or a line names an image that is not there, or not clearly. A report that cannot
-            be read is the ``problem`` of its job.
+        DataError: A column is missing, or no line can be used. An image that is not among ``images``, or not clearly,
+            and a report that cannot be read are the ``problem`` of their job.
     """
     known = None if images is None else _Images(images)
-    asked: dict[tuple[Path, str | None], tuple[ReportPrompt | None, DataError | None]] = {}
-    for line, row in read_rows(path, required=("image",)):
+    asked: dict[tuple[Path, str | None, str], tuple[ReportPrompt | None, DataError | None]] = {}
+    rows = read_rows(path, required=("image",))
+    columns = list(dict.fromkeys(column for _, row in rows for column in row))
+    if not {"text", "prompt", "report"} & set(columns):
+        raise missing_column(path, "text", columns)
+    for line, row in rows:
         text = (row.get("text") or row.get("prompt") or "").strip()
         text = text.encode("utf-8", "replace").decode()  # half of a character, which JSON can hold, means nothing
         name = row["image"]
-        image = _as_on_disk(path.parent / name) if known is None else known.meant(name, path, line)
         report = problem = None
-        if not text and row.get("report"):
+        image = _as_on_disk(path.parent / name)
+        try:
+            image = image if known is None else known.meant(name, path, line)
+        except DataError as error:
+            problem = error
+        if problem is None and not text and row.get("report"):
             try:
                 report = read_prompt(path.parent / row["report"])
                 text = report.prompt or ""
             except DataError as error:
                 problem = DataError(f"{path}, line {line}: report {row['report']}: {error.message}", hint=error.hint)
-        asked[image, text or None] = report, problem
-    unique = list(dict.fromkeys(image for image, _ in asked))
+        asked[image, text or None, "" if problem is None else problem.message] = report, problem
+    problems = [problem for _, problem in asked.values() if problem is not None]
+    if len(problems) == len(asked):
+        raise problems[0]
+    unique = list(dict.fromkeys(image for image, *_ in asked))
     base = dict(zip(unique, _names(unique), strict=True))
-    lines = Counter(image for image, _ in asked)
+    lines = Counter(image for image, *_ in asked)
     return [
         Job(image, text, base[image] if lines[image] == 1 else f"{base[image]}_{slug(text)}", report, problem=problem)
-        for (image, text), (report, problem) in asked.items()
+        for (image, text, _), (report, problem) in asked.items()
     ]
 
 
@@ -260,7 +304,16 @@ def _names(paths: Sequence[Path]) -> list[str]:
         name = case_name(path)
         if stems[name] > 1:
             name = "_".join((*path.absolute().parent.relative_to(root).parts, name))
+        name = _shortened(name)
         numbered = (f"{name}_{number}" for number in itertools.count(2))
         choices = itertools.chain([name, f"{name}_{split_frame(path)[0].suffix[1:]}"], numbered)
         names[next(choice for choice in choices if choice not in names)] = None
     return list(names)
+
+
+def _shortened(name: str) -> str:
+    """Return a name that is not too long for a file system: its beginning, and a few digits of its hash."""
+    stored = os.fsencode(name)
+    if len(stored) <= LONGEST_NAME:
+        return name
+    return f"{stored[: LONGEST_NAME - 9].decode(errors='ignore')}-{hashlib.sha256(stored).hexdigest()[:8]}"

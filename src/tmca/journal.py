@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,16 @@ from tmca.jobs import Job
 from tmca.outputs import OutputOptions
 from tmca.prediction import PredictionOptions
 
+_IDENTITY = ("image_id", "text_id", "settings", "tmca")
+"""What a line says of its case beside the key, to tell why a later one is another."""
+
 
 class Journal:
     """Which cases are begun and which are finished: a line of JSON each.
 
     A case is known by its key, a hash of image, sentence, model and options, so that another threshold or model is not
-    taken for the same work. Files of a case that is begun and not finished are ours to replace.
+    taken for the same work. Files of a case that is begun and not finished are ours to replace, and so are those of an
+    image whose content has changed since. An image keeps the name that it once had here.
 
     Args:
         folder: Where the results lie; every ``journal*.jsonl`` in it is read.
@@ -47,10 +52,10 @@ class Journal:
         # Device and precision change no mask that anybody would see.
         source = {name: value for name, value in provenance.items() if name not in ("device", "precision")}
         source["models"] = [model | {"id": ""} for model in source["models"]]  # the same weights in another folder
-        settings = [asdict(prediction), asdict(outputs), source, version("tmca")]
-        if outputs.codes is not None:
-            settings.append(file_hash(outputs.codes))
-        self._settings = json.dumps(settings, sort_keys=True, default=str)
+        codes = None if outputs.codes is None else file_hash(outputs.codes)
+        settings = [asdict(prediction), asdict(outputs), source, codes]
+        self._settings = _hash(json.dumps(settings, sort_keys=True, default=str))
+        self._version = version("tmca")
         self._entries: dict[str, dict[str, Any]] = {}
         self._replaced: dict[str, int] = {}
         self._read()
@@ -61,13 +66,65 @@ class Journal:
         Raises:
             DataError: The image cannot be read.
         """
-        content = json.dumps([content_hash(job), job.text, self._settings])
-        return hashlib.sha256(content.encode()).hexdigest()[:16]
+        return _hash(content_hash(job), job.text, self._settings, self._version)
 
     def finished(self, jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
         """Return the entries of the jobs that any share of an earlier run finished, whose files are still there."""
         done = {job.name: self._entries[job.name] for job in jobs if self._is_finished(job)}
-        return {name: {key: value for key, value in entry.items() if key != "at"} for name, entry in done.items()}
+        ours = {"at", *_IDENTITY}
+        return {name: {key: value for key, value in entry.items() if key not in ours} for name, entry in done.items()}
+
+    def settled(self, jobs: Sequence[Job], *, reserve: bool = True) -> tuple[list[Job], list[bool]]:
+        """Return the jobs under the names that their images had here before, and of which of them that is so.
+
+        Which name an image gets depends on the others beside it; once it has one, it keeps it.
+
+        Args:
+            jobs: Under the names that they would have.
+            reserve: Keep the names of images that are not among the jobs from those that are new here.
+        """
+        ids = [self._identity(job) for job in jobs]
+        asked_under = {name: (entry.get("image_id"), entry.get("text_id")) for name, entry in self._entries.items()}
+        known = {asked: name for name, asked in asked_under.items()}
+        owners = {name: image for name, (image, _) in asked_under.items()}
+        present = {each["image_id"] for each in ids}
+        taken = {name for name, owner in owners.items() if reserve or owner in present}
+        names: dict[str, bool] = {}
+        for job, each in zip(jobs, ids, strict=True):
+            asked = (each["image_id"], each["text_id"])
+            before = job.name if asked_under.get(job.name) == asked else known.get(asked, job.name)
+            if before not in names and owners.get(before) == each["image_id"]:
+                names[before] = True
+            elif job.name not in names and job.name in taken and self.has_begun(job):  # its folder was renamed
+                names[job.name] = True
+            else:
+                numbered = (f"{job.name}_{number}" for number in itertools.count(2))
+                free = (name for name in itertools.chain([job.name], numbered) if name not in taken | names.keys())
+                names[next(free)] = False
+        return [replace(job, name=name) for job, name in zip(jobs, names, strict=True)], list(names.values())
+
+    def conflict(self, job: Job) -> str | None:
+        """Return why what lies under a job's name is not ours to replace; ``None`` where only the image has changed."""
+        entry, own = self._entries.get(job.name), self._identity(job)
+        if entry is None:
+            return "nothing here says that tmca wrote it"
+        if "image_id" not in entry:
+            return "it is of another image, sentence, model or option"
+        if entry["image_id"] != own["image_id"]:
+            return "it is of another image"
+        if entry["text_id"] != own["text_id"]:
+            return "it is of another sentence"
+        if entry["settings"] != own["settings"]:
+            return "it is of another model or option"
+        return None if entry["tmca"] == self._version else f"tmca {entry['tmca']} made it, this is {self._version}"
+
+    def _identity(self, job: Job) -> dict[str, str]:
+        return {
+            "image_id": _hash(job.series_uid or str(real_path(job.image))),
+            "text_id": _hash(job.text),
+            "settings": self._settings,
+            "tmca": self._version,
+        }
 
     def _read(self) -> None:
         for path in sorted(self.folder.glob("journal*.jsonl")):
@@ -100,8 +157,7 @@ class Journal:
         self._append({"replaces": self._of_all(jobs)})
 
     def _of_all(self, jobs: Sequence[Job]) -> str:
-        asked = [[job.name, str(job.image), job.text] for job in jobs]
-        return hashlib.sha256(json.dumps([asked, self._settings]).encode()).hexdigest()[:16]
+        return _hash([self._identity(job) for job in jobs])
 
     def has_begun(self, job: Job) -> bool:
         """Whether an earlier run began this very case."""
@@ -116,22 +172,23 @@ class Journal:
         return tuple((self._entries.get(job.name, {}).get("outputs") or {}).values())
 
     def _is_finished(self, job: Job) -> bool:
-        outputs = self._entries.get(job.name, {}).get("outputs")
-        if not outputs or not all((self.folder / path).exists() for path in outputs.values()):
-            return False
-        return self.has_begun(job)
+        outputs = self.outputs_of(job)
+        return bool(outputs) and all(map(self._is_whole, outputs)) and self.has_begun(job)
+
+    def _is_whole(self, name: str) -> bool:
+        path = self.folder / name
+        return path.is_dir() or (path.is_file() and path.stat().st_size > 0)
 
     def begin(self, job: Job) -> None:
         """Note that a case's files will be written."""
-        self.note({"name": job.name, "key": self.key(job)})
+        self._append({"name": job.name, "key": self.key(job)} | self._identity(job))
 
-    def note(self, entry: dict[str, Any]) -> dict[str, Any]:
+    def note(self, job: Job, entry: dict[str, Any]) -> dict[str, Any]:
         """Add a finished case, remove what an earlier one of its name had and it has not, and return it."""
-        before = self._entries.get(entry["name"], {}).get("outputs") or {}
-        for path in before.values() if "outputs" in entry else ():
+        for path in self.outputs_of(job):
             if path not in entry["outputs"].values():
                 _remove(self.folder, path)
-        self._append(entry)
+        self._append(entry | self._identity(job))
         return entry
 
     def _append(self, entry: dict[str, Any]) -> None:
@@ -155,6 +212,10 @@ def _remove(folder: Path, name: str) -> None:
             path.rmdir()
         else:
             path.unlink()
+
+
+def _hash(*values: Any) -> str:  # noqa: ANN401
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
 def content_hash(job: Job) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
+import shutil
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,7 @@ from typing import Any
 
 from tmca.checkpoints import MODEL_FILE
 from tmca.errors import DataError, unknown_name
-from tmca.files import write_json
+from tmca.files import storage_error, write_json
 from tmca.imaging import nifti, rle
 from tmca.imaging.codes import read_codes
 from tmca.imaging.dicom import is_dicom
@@ -122,6 +123,33 @@ def tell_apart(jobs: Sequence[Job], options: OutputOptions) -> list[Job]:
     return found
 
 
+def _collecting(folder: Path) -> Path:
+    """Return where the pictures of a volume lie until all are there; what a killed run left there is removed."""
+    place = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(place, ignore_errors=True)
+    return place
+
+
+def _publish(collected: Path, folder: Path) -> None:
+    """Move a volume's pictures to their folder, and remove those of slices that it does not have."""
+    pictures = sorted(collected.iterdir()) if collected.is_dir() else []
+    try:
+        if pictures:
+            folder.mkdir(parents=True, exist_ok=True)
+        for picture in pictures:
+            picture.replace(folder / picture.name)
+        names = {picture.name for picture in pictures}
+        for old in folder.glob("*.png") if folder.is_dir() else ():
+            if old.name not in names and old.stem.isdecimal():
+                old.unlink()
+        if pictures:
+            collected.rmdir()
+        elif folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+    except OSError as error:
+        raise storage_error(folder, error) from error
+
+
 def _folded(path: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", path).casefold())
 
@@ -159,8 +187,11 @@ class CaseWriter:
         self.source = source
         self.several = several
         self.paths = output_paths(job, options)
+        self._collected: dict[str, Path] = {}
         if several:
-            self.paths = {kind: path.removesuffix(".png") for kind, path in self.paths.items()}
+            pictures = {kind: path[: -len(".png")] for kind, path in self.paths.items() if path.endswith(".png")}
+            self._collected = {kind: _collecting(folder / path) for kind, path in pictures.items()}
+            self.paths |= pictures
         self._images = job.slices or (job.image,)
         self._planes = _Planes()
         file = split_frame(self._images[0])[0]
@@ -171,22 +202,34 @@ class CaseWriter:
         if NIFTI in self.paths and not self._from_dicom and not nifti.is_nifti(file):
             raise DataError(f"{file} is no NIfTI or DICOM volume", hint="choose another --output-type")
 
+    def __enter__(self) -> CaseWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """After an exception, leave nothing of a volume whose pictures are not all there."""
+        if kind is not None:
+            self._discard()
+
+    def _discard(self) -> None:
+        for folder in self._collected.values():
+            shutil.rmtree(folder, ignore_errors=True)
+
     def add(self, frame: Frame, prediction: Prediction) -> None:
-        """Write what belongs to one image of the case.
+        """Write what belongs to one image of the case; the pictures of a volume lie aside until all are there.
 
         Raises:
             StorageError: A file cannot be written.
         """
         number = frame.number or 0
         for kind, path in self.paths.items():
-            place = self.folder / path / f"{number:04d}.png" if self.several else self.folder / path
+            place = self.folder / path
+            if kind in self._collected:
+                place = self._collected[kind] / f"{number:04d}.png"
             if kind == _MASK:
                 write_mask(place, prediction.mask)
             elif kind == _PROBABILITY and NIFTI not in self.paths:
                 write_probability(place, prediction.probability)
-            elif kind == _OVERLAY and self.several and not prediction.regions:
-                place.unlink(missing_ok=True)  # of an earlier mask
-            elif kind == _OVERLAY:
+            elif kind == _OVERLAY and not (self.several and not prediction.regions):
                 write_image(place, draw_overlay(frame.pixels, prediction.mask))
         if self.paths.keys() & {NIFTI, RLE, *_DICOM}:
             self._planes.masks[number] = prediction.mask
@@ -207,6 +250,8 @@ class CaseWriter:
             self._write_volumes()
         if self.paths.keys() & set(_DICOM):
             self._write_dicom()
+        for kind, collected in self._collected.items():
+            _publish(collected, self.folder / self.paths[kind])
         return {kind: path for kind, path in self.paths.items() if (self.folder / path).exists()}
 
     def _write_volumes(self) -> None:

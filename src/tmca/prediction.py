@@ -13,7 +13,7 @@ from scipy import ndimage
 from tmca.data.contradictions import Contradiction, contradictions
 from tmca.data.grammar import parse
 from tmca.data.opposites import contradict
-from tmca.errors import ConfigError
+from tmca.errors import ConfigError, unknown_name
 from tmca.imaging.frames import Geometry
 from tmca.metrics import check_threshold
 
@@ -46,6 +46,9 @@ class PredictionOptions:
         check_threshold(self.threshold)
         if self.min_region < 0:
             raise ConfigError(f"The smallest region is {self.min_region} pixels", hint="choose 0 or more")
+        for name in self.effects:
+            if name not in ALL_EFFECTS:
+                raise unknown_name("effect", name, ALL_EFFECTS)
 
 
 ALL_EFFECTS = (NO_SENTENCE, REORDERED, CONTRADICTORY)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tmca.calibration import read_calibration, reliability
-from tmca.calibration.fitting import DIAGRAM_FILE, calibrate_model
+from tmca.calibration import Calibration, LogitCounts, fit_calibration, read_calibration, reliability
+from tmca.calibration.fitting import DIAGRAM_FILE, CalibrationReport, calibrate_model
 from tmca.data.manifest import Manifest
 from tmca.errors import CheckpointError, DataError
 from tmca.inference import Predictor
@@ -62,6 +62,20 @@ def test_a_picture_that_fails_leaves_the_model_as_it_was(
     with pytest.raises(ImportError):
         calibrate_model(folder, phantoms, "train", device="cpu")
     assert read_calibration(folder) is None
+
+
+def test_the_estimate_is_judged_where_there_is_one():
+    """Nothing is estimated of an empty mask."""
+    rng = np.random.default_rng(0)
+    truth = rng.random((20, 100)) < 0.3
+    logits = np.where(truth, 2.0, -2.0) + rng.normal(0, 0.5, truth.shape)
+    logits[10:] = -5.0  # nothing is marked, all is missed
+    counts = LogitCounts.of(logits, truth)
+    (row,) = CalibrationReport(fit_calibration(counts), {"val": counts}).rows()
+    assert row["cases"] == "20"
+    assert float(row["Dice estimate off by"]) < 0.05
+    (row,) = CalibrationReport(Calibration(), {"val": LogitCounts.of(logits[10:], truth[10:])}).rows()
+    assert row["Dice estimate off by"] == row["the mean off by"] == "–"
 
 
 def test_a_damaged_calibration_is_not_used(folder: Path):

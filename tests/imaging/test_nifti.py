@@ -48,6 +48,20 @@ def _header(values: np.ndarray, **fields: object) -> bytes:
     return header.binaryblock + b"\0" * 4
 
 
+def test_the_volume_of_a_sheared_voxel_is_that_of_its_affine(tmp_path: Path):
+    affine = np.diag([1.0, 1.0, 5.0, 1.0])
+    affine[1, 2] = 5 * np.tan(np.deg2rad(25))  # a tilted gantry
+    frames = read_frames(_saved(tmp_path / "scan.nii", BODY, affine))
+    assert [frame.geometry.voxel_volume for frame in frames] == [pytest.approx(5.0)] * len(frames)
+
+
+def test_a_unit_that_means_nothing_is_none(tmp_path: Path):
+    path = tmp_path / "scan.nii"
+    path.write_bytes(_header(BODY, xyzt_units=7) + BODY.tobytes(order="F"))
+    assert len(read_frames(path)) == BODY.shape[2]
+    write_masks(tmp_path / "mask.nii.gz", {0: np.zeros(read_frames(path).size, dtype=bool)}, path)
+
+
 # Orientation -----------------------------------------------------------------------------------------------------
 
 

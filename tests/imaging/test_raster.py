@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,15 @@ from PIL import Image
 
 from tmca.errors import DataError, StorageError
 from tmca.imaging import raster
-from tmca.imaging.raster import image_size, read_image, read_mask, write_image, write_mask, write_probability
+from tmca.imaging.raster import (
+    image_size,
+    read_image,
+    read_mask,
+    rgb_from_array,
+    write_image,
+    write_mask,
+    write_probability,
+)
 
 RED_GREEN = np.zeros((4, 6, 3), dtype=np.uint8)
 RED_GREEN[:, :3, 0] = 200
@@ -84,11 +94,58 @@ def test_wide_values_are_stretched_from_their_own_range(tmp_path: Path, dtype: t
     assert (read == read[:, :, :1]).all()
 
 
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
+def test_the_transparency_of_an_array_is_no_brightness(dtype: type):
+    array = np.full((2, 8, 4), 65535, dtype)
+    array[:, :, :3] = np.linspace(0, 4095, 8)[None, :, None]
+    read = rgb_from_array(array)
+    assert (read[0, 0, 0], read[0, -1, 0]) == (0, 255)
+
+
 def test_16_bit_png_and_a_constant_image(tmp_path: Path):
     values = np.array([[0, 65535]], dtype=np.uint16)
     np.testing.assert_array_equal(read_image(_saved(tmp_path / "a.png", values))[:, :, 0], [[0, 255]])
     constant = np.full((2, 2), 4000, dtype=np.uint16)
     assert (read_image(_saved(tmp_path / "b.png", constant)) == 0).all()
+
+
+def _deep_png(path: Path, colour: int, values: np.ndarray) -> Path:
+    """Write a PNG of 16 bits a channel, which Pillow does not."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width = values.shape[:2]
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in values)
+    header = struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, 0)
+    parts = (chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(lines)), chunk(b"IEND", b""))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    return path
+
+
+@pytest.mark.parametrize(("colour", "channels"), [(2, 3), (4, 2), (6, 4)])
+def test_16_bit_colour_of_which_only_12_are_used_is_refused_not_read_as_black(
+    tmp_path: Path, colour: int, channels: int
+):
+    values = np.repeat(np.linspace(0, 4095, 24).reshape(4, 6, 1), channels, axis=2).astype(np.uint16)
+    with pytest.raises(DataError, match="16 bits a colour"):
+        read_image(_deep_png(tmp_path / "a.png", colour, values))
+    read = read_image(_deep_png(tmp_path / "b.png", colour, values * 16))
+    np.testing.assert_array_equal(read[:, :, 0], values[:, :, 0] // 16)
+
+
+def test_a_tiff_of_16_bits_whose_lowest_value_is_white_is_no_negative(tmp_path: Path):
+    ramp = np.linspace(0, 65535, 24).reshape(4, 6).astype(np.uint16)
+    path = _saved(tmp_path / "a.tif", Image.fromarray(ramp), tiffinfo={262: 0})
+    with Image.open(path) as image:
+        assert image.tag_v2[262] == 0
+    read = read_image(path)[:, :, 0]
+    assert read[0, 0] > read[-1, -1]
+    mask = np.zeros((4, 6), np.uint16)
+    mask[:2] = 65535  # shown as black
+    np.testing.assert_array_equal(
+        read_mask(_saved(tmp_path / "m.tif", Image.fromarray(mask), tiffinfo={262: 0})), mask == 0
+    )
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -268,6 +325,31 @@ def test_an_image_in_place_of_a_mask_is_refused_with_its_share(tmp_path: Path):
     values[0, 5] = 101
     with pytest.raises(DataError, match=r"a\.png holds grey values: 6 %"):
         read_mask(_saved(tmp_path / "a.png", values))
+
+
+@pytest.mark.parametrize("third", [60, 100, 200])
+def test_a_small_third_class_is_refused_not_left_out(tmp_path: Path, third: int):
+    values = np.zeros((100, 100), np.uint8)
+    values[10:30, 10:30], values[50:55, 50:60] = 255, third
+    with pytest.raises(DataError, match=f"third value, {third}"):
+        read_mask(_saved(tmp_path / "a.png", values))
+
+
+def test_grey_edges_are_no_class(tmp_path: Path):
+    large = np.zeros((256, 256), np.uint8)
+    rows, columns = np.mgrid[:256, :256]
+    large[(rows - 120) ** 2 + (columns - 130) ** 2 < 60**2] = 255
+    path = tmp_path / "a.png"
+    Image.fromarray(large).resize((96, 96), Image.Resampling.BICUBIC).save(path)
+    assert 0.1 < read_mask(path).mean() < 0.25
+
+
+def test_a_jpeg_of_0_and_1_is_refused_not_read_as_empty(tmp_path: Path):
+    rows, columns = np.mgrid[:97, :101]
+    values = ((rows - 40) ** 2 + (columns - 50) ** 2 < 30**2).astype(np.uint8)
+    with pytest.raises(DataError, match="brightest pixel"):
+        read_mask(_saved(tmp_path / "a.jpg", values))
+    assert not read_mask(_saved(tmp_path / "b.jpg", np.zeros((64, 64), np.uint8))).any()
 
 
 def test_the_threshold_lies_between_127_and_128(tmp_path: Path):

@@ -123,6 +123,11 @@ class LogitCounts:
         """Join the cases of several batches."""
         return cls(np.concatenate([part.inside for part in parts]), np.concatenate([part.outside for part in parts]))
 
+    def marked(self) -> Bool[np.ndarray, " cases"]:
+        """Return in which cases the model marks something."""
+        marked = slice(LOGIT_BINS // 2, None)
+        return np.asarray((self.inside[:, marked] + self.outside[:, marked]).sum(1) > 0)
+
     def dice(self) -> Float[np.ndarray, " cases"]:
         """Return each case's Dice at the threshold 0.5; 1 where mask and truth are empty."""
         marked = slice(LOGIT_BINS // 2, None)
@@ -203,8 +208,7 @@ def fit_calibration(counts: LogitCounts, dataset: str = "", split: str = "") -> 
 
     found = optimize.minimize_scalar(cross_entropy, bounds=LOG_TEMPERATURES, method="bounded")
     temperature = math.exp(float(found.x))
-    marked = slice(LOGIT_BINS // 2, None)
-    shown = (counts.inside[:, marked] + counts.outside[:, marked]).sum(1) > 0
+    shown = counts.marked()
     if shown.sum() < LEAST_CASES or not inside.any():
         raise DataError(
             f"The model marks something in {shown.sum()} of {cases} cases", hint=f"at least {LEAST_CASES} are needed"

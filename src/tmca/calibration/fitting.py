@@ -36,19 +36,24 @@ class CalibrationReport:
     counts: dict[str, LogitCounts]
 
     def rows(self) -> list[dict[str, str]]:
-        """Return a row a split: calibration error before and after, and how far the estimated Dice is off."""
+        """Return a row a split: calibration error before and after, and how far the estimated Dice is off.
+
+        The Dice is estimated where something is marked, and only those cases count there.
+        """
         found = []
         for split, counts in self.counts.items():
             errors = dice_errors(counts, self.calibration)
-            spread = np.abs(counts.dice() - counts.dice().mean()).mean()
+            marked = counts.marked()
+            errors, dice = errors[marked], counts.dice()[marked]
+            off, spread = np.abs(errors), np.abs(dice - dice.mean()) if len(dice) else dice
             found.append(
                 {
                     "split": split,
-                    "cases": str(len(errors)),
+                    "cases": str(len(marked)),
                     "ECE before": f"{reliability(counts).error:.4f}",
                     "ECE after": f"{reliability(counts, self.calibration.temperature).error:.4f}",
-                    "Dice estimate off by": f"{np.abs(errors).mean():.3f}",
-                    "the mean off by": f"{spread:.3f}",
+                    "Dice estimate off by": f"{off.mean():.3f}" if len(off) else "–",
+                    "the mean off by": f"{spread.mean():.3f}" if len(off) else "–",
                 }
             )
         return found

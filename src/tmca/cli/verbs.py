@@ -215,6 +215,8 @@ class Predict:
     NIfTI volumes, else png."""
     save_probabilities: bool = False
     """Also write probability maps: 16-bit PNG, or NIfTI where masks are."""
+    overlays: bool = True
+    """Also draw each mask on its image, in overlays/; the form with no- before the name turns it off."""
     target: str = ""
     """What is segmented, by a name of the table of codes, for DICOM; by default what the sentence names."""
     codes: Annotated[Path | None, tyro.conf.arg(metavar="FILE.toml")] = None
@@ -240,8 +242,7 @@ class Predict:
         """Segment, say what was written, and fail with exit code 4 if some cases failed."""
         from tmca.batch import BatchOptions, predict_batch
         from tmca.inference import Predictor
-        from tmca.jobs import part_of
-        from tmca.outputs import OutputOptions, tell_apart
+        from tmca.outputs import OutputOptions
         from tmca.prediction import ALL_EFFECTS, PredictionOptions
 
         options = BatchOptions(
@@ -251,6 +252,7 @@ class Predict:
             outputs=OutputOptions(
                 types=self.output_type,
                 probabilities=self.save_probabilities,
+                overlays=self.overlays,
                 target=self.target,
                 codes=self.codes,
                 prompt_in_dicom=self.prompt_in_dicom,
@@ -258,23 +260,30 @@ class Predict:
             overwrite=self.overwrite,
             part=(self.part_id, self.num_parts),
         )
-        jobs = part_of(tell_apart(self._jobs(), options.outputs), self.num_parts, self.part_id)
+        jobs = self._jobs()
         predictor = Predictor.from_pretrained(self.model, self.device, self.precision, mirrored=self.mirrored)
         _warn_of_prompt(predictor, [job.text for job in jobs])
-        report = predict_batch(predictor, jobs, self.output, options, engine=self._engine())
+        try:
+            report = predict_batch(predictor, jobs, self.output, options, engine=self._engine())
+        except KeyboardInterrupt:
+            say(f"Interrupted; the same command goes on where it was: what is finished stays in {self.output}")
+            raise
         empty = sum(not case["region_found"] for case in report.cases)
         conflicts = sum(bool(case.get("conflicts")) for case in report.cases)
         found = f"; no region found in {empty}" if empty else ""
         found += f"; {conflicts} contradict their sentence" if conflicts else ""
         details = self.output / f"run_report{options.suffix}.json"
         show(f"{len(report.cases)} masks in {self.output}{found}. Details: {details}")
+        for skipped in report.skipped:
+            say(f"skipped: {skipped['message']} ({skipped['hint']})")
         for failure in report.failures:
             say(f"failed: {failure['message']} ({failure['hint']})")
+        count = len(report.cases) + len(report.failures)
         if report.failures and not report.cases:
-            raise DataError(f"None of {len(jobs)} cases could be segmented", hint="see the messages above")
+            raise DataError(f"None of {count} cases could be segmented", hint="see the messages above")
         if report.failures:
             raise PartialFailureError(
-                f"{len(report.failures)} of {len(jobs)} cases failed, the others are done", hint=f"see {details}"
+                f"{len(report.failures)} of {count} cases failed, the others are done", hint=f"see {details}"
             )
 
     def _engine(self) -> Engine | None:
@@ -308,7 +317,7 @@ class Predict:
                 raise ConfigError(
                     "--series and --prompts were given", hint="name the slices' folders one by one with -p"
                 )
-            return make_series_jobs(self.input, text, report)
+            return make_series_jobs(self.input, text, report, self.output)
         images = find_images(self.input, self.output)
         if self.prompts is None:
             return make_jobs(images, text, report)

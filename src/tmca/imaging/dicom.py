@@ -160,6 +160,21 @@ def find_source(path: Path | str) -> Source | None:
         return _checked(path, header)
 
 
+def is_other_kind(path: Path | str) -> bool:
+    """Return whether a DICOM file holds something else than an image, by its class: a report, a mask, a directory.
+
+    One that is damaged or does not say its class may be an image.
+    """
+    path = Path(path)
+    try:
+        with _opened(path) as header:
+            kind = getattr(header, "file_meta", {}).get("MediaStorageSOPClassUID") or header.get("SOPClassUID")
+            has_size = any(header.get(name) for name in _NEEDED)
+    except DataError:
+        return False
+    return bool(kind) and "Image Storage" not in str(kind.name) and (not has_size or kind == _SEGMENTATION)
+
+
 def is_dicom(path: Path | str) -> bool:
     """Return whether a file's name ends as DICOM files do, or its content begins as theirs (``DICM`` at byte 128)."""
     path = Path(path)

@@ -102,9 +102,11 @@ class Geometry:
 
     @property
     def voxel_volume(self) -> float | None:
-        """Volume of a voxel in mm³, or ``None`` where the spacing is unknown."""
+        """Volume of a voxel in mm³, or ``None`` where the spacing is unknown; of slices that are sheared as well."""
         if self.pixel_area is None or self.slice_spacing is None:
             return None
+        if self.affine is not None:
+            return abs(float(np.linalg.det(np.array(self.affine)[:3, :3])))
         return self.pixel_area * self.slice_spacing
 
     def to_stored(self, upright: NDArray[Value]) -> NDArray[Value]:

@@ -170,7 +170,7 @@ def _write_planes(
     with _opened(source) as image:
         header: Any = image.header
         written: Any = type(image)(_labels(values).reshape(image.shape), image.affine)
-        written.header.set_xyzt_units(*header.get_xyzt_units())
+        written.header.set_xyzt_units(*_units(header))
         written.set_sform(*header.get_sform(coded=True))
         written.set_qform(*header.get_qform(coded=True))
     _write(path, written)
@@ -300,11 +300,20 @@ def _opened(path: Path) -> Iterator[Nifti1Image]:
         raise damaged(path, error) from error
 
 
+def _units(header: Any) -> tuple[str, str]:  # noqa: ANN401
+    """Return the units of space and time; a code that means nothing is no unit."""
+    try:
+        space, time = header.get_xyzt_units()
+    except KeyError:
+        return "unknown", "unknown"
+    return space, time
+
+
 def _read_grid(path: Path) -> _Grid:
     with _opened(path) as image:
         shape = _checked_shape(path, image)
         header: Any = image.header
-        unit = header.get_xyzt_units()[0]
+        unit = _units(header)[0]
         scale = np.diag([*[_MILLIMETRES.get(unit, 1.0)] * 3, 1.0])
         affine = scale @ np.asarray(image.affine, dtype=np.float64)
         measured = unit != "unknown" or bool(header["qform_code"]) or bool(header["sform_code"])

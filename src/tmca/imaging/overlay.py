@@ -9,6 +9,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
 
 Value = TypeVar("Value", bound=np.generic)
 
@@ -48,25 +49,28 @@ def draw_overlay(
         prediction: bool ``(height, width)``.
         truth: bool ``(height, width)``.
     """
-    drawn = image.astype(np.float32)
+    drawn = image.copy()
     thickness = max(1, round(min(image.shape[:2]) / 130))
-    if prediction is not None:
-        drawn[prediction] = (1 - FILL) * drawn[prediction] + FILL * np.array(PREDICTION_COLOUR, np.float32)
-        drawn[outline(prediction, thickness)] = PREDICTION_COLOUR
-    if truth is not None:
-        drawn[outline(truth, thickness)] = TRUTH_COLOUR
-    return np.clip(drawn, 0, 255).astype(np.uint8)
+    if prediction is not None and prediction.any():
+        box = _box(prediction)
+        marked, part = prediction[box], drawn[box]
+        part[marked] = (1 - FILL) * part[marked].astype(np.float32) + FILL * np.array(PREDICTION_COLOUR, np.float32)
+        part[outline(marked, thickness)] = PREDICTION_COLOUR
+    if truth is not None and truth.any():
+        box = _box(truth)
+        drawn[box][outline(truth[box], thickness)] = TRUTH_COLOUR
+    return drawn
+
+
+def _box(mask: NDArray[np.bool_]) -> tuple[slice, slice]:
+    """Return the rows and columns in which a mask that is not empty lies."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
 
 
 def outline(mask: NDArray[np.bool_], thickness: int = 1) -> NDArray[np.bool_]:
     """Return the pixels of a mask that lie within ``thickness`` of its border."""
-    inner = np.pad(mask, thickness, mode="constant")
-    for _ in range(thickness):
-        neighbours = (np.roll(inner, shift, axis) for axis in (0, 1) for shift in (-1, 1))
-        inner = np.logical_and.reduce([inner, *neighbours])
-    height, width = mask.shape
-    kept: NDArray[np.bool_] = inner[thickness : thickness + height, thickness : thickness + width]
-    return mask & ~kept
+    return np.asarray(mask & ~ndimage.binary_erosion(mask, iterations=thickness))
 
 
 def draw_strip(

@@ -28,6 +28,16 @@ MAX_PIXELS = 100_000_000
 GREY_SHARE = 0.05
 """Largest share of a mask's pixels that may be neither near 0 nor near 255, as they are at the edges in a JPEG."""
 
+CLASS_SHARE = 0.0005
+"""Share of a mask's pixels from which a grey value that stands out is a class and not an edge."""
+CLASS_PIXELS = 16
+"""Number of pixels from which it is one."""
+
+_GREY = slice(33, 223)
+_STANDS_OUT = 0.3
+_PHOTOMETRIC = 262
+_DARK_DEEP = 15
+"""Largest value that is left of a picture of 16 bits a colour that uses 12 of them."""
 _NEAR_BLACK = 32
 _NEAR_WHITE = 223
 # GIF is opened to be able to say how many frames it holds; what else Pillow knows (EPS runs a program) stays off.
@@ -57,13 +67,36 @@ def read_image(path: Path | str) -> NDArray[np.uint8]:
     """
     path = Path(path)
     with _opened(path) as image:
-        upright = ImageOps.exif_transpose(image)
-        if _is_wide(upright):
-            grey = _stretched(_finite(path, upright))
-            return np.repeat(grey[:, :, None], 3, axis=2)
-        if upright.mode in ("P", "PA"):  # a palette with transparency only converts without a warning via RGBA
-            upright = upright.convert("RGBA")
-        return np.array(upright.convert("RGB"), dtype=np.uint8)
+        deep = image.format == "PNG" and not _is_wide(image) and _is_deep_colour(image)
+        pixels = rgb_from_picture(image, path)
+        if deep and pixels.max() <= _DARK_DEEP:
+            raise DataError(
+                f"{path} has 16 bits a colour, of which only the lower ones are used: it would be read as black",
+                hint="save it with 8 bits a colour, scaled to 0 to 255",
+            )
+        return pixels
+
+
+def rgb_from_picture(image: Image.Image, name: Path | str = "the image") -> NDArray[np.uint8]:
+    """Return an image of Pillow as upright RGB, by the rules of :func:`read_image`.
+
+    Args:
+        image: It; its EXIF orientation is applied.
+        name: What messages call it.
+
+    Returns:
+        ``(height, width, 3)``, values 0 to 255.
+
+    Raises:
+        DataError: It holds undefined pixels.
+    """
+    upright = ImageOps.exif_transpose(image)
+    if _is_wide(upright):
+        grey = _stretched(_finite(name, upright, negative=_is_negative(image)))
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if upright.mode in ("P", "PA"):  # a palette with transparency only converts without a warning via RGBA
+        upright = upright.convert("RGBA")
+    return np.array(upright.convert("RGB"), dtype=np.uint8)
 
 
 def rgb_from_array(array: NDArray[Any]) -> NDArray[np.uint8]:
@@ -88,6 +121,7 @@ def rgb_from_array(array: NDArray[Any]) -> NDArray[np.uint8]:
         )
     if array.size > MAX_PIXELS * 4:
         raise DataError(f"The image array has shape {array.shape}, over the pixel limit", hint="scale it down first")
+    array = array if array.ndim == 2 else array[:, :, :3]  # a transparency is no brightness
     if array.dtype != np.uint8:
         values = array.astype(np.float64)
         bad = int((~np.isfinite(values)).sum())
@@ -96,14 +130,15 @@ def rgb_from_array(array: NDArray[Any]) -> NDArray[np.uint8]:
         array = _stretched(values)
     if array.ndim == 2:
         array = array[:, :, None]
-    return np.ascontiguousarray(np.broadcast_to(array[:, :, :3], (*array.shape[:2], 3)))
+    return np.ascontiguousarray(np.broadcast_to(array, (*array.shape[:2], 3)))
 
 
 def read_mask(path: Path | str) -> NDArray[np.bool_]:
     """Read a mask file as foreground.
 
     Two values 0 and v (1, 255, a class colour) mean background and foreground; otherwise values above 127 are
-    foreground, which drops the noise of a JPEG. A colour mask is foreground where any channel is.
+    foreground, which drops the noise of a JPEG and the grey edges of a resized mask; a third value that is a class of
+    its own is refused. A colour mask is foreground where any channel is.
 
     Args:
         path: File in one of the formats of :data:`IMAGE_SUFFIXES`.
@@ -119,7 +154,7 @@ def read_mask(path: Path | str) -> NDArray[np.bool_]:
         lossy = image.format in _LOSSY_FORMATS
         upright = ImageOps.exif_transpose(image)
         if _is_wide(upright):
-            values = _finite(path, upright)
+            values = _finite(path, upright, negative=_is_negative(image))
             peak = values.max()
             if peak > 1 or 0 < peak < 1:
                 values = values * (255.0 / peak)
@@ -130,7 +165,34 @@ def read_mask(path: Path | str) -> NDArray[np.bool_]:
             _refuse_transparent_shape(path, upright)
             channels = np.asarray(upright.convert("L" if upright.mode in ("1", "L", "LA") else "RGB"))
             grey_levels = channels if channels.ndim == 2 else channels.max(axis=2)
-    return foreground(path, grey_levels, lossy=lossy)
+    marked = foreground(path, grey_levels, lossy=lossy)
+    third = None if lossy else third_value(grey_levels)
+    if third is not None:
+        raise DataError(
+            f"{path} holds a third value, {third[0]} at {100 * third[1]:.2g} % of its pixels, beside black and white",
+            hint="save the class you want to segment as 255 and everything else as 0",
+        )
+    return marked
+
+
+def third_value(values: NDArray[Any]) -> tuple[int, float] | None:
+    """Return the grey value that is a class of its own in a mask of black and white, and its share of the pixels.
+
+    Grey pixels at the edges, of JPEG or of resizing, spread over many values; a class has one.
+
+    Args:
+        values: 0 to 255, any shape.
+    """
+    whole = np.rint(values).astype(np.int64).ravel()
+    counts = np.bincount(whole, minlength=256)[_GREY]
+    value, count = int(counts.argmax()), int(counts.max())
+    if (
+        count < max(CLASS_PIXELS, CLASS_SHARE * whole.size)
+        or count < _STANDS_OUT * counts.sum()
+        or count == np.count_nonzero(whole)
+    ):
+        return None
+    return value + _GREY.start, count / whole.size
 
 
 def _refuse_transparent_shape(path: Path, image: Image.Image) -> None:
@@ -281,7 +343,17 @@ def _is_wide(image: Image.Image) -> bool:
     return image.mode in ("I", "F") or image.mode.startswith("I;16")
 
 
-def _finite(path: Path, image: Image.Image) -> NDArray[np.float64]:
+def _is_deep_colour(image: Image.Image) -> bool:
+    """Return whether a PNG that is not decoded yet has 16 bits a colour, of which Pillow keeps the upper 8."""
+    return any(str(tile[3]).endswith(";16B") for tile in getattr(image, "tile", ()))
+
+
+def _is_negative(image: Image.Image) -> bool:
+    """Return whether a TIFF's lowest value is white; Pillow turns that round for 8 bits only."""
+    return image.format == "TIFF" and getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0
+
+
+def _finite(path: Path | str, image: Image.Image, *, negative: bool) -> NDArray[np.float64]:
     values = np.asarray(image).astype(np.float64)
     undefined = int(np.count_nonzero(~np.isfinite(values)))
     if undefined:
@@ -289,7 +361,7 @@ def _finite(path: Path, image: Image.Image) -> NDArray[np.float64]:
             f"{path} holds {undefined} of {values.size} pixels that are not finite numbers (NaN or infinite)",
             hint="replace them before",
         )
-    return values
+    return values.max() + values.min() - values if negative else values
 
 
 def _stretched(values: NDArray[np.float64]) -> NDArray[np.uint8]:
@@ -314,6 +386,11 @@ def foreground(path: Path, values: NDArray[Any], *, lossy: bool) -> NDArray[np.b
     low, high = values.min(), values.max()
     if low >= 0 and np.all((values == 0) | (values == high)) and (low == 0 or high == 1):
         return np.asarray(values > 0)
+    if low >= 0 and 0 < high <= _NEAR_BLACK and lossy:
+        raise DataError(
+            f"{path} is a JPEG or WebP whose brightest pixel is {high:g} of 255: an empty mask, or one of 0 and 1",
+            hint="save it as PNG, or as 0 and 255",
+        )
     if low >= 0 and high <= _NEAR_BLACK and not lossy:
         classes = np.unique(values)
         raise DataError(

@@ -125,6 +125,12 @@ def is_image(path: Path | str) -> bool:
     return (path.suffix == "" or path.suffix[1:].isdigit()) and dicom.is_dicom(path)
 
 
+def is_other_dicom(path: Path | str) -> bool:
+    """Return whether a file is DICOM, but of another kind: a report, a mask, a directory."""
+    path = Path(path)
+    return _is_dicom(path) and not nifti.is_nifti(path) and dicom.is_other_kind(path)
+
+
 def split_frame(path: Path | str) -> tuple[Path, int | None]:
     """Return the file and the number of ``scan.nii.gz#12``; ``None`` where a path has no number."""
     match = re.fullmatch(r"(.+)#([0-9]+)", str(path), re.DOTALL)

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tmca.errors import DataError
+from tmca.files import files_below
 from tmca.imaging.dicom import Source, find_source, is_dicom, read_header
 
 UNEVENNESS = 0.1
@@ -113,8 +114,12 @@ def find_series(folder: Path | str) -> list[Series]:
     return found
 
 
-def survey_series(folder: Path | str) -> tuple[list[Series], dict[Path, Unread]]:
+def survey_series(folder: Path | str, leave_out: Path | None = None) -> tuple[list[Series], dict[Path, Unread]]:
     """Return :func:`find_series` of what can be read, and the files that cannot.
+
+    Args:
+        folder: Where to look.
+        leave_out: A folder below it that is not looked into.
 
     Raises:
         DataError: The folder does not exist or holds no DICOM image.
@@ -126,7 +131,7 @@ def survey_series(folder: Path | str) -> tuple[list[Series], dict[Path, Unread]]
         raise DataError(f"There is no folder {folder}", hint="check the path")
     sources: list[Source] = []
     unread: dict[Path, Unread] = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and is_dicom(path)):
+    for path in filter(is_dicom, files_below(folder, leave_out)):
         try:
             source = find_source(path)
         except DataError as error:

@@ -118,7 +118,7 @@ class JobState:
         created: When it was accepted, in seconds since 1970.
         started: When it was begun last.
         finished: When it ended.
-        outcome: What came of it: numbers of cases, failures, or the error.
+        outcome: What came of it: number of cases, failures, what was skipped, or the error.
     """
 
     id: str
@@ -502,11 +502,14 @@ class JobRunner:
         except TMCAError as error:
             message, hint = _own_names(error.message, folder), _own_names(error.hint, folder)
             return FAILED, {"error": {"code": error.code, "message": message, "hint": hint}}
-        failures = [{name: _own_names(text, folder) for name, text in failure.items()} for failure in value["failures"]]
+        failures, skipped = (
+            [{name: _own_names(text, folder) for name, text in each.items()} for each in value[kind]]
+            for kind in ("failures", "skipped")
+        )
         if failures and not value["cases"]:
             error_ = {"code": "no_case_done", "message": "None of the images could be segmented", "hint": ""}
             return FAILED, {"error": error_, "failures": failures}
-        return DONE, {"cases_done": value["cases"], "failures": failures}
+        return DONE, {"cases_done": value["cases"], "failures": failures, "skipped": skipped}
 
 
 def _own_names(text: str, folder: Path) -> str:

@@ -156,6 +156,7 @@ _JOB = {
         "cases_done": {"type": "integer"},
         "created": {"type": "string", "format": "date-time"},
         "failures": {"type": "array", "items": {"type": "object"}},
+        "skipped": {"type": "array", "items": {"type": "object"}},
         "error": {"type": "object"},
         "links": {"type": "object"},
     },

@@ -455,7 +455,7 @@ class Worker:
             predictor = _PatientPredictor(self._model(work.model).predictor, self.turns, self._jobs[work.id])
             options = BatchOptions(work.prediction, work.outputs)
             report = predict_batch(predictor, _jobs_of(work), work.folder, options)
-            value = {"cases": len(report.cases), "failures": report.failures}
+            value = {"cases": len(report.cases), "failures": report.failures, "skipped": report.skipped}
             self.send(Answered(work.id, value))
         finally:
             self._jobs.pop(work.id, None)

@@ -15,6 +15,7 @@ from tmca.data.audit.similarity import thumbnail
 from tmca.data.contradictions import Contradiction, contradictions
 from tmca.data.manifest import Manifest, Record, file_hash
 from tmca.errors import DataError
+from tmca.imaging.raster import third_value
 from tmca.imaging.reading import image_size, read_image, read_mask
 
 MaskArray = Bool[np.ndarray, "height width"]
@@ -33,12 +34,6 @@ SPECK_RATIO = 0.02
 
 SPECK_DISTANCE = 0.05
 """Distance of a stray speck from the nearest larger part, as a share of the image's longer side."""
-
-CLASS_SHARE = 0.0005
-"""Share of a mask's pixels from which a grey value that stands out is a class and not an edge."""
-
-_GREY = slice(33, 223)
-_STANDS_OUT = 0.3
 
 
 @dataclass(frozen=True)
@@ -151,18 +146,11 @@ def _unusable_mask(facts: CaseFacts, path: Path, error: DataError) -> CaseFacts:
 
 
 def _hidden_class(path: Path) -> str | None:
-    """Return why a mask that can be thresholded holds more than two classes.
-
-    Grey pixels at the edges, of JPEG or of resizing, spread over many values; a class has one.
-    """
-    red, green, blue = np.moveaxis(read_image(path), 2, 0)
-    values = np.maximum(np.maximum(red, green), blue)
-    counts = np.bincount(values.ravel(), minlength=256)[_GREY]
-    value, count = int(counts.argmax()), int(counts.max())
-    if count < CLASS_SHARE * values.size or count < _STANDS_OUT * counts.sum() or count == np.count_nonzero(values):
+    """Return why a JPEG mask, which can be thresholded, holds more than two classes."""
+    third = third_value(read_image(path).max(axis=2))
+    if third is None:
         return None
-    share = 100 * count / values.size
-    return f"{path} holds a third value, {value + _GREY.start} at {share:.2g} % of its pixels, beside black and white"
+    return f"{path} holds a third value, {third[0]} at {100 * third[1]:.2g} % of its pixels, beside black and white"
 
 
 def _examine_parts(mask: NDArray[np.bool_]) -> tuple[int, NDArray[np.bool_]]:
