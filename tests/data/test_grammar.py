@@ -108,6 +108,27 @@ def test_sides_that_cannot_be_told_for_sure_are_not_stated(regions: str):
     assert facts == Facts("lung", present=True, bilateral=True)
 
 
+@pytest.mark.parametrize(
+    ("text", "present", "count"),
+    [
+        ("12-mm polyp", True, None),
+        ("5 to 6 mm polyp", True, None),
+        ("70-year-old man, polyp", True, None),
+        ("0-IIa polyp", None, None),
+        ("no bleeding, one polyp", True, 1),
+        ("There is no bleeding. A small polyp is visible.", None, None),
+        ("no ulcer; small polyp", None, None),
+        ("no visible polyp", None, None),
+        ("no small polyp in the image", False, 0),
+        ("one sessile polyp", True, 1),
+        ("two biopsies of one polyp", True, 1),
+    ],
+)
+def test_a_number_counts_only_what_it_surely_stands_before(text: str, present: bool | None, count: int | None):
+    facts = parse(text)
+    assert (facts.present, facts.count) == (present, count)
+
+
 def test_unknown_words():
     assert unknown_words("Bilateral pulmonary infection, 2 infected areas, Midle left lunge and midle right lung.") == [
         "midle",

@@ -314,3 +314,21 @@ def test_json_lines_are_plain(tmp_path: Path):
         "language": "en",
         "text_provenance": "human",
     }
+
+
+@pytest.mark.parametrize(
+    ("column", "meant"),
+    [("Patient_ID", "patient_id"), ("patient", "patient_id"), ("Text", "text"), ("sentence", "text"), ("Mask", "mask"),
+     ("Subset", "split"), ("ID", "id")],
+)  # fmt: skip
+def test_a_column_that_is_nearly_ours_is_refused_not_left_out(tmp_path: Path, column: str, meant: str):
+    (tmp_path / "manifest.csv").write_text(f"image,age,{column}\na.png,70,x\n")
+    with pytest.raises(DataError, match=f"none called '{meant}'") as caught:
+        Manifest.read(tmp_path / "manifest.csv")
+    assert f"rename it to '{meant}'" in caught.value.hint
+
+
+def test_a_column_beside_the_one_that_is_meant_is_left_out(tmp_path: Path):
+    (tmp_path / "manifest.csv").write_text("image,text,sentence,patient_id,patient\na.png,one,two,P1,Anna\n")
+    (record,) = Manifest.read(tmp_path / "manifest.csv").records
+    assert (record.text, record.patient_id) == ("one", "P1")

@@ -436,3 +436,16 @@ def test_as_many_images_lose_their_lesion_as_asked():
     assert 0.25 < len(emptied) / 600 < 0.35
     denied = [drawn for drawn in emptied if parse(drawn.text or "").present is False]
     assert 0.35 < len(denied) / len(emptied) < 0.65
+
+
+@pytest.mark.parametrize("place", [(0, 0), (500, 511), (1020, 3), (1020, 1020)])
+def test_a_lesion_that_is_smaller_than_a_pixel_is_not_lost(place: tuple[int, int]):
+    mask = np.zeros((1024, 1024), dtype=bool)
+    mask[place[0] : place[0] + 3, place[1] : place[1] + 3] = True
+    resized = resize_mask(mask, 64, 64)
+    assert resized.any()
+    assert resized.sum() <= 4
+    row, column = np.argwhere(resized)[0]
+    assert abs(row * 16 + 8 - place[0]) <= 16
+    assert abs(column * 16 + 8 - place[1]) <= 16
+    assert not resize_mask(np.zeros((1024, 1024), dtype=bool), 64, 64).any()

@@ -30,7 +30,7 @@ from tmca.errors import DataError, StorageError
 from tmca.files import home, storage_error
 from tmca.imaging.reading import read_image, read_mask
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever a decoded case would come out differently."""
 GIGABYTES = 20.0
 """Room for decoded cases unless ``TMCA_CACHE_GB`` says otherwise."""

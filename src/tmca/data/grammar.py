@@ -171,8 +171,11 @@ def _parse_polyp(text: str, grammar: Grammar) -> Facts:
     places = sorted((place for _, places in place_lists(text) for place in places), key=PLACES.index)
     head = _LOCATED.sub(" ", text)
     head = head[: noun.start()] if (noun := _NOUN.search(head)) else head
-    counted = next((match for match in _COUNTED.finditer(head) if not _is_label(head, match)), None)
-    count = _number(counted[0]) if counted else None
+    numbers = [match for match in _COUNTED.finditer(head) if not _is_label(head, match)]
+    counts = [_number(match[0]) for match in numbers if _counts(match, head)]
+    count = counts[0] if counts else None
+    if count is None and any(_number(match[0]) == 0 for match in numbers):  # "no bleeding, small polyp": no what?
+        return Facts(grammar)
     if count == 0:  # "no polyp on the left" says nothing about the rest of the image
         return Facts(grammar) if places else Facts(grammar, present=False, count=0)
     sizes = _SIZE_LIST.search(head)
@@ -194,6 +197,17 @@ def _place(words: list[str]) -> str:
     height = "top" if {"top", "upper"} & set(words) else "bottom" if {"bottom", "lower"} & set(words) else ""
     side = "left" if "left" in words else "right" if "right" in words else ""
     return f"{height} {side}".strip() or "center"
+
+
+def _counts(number: re.Match[str], head: str) -> bool:
+    """Return whether a number surely counts what stands at the end: "two spongy" does, "no visible" and "5-mm" not."""
+    between = head[number.end() :]
+    if number[0].isdecimal() or _number(number[0]) == 0:
+        return not any(word.lower() not in _POLYP_WORDS for word in _WORD.findall(between) if not word.isdecimal())
+    phrase, *further = re.split(r"[,.;:]", between, maxsplit=1)
+    words = [word.lower() for word in _WORD.findall(phrase)]
+    is_unclear = bool(further) or any(word in _COUNTS or word.isdecimal() for word in words)
+    return not (is_unclear and any(word not in _POLYP_WORDS for word in words))
 
 
 def _is_label(head: str, figure: re.Match[str]) -> bool:

@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -65,6 +66,14 @@ class Record:
 COLUMNS = tuple(item.name for item in dataclasses.fields(Record))
 """Columns of a manifest file; others are ignored."""
 
+_OTHER_NAMES = {
+    **dict.fromkeys(("patient", "subject", "subjectid", "patientname", "patientnumber"), "patient_id"),
+    **dict.fromkeys(("sentence", "caption", "prompt", "sentences", "texts"), "text"),
+    **dict.fromkeys(("masks", "segmentation", "maskpath", "groundtruth"), "mask"),
+    **dict.fromkeys(("subset", "partition", "splits"), "split"),
+}
+"""What people call the columns, without case and marks."""
+
 _DEFAULTS = {"language": "en", "text_provenance": "human"}
 
 
@@ -105,7 +114,9 @@ class Manifest:
             DataError: The file is missing, empty or malformed, or a row has no image or repeats an id.
         """
         path = Path(path).absolute()
-        records = tuple(_record(path, line, row) for line, row in read_rows(path, ("image",), COLUMNS))
+        rows = read_rows(path, ("image",), COLUMNS)
+        _check_columns(path, {column for _, row in rows for column in row})
+        records = tuple(_record(path, line, row) for line, row in rows)
         name = path.parent.name if path.stem == "manifest" else path.stem
         try:
             return cls(path.parent, records, name)
@@ -291,6 +302,18 @@ def _is_file(path: Path) -> bool:
 def seeded_number(seed: int, name: str) -> int:
     """Return a number that looks random but depends on seed and name only, not on the other names or their order."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest())
+
+
+def _check_columns(path: Path, columns: set[str]) -> None:
+    """Refuse a column that seems to be one of ours under another name: it would be left out without a word."""
+    for column in sorted(columns - set(COLUMNS)):
+        plain = re.sub(r"[\W_]+", "", column.lower())
+        meant = _OTHER_NAMES.get(plain) or next((name for name in COLUMNS if name.replace("_", "") == plain), None)
+        if meant is not None and meant not in columns:
+            raise DataError(
+                f"{path} has a column {column!r} and none called {meant!r}",
+                hint=f"rename it to {meant!r}, or to something else if it means another thing",
+            )
 
 
 def _record(path: Path, line: int, row: dict[str, str]) -> Record:

@@ -49,8 +49,12 @@ def resize_image(image: ImageArray, size: int) -> UInt8[np.ndarray, "size size 3
 
 
 def resize_mask(mask: MaskArray, height: int, width: int) -> Bool[np.ndarray, "rows cols"]:
-    """Resize a mask, nearest neighbour."""
-    return np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
+    """Resize a mask, nearest neighbour; of one so small that nothing would be left, the pixel that holds most of it."""
+    resized = np.array(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
+    if mask.any() and not resized.any():
+        shares = np.asarray(Image.fromarray(mask.astype(np.float32)).resize((width, height), Image.Resampling.BOX))
+        resized[np.unravel_index(shares.argmax(), shares.shape)] = True
+    return resized
 
 
 def normalise(
