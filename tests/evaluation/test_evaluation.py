@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from tmca.calibration import Calibration
@@ -163,6 +166,25 @@ def test_every_image_gets_another_sentence():
         assert all(new != own and new in texts for new, own in zip(given, texts, strict=True))
         assert given == shuffled(texts, seed)
     assert len({shuffled(texts, seed) for seed in range(50)}) > 10
+
+
+@given(texts=st.lists(st.none() | st.sampled_from("abcd"), max_size=30), seed=st.integers(0, 5))
+def test_other_sentences_are_drawn_as_from_the_list_of_all_others(texts: list[str | None], seed: int):
+    """As recorded scores were drawn."""
+    rng = np.random.default_rng(seed)
+    expected: list[str | None] = []
+    for text in texts:
+        others = [other for other in texts if other and other != text]
+        expected.append(others[int(rng.integers(len(others)))] if text and others else None)
+    assert shuffled(texts, seed) == tuple(expected)
+
+
+def test_other_sentences_are_found_in_linear_time():
+    texts = [f"lesion {number % 1000}" for number in range(100_000)]
+    started = time.monotonic()
+    given = shuffled(texts, 0)
+    assert all(other != text for other, text in zip(given, texts, strict=True))
+    assert time.monotonic() - started < 30  # comparing each with each takes minutes
 
 
 def test_there_may_be_no_other_sentence():

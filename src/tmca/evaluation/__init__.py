@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import time
+from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -344,10 +346,17 @@ def shuffled(texts: Sequence[str | None], seed: int) -> tuple[str | None, ...]:
     """
     rng = np.random.default_rng(seed)
     present = [text for text in texts if text]
+    before: dict[str, list[int]] = defaultdict(list)  # of each occurrence: how many other sentences stand before it
+    for place, text in enumerate(present):
+        before[text].append(place - len(before[text]))
     given: list[str | None] = []
     for text in texts:
-        others = [other for other in present if other != text]
-        given.append(others[int(rng.integers(len(others)))] if text and others else None)
+        others = len(present) - len(before[text]) if text else 0
+        if not text or not others:
+            given.append(None)
+            continue
+        number = int(rng.integers(others))
+        given.append(present[number + bisect_right(before[text], number)])
     return tuple(given)
 
 
