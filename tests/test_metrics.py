@@ -346,3 +346,11 @@ def test_an_impossible_tolerance_is_refused(tolerance: float):
     check_tolerance(0.0)
     with pytest.raises(ConfigError, match="tolerance"):
         check_tolerance(tolerance)
+
+
+def test_samples_drawn_in_parts_are_those_drawn_at_once(monkeypatch: pytest.MonkeyPatch):
+    values = np.random.default_rng(0).random((37, 3))
+    groups = [str(number // 2) for number in range(37)]
+    whole = resampled_sums(values, groups, resamples=100, seed=3)
+    monkeypatch.setattr("tmca.metrics.DRAWN_AT_ONCE", 19 * 7)
+    np.testing.assert_allclose(resampled_sums(values, groups, resamples=100, seed=3), whole, rtol=1e-12)

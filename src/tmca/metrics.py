@@ -161,6 +161,10 @@ def bootstrap_intervals(
     return {name: interval(values) for name, values in samples.items()}
 
 
+DRAWN_AT_ONCE = 10_000_000
+"""Groups drawn at a time, which bounds the memory of a bootstrap to some 250 MB."""
+
+
 def resampled_sums(
     values: Float[np.ndarray, "cases columns"], groups: Sequence[str], *, resamples: int, seed: int
 ) -> Float[np.ndarray, "resamples columns"]:
@@ -182,11 +186,16 @@ def resampled_sums(
         return np.zeros((0, values.shape[1]))
     sums = np.zeros((len(known), values.shape[1]))
     np.add.at(sums, group_of, values)
-    drawn = np.random.default_rng(seed).integers(0, len(known), size=(resamples, len(known)))
-    drawn += len(known) * np.arange(resamples)[:, None]
-    times = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)
-    totals: Float[np.ndarray, "resamples columns"] = times.astype(np.float64) @ sums
-    return totals
+    rng = np.random.default_rng(seed)
+    at_once = max(1, DRAWN_AT_ONCE // len(known))
+    parts = []
+    for start in range(0, resamples, at_once):
+        rows = min(at_once, resamples - start)
+        drawn = rng.integers(0, len(known), size=(rows, len(known)))
+        drawn += len(known) * np.arange(rows)[:, None]
+        times = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)
+        parts.append(times.astype(np.float64) @ sums)
+    return np.concatenate(parts) if parts else np.zeros((0, values.shape[1]))
 
 
 def interval(samples: Float[np.ndarray, " resamples"]) -> tuple[float, float]:

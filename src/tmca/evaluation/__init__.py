@@ -347,8 +347,8 @@ def shuffled(texts: Sequence[str | None], seed: int) -> tuple[str | None, ...]:
     rng = np.random.default_rng(seed)
     present = [text for text in texts if text]
     before: dict[str, list[int]] = defaultdict(list)  # of each occurrence: how many other sentences stand before it
-    for place, text in enumerate(present):
-        before[text].append(place - len(before[text]))
+    for place, other in enumerate(present):
+        before[other].append(place - len(before[other]))
     given: list[str | None] = []
     for text in texts:
         others = len(present) - len(before[text]) if text else 0
