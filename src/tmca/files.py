@@ -53,7 +53,7 @@ def replace_file(path: Path | str) -> Iterator[Path]:
         StorageError: The file could not be written.
     """
     target = Path(path)
-    temporary = _sibling(target)
+    temporary = sibling(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -98,7 +98,7 @@ def replace_folder(path: Path | str) -> Iterator[Path]:
     target = real_path(path)
     if target.exists() and not target.is_dir():
         raise StorageError(f"{target} is a file, expected a folder", hint="choose another folder")
-    temporary = _sibling(target)
+    temporary = sibling(target)
     try:
         temporary.mkdir(parents=True)
     except OSError as error:
@@ -212,7 +212,8 @@ def home() -> Path:
         raise StorageError(f"TMCA_HOME is {str(folder)!r}: there is no such user", hint="give a whole path") from error
 
 
-def _sibling(target: Path) -> Path:
+def sibling(target: Path) -> Path:
+    """Return a name beside a file or folder for what will take its place; nobody else has it."""
     return target.parent / f".tmp-{uuid.uuid4().hex}"
 
 
@@ -220,7 +221,7 @@ def _exchange(new: Path, target: Path) -> None:
     if not target.exists():
         new.rename(target)
         return
-    aside = _sibling(target)
+    aside = sibling(target)
     target.rename(aside)
     try:
         new.rename(target)

@@ -14,7 +14,7 @@ from typing import Any
 
 from tmca.checkpoints import MODEL_FILE
 from tmca.errors import DataError, unknown_name
-from tmca.files import storage_error, write_json
+from tmca.files import sibling, storage_error, write_json
 from tmca.imaging import nifti, rle
 from tmca.imaging.codes import read_codes
 from tmca.imaging.dicom import is_dicom
@@ -123,13 +123,6 @@ def tell_apart(jobs: Sequence[Job], options: OutputOptions) -> list[Job]:
     return found
 
 
-def _collecting(folder: Path) -> Path:
-    """Return where the pictures of a volume lie until all are there; what a killed run left there is removed."""
-    place = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(place, ignore_errors=True)
-    return place
-
-
 def _publish(collected: Path, folder: Path) -> None:
     """Move a volume's pictures to their folder, and remove those of slices that it does not have."""
     pictures = sorted(collected.iterdir()) if collected.is_dir() else []
@@ -190,7 +183,7 @@ class CaseWriter:
         self._collected: dict[str, Path] = {}
         if several:
             pictures = {kind: path[: -len(".png")] for kind, path in self.paths.items() if path.endswith(".png")}
-            self._collected = {kind: _collecting(folder / path) for kind, path in pictures.items()}
+            self._collected = {kind: sibling(folder / path) for kind, path in pictures.items()}
             self.paths |= pictures
         self._images = job.slices or (job.image,)
         self._planes = _Planes()
