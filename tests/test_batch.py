@@ -310,6 +310,18 @@ def test_an_image_keeps_its_name_when_others_come_and_go(predictor: Predictor, t
     assert len(computed) == 4
     report = predict_batch(predictor, make_jobs([fourth], None), out, BatchOptions(overwrite=True))
     assert [case["name"] for case in report.cases] == ["x_2"]
+    with pytest.raises(StorageError) as caught:  # and no further name for another sentence
+        predict_batch(predictor, make_jobs([fourth], PROMPT), out)
+    assert "x_2.png already" in caught.value.message
+
+
+def test_more_sentences_of_an_image_get_names_of_their_own(predictor: Predictor, jobs: list[Job], tmp_path: Path):
+    out, image = tmp_path / "out", jobs[0].image
+    predict_batch(predictor, [Job(image, "one", "a")], out)
+    report = predict_batch(predictor, [Job(image, "one", "a_one"), Job(image, "two", "a_two")], out)
+    assert ([case["name"] for case in report.cases], report.resumed) == (["a", "a_two"], 1)
+    report = predict_batch(predictor, [Job(image, "two", "a"), Job(image, "three", "a_three")], out)
+    assert ([case["name"] for case in report.cases], report.resumed) == (["a_two", "a_three"], 1)
 
 
 def test_a_renamed_folder_is_known_by_its_content(predictor: Predictor, jobs: list[Job], tmp_path: Path):

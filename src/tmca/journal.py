@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -87,12 +88,15 @@ class Journal:
         asked_under = {name: (entry.get("image_id"), entry.get("text_id")) for name, entry in self._entries.items()}
         known = {asked: name for name, asked in asked_under.items()}
         owners = {name: image for name, (image, _) in asked_under.items()}
-        present = {each["image_id"] for each in ids}
+        present = Counter(each["image_id"] for each in ids)
+        frequent = Counter(owners.values())
+        only = {image: name for name, image in owners.items() if image and frequent[image] == present[image] == 1}
         taken = {name for name, owner in owners.items() if reserve or owner in present}
         names: dict[str, bool] = {}
         for job, each in zip(jobs, ids, strict=True):
             asked = (each["image_id"], each["text_id"])
-            before = job.name if asked_under.get(job.name) == asked else known.get(asked, job.name)
+            usual = only.get(each["image_id"], job.name)  # which another sentence has, that is in the way then
+            before = job.name if asked_under.get(job.name) == asked else known.get(asked, usual)
             if before not in names and owners.get(before) == each["image_id"]:
                 names[before] = True
             elif job.name not in names and job.name in taken and self.has_begun(job):  # its folder was renamed
