@@ -1,6 +1,7 @@
 """Write a manifest from a folder of images, a folder of masks with the same stems, and a table of sentences.
 
-The table is a CSV with the columns image (name or stem), text and, if known, patient. Whole patients go into one split.
+The table is a CSV with the columns image (name or stem), text and, if known, patient_id. A patient's cases stay in one
+split.
 
 python examples/own_manifest.py data/mine --texts data/mine/texts.csv
 """
@@ -11,14 +12,9 @@ import argparse
 from pathlib import Path
 
 from tmca import Manifest
-from tmca.data.manifest import Record, read_rows, seeded_number
+from tmca.data.manifest import Record, read_rows
+from tmca.data.splits import split_manifest
 from tmca.jobs import find_images
-
-
-def choose_split(patient: str, seed: int, val: float, test: float) -> str:
-    """Return the split of a patient: a function of its name and the seed, so that added patients move nobody."""
-    share = seeded_number(seed, patient) / 2**256
-    return "test" if share < test else "val" if share < test + val else "train"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -26,8 +22,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="holds images/ and masks/")
     parser.add_argument("--texts", type=Path, required=True)
-    parser.add_argument("--val", type=float, default=0.1, help="share of the patients")
-    parser.add_argument("--test", type=float, default=0.2, help="share of the patients")
+    parser.add_argument("--val", type=float, default=0.1, help="share of the cases")
+    parser.add_argument("--test", type=float, default=0.2, help="share of the cases")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
 
@@ -39,12 +35,12 @@ def main(arguments: list[str] | None = None) -> None:
         if image.stem not in rows or image.stem not in masks:
             print(f"left out, no sentence or no mask: {image.name}")  # noqa: T201
             continue
-        patient = rows[image.stem].get("patient") or image.stem
+        row = rows[image.stem]
         place = {"image": image.relative_to(root).as_posix(), "mask": masks[image.stem].relative_to(root).as_posix()}
-        split = choose_split(patient, options.seed, options.val, options.test)
-        text = rows[image.stem]["text"].strip() or None
-        records.append(Record(image.stem, **place, text=text, split=split, patient_id=patient))
-    manifest = Manifest(root, tuple(records), root.name)
+        patient = row.get("patient_id", "").strip()
+        records.append(Record(image.stem, **place, text=row["text"].strip() or None, patient_id=patient))
+    shares = {"train": 1 - options.val - options.test, "val": options.val, "test": options.test}
+    manifest = split_manifest(Manifest(root, tuple(records), root.name), shares, options.seed)
     manifest.check(require_text=True, require_mask=True)
     manifest.write(root / "manifest.csv")
     print(f"{root / 'manifest.csv'}: {manifest.splits}")  # noqa: T201

@@ -48,19 +48,20 @@ def test_own_manifest(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     folder.mkdir()
     for name in ("images", "masks"):
         (folder / name).symlink_to(trained / "data" / name)
-    lines = ["image,text,patient"]
+    lines = ["image,text,patient_id"]
     lines += [
         f'train-{number:05d}.png,"one lesion, located in left of the image",P{number // 2}' for number in range(8)
     ]
     (folder / "texts.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    _run("own_manifest.py", folder, "--texts", folder / "texts.csv", "--val", "0.3", "--test", "0.3")
+    _run("own_manifest.py", folder, "--texts", folder / "texts.csv", "--val", "0.25", "--test", "0.25")
     assert "left out, no sentence or no mask: test-00000.png" in capsys.readouterr().out
     manifest = Manifest.read(folder / "manifest.csv")
     assert len(manifest.records) == 8
     splits: dict[str, set[str]] = {}
     for record in manifest.records:
         splits.setdefault(record.patient_id, set()).add(record.split)
-    assert len(splits) == 4
+    assert set(splits) == {f"P{number}" for number in range(4)}
+    assert manifest.splits == {"train": 4, "val": 2, "test": 2}
     assert all(len(names) == 1 for names in splits.values())
 
 

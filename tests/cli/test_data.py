@@ -69,6 +69,27 @@ def test_importing_lists_what_does_not_fit(tmca: Callable[..., Outcome], dataset
     assert "1 rows of" in outcome.err
 
 
+def test_the_problems_of_an_earlier_import_do_not_outlast_it(
+    tmca: Callable[..., Outcome], dataset: Path, tmp_path: Path
+):
+    assert tmca("import", dataset, "-o", tmp_path / "m.csv").code == 4
+    assert (tmp_path / "m.problems.csv").is_file()
+    for name in ("images/5.jpg", "images/7.jpg", "masks/7.png"):
+        (dataset / name).unlink()
+    (dataset / "train.txt").write_text("0\n1\n2\n3\n")
+    assert tmca("import", dataset, "-o", tmp_path / "m.csv", "--overwrite").code == 0
+    assert not (tmp_path / "m.problems.csv").exists()
+
+
+def test_sentences_written_into_a_published_folder_are_used(tmca: Callable[..., Outcome], dataset: Path):
+    (dataset / "train.txt").write_text("0\n1\n2\n3\n")
+    assert tmca("describe", dataset, "-o", dataset / "manifest.csv", "--grammar", "polyp", "--level", "p1").code == 0
+    outcome = tmca("split", dataset, "-o", dataset / "again.csv", "--resplit")
+    assert outcome.code == 0, outcome.err
+    assert set(Manifest.read(dataset / "again.csv").sentences) <= {"polyp", "polyps"}
+    assert Manifest.read(dataset / "again.csv").sentences
+
+
 def test_importing_a_whole_folder_says_nothing_else(tmca: Callable[..., Outcome], dataset: Path, tmp_path: Path):
     for name in ("images/5.jpg", "images/7.jpg", "masks/7.png"):
         (dataset / name).unlink()
@@ -208,3 +229,23 @@ def test_splits_and_fractions_are_written(tmca: Callable[..., Outcome], phantoms
     outcome = tmca("split", data, "-o", tmp_path / "g.csv", "--fractions", "0.5", "--within", "train")
     assert outcome.code == 2
     assert "--within and --resplit do not go with it" in outcome.err
+    outcome = tmca("split", data, "-o", tmp_path / "g.csv", "--fractions", "0.5", "--train", "0.9", "--test", "0")
+    assert outcome.code == 2
+    assert "--train, --val and --test do not go with it" in outcome.err
+    assert not list(tmp_path.glob("g*.csv"))
+
+
+def test_a_validation_split_is_taken_from_training_as_the_refusal_says(
+    tmca: Callable[..., Outcome], phantoms: Manifest, tmp_path: Path
+):
+    bare = [record for record in phantoms.records if record.split != "val"]
+    phantoms.with_records(bare).write(tmp_path / "bare.csv")
+    arguments = ("split", tmp_path / "bare.csv", "-o", tmp_path / "s.csv", "--within", "train")
+    refused = tmca(*arguments)
+    assert refused.code == 2
+    assert "--test 0" in refused.err
+    outcome = tmca(*arguments, "--train", "0.75", "--val", "0.25", "--test", "0")
+    assert outcome.code == 0, outcome.err
+    found = Manifest.read(tmp_path / "s.csv").splits
+    assert found["test"] == phantoms.splits["test"]
+    assert found["val"] == pytest.approx(phantoms.splits["train"] / 4, abs=1)

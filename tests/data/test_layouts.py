@@ -3,7 +3,9 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import unicodedata
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ import openpyxl
 import pytest
 from PIL import Image
 
-from tmca.data.layouts import LAYOUTS, copy_dataset, open_dataset, read_layout
+from tmca.data.layouts import LAYOUTS, copy_dataset, open_dataset, read_layout, read_levels
 from tmca.data.layouts.readers import patient_of
 from tmca.data.manifest import Manifest, Record
 from tmca.errors import ConfigError, DataError, StorageError
@@ -518,16 +520,37 @@ def test_nnunet_folds_and_texts(write: Callable[[str], Path]):
         open_dataset(root)
 
 
-def test_other_channels_of_nnunet_are_listed(write: Callable[[str], Path]):
+def test_further_channels_of_nnunet_are_used_and_those_of_no_case_listed(write: Callable[[str], Path]):
     root = write("nnunet")
     _image(root / "imagesTr" / "case_001_0001", ".png")
+    assert read_layout(root).problems == ()
+    _image(root / "imagesTr" / "case_009_0001", ".png")
     (root / "labelsTr" / "case_002.png").rename(root / "labelsTr" / "case_2.png")
     imported = read_layout(root)
     assert [(problem.kind, problem.file) for problem in imported.problems] == [
         ("missing mask", "labelsTr/case_002"),
-        ("unused image", "imagesTr/case_001_0001.png"),
+        ("unused image", "imagesTr/case_009_0001.png"),
         ("unused mask", "labelsTr/case_2.png"),
     ]
+
+
+def test_volumes_of_nnunet_are_refused_and_single_slices_are_not(write: Callable[[str], Path]):
+    nibabel = pytest.importorskip("nibabel")
+    root = write("nnunet")
+
+    def save(slices: int) -> None:
+        for name in ("imagesTr/case_005_0000", "labelsTr/case_005"):
+            volume = np.zeros((8, 8, slices), np.uint8)
+            nibabel.save(nibabel.Nifti1Image(volume, np.eye(4)), root / f"{name}.nii.gz")
+
+    save(1)
+    assert open_dataset(root).records[3].image == "imagesTr/case_005_0000.nii.gz"
+    save(5)
+    with pytest.raises(DataError, match=r"case_005_0000\.nii\.gz is a volume of 5 slices, expected single") as caught:
+        read_layout(root)
+    assert "case_005_0000.nii.gz#0" in caught.value.hint
+    (root / "imagesTr" / "case_005_0000.nii.gz").write_bytes(b"damaged")
+    assert len(read_layout(root).manifest.records) == 5  # for the audit to find
 
 
 # Your own -----------------------------------------------------------------------------------------------------------
@@ -560,11 +583,28 @@ def test_images_of_a_volume_are_found_in_its_file(tmp_path: Path):
     assert imported.counts == {"missing image": 1}
 
 
-def test_a_published_layout_wins_over_a_manifest_beside_it(medvlsm: Path):
-    (medvlsm / "manifest.csv").write_text("image\nb.png\n")
-    assert len(open_dataset(medvlsm).records) == 10
-    _image(medvlsm / "b", ".png")
-    assert len(read_layout(medvlsm, "manifest").manifest.records) == 1
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "manifest"])
+def test_an_own_manifest_wins_over_the_published_lists_beside_it(layout: str, write: Callable[[str], Path]):
+    root = write(layout)
+    published = open_dataset(root)
+    described = published.with_records(replace(record, text="described") for record in published.records)
+    described.write(root / "manifest.csv")
+    assert open_dataset(root).sentences == ("described",)
+    assert open_dataset(root).name == published.name
+    assert read_levels(root) == {}
+    assert read_layout(root).manifest == published  # an import reads what was published
+    assert read_layout(root, "manifest").manifest.sentences == ("described",)
+
+
+@pytest.mark.parametrize("content", ["image,text,prompt_key\nb.png,x,p6\n", "image,text\nb.png\n", ""])
+def test_a_table_of_the_publisher_beside_the_lists_is_passed_over_and_named(
+    medvlsm: Path, content: str, capsys: pytest.CaptureFixture[str]
+):
+    published = open_dataset(medvlsm)
+    assert capsys.readouterr().err == ""
+    (medvlsm / "manifest.csv").write_text(content)
+    assert open_dataset(medvlsm) == published
+    assert "was read as medvlsm, not by its manifest.csv" in capsys.readouterr().err.replace("\n", " ")
 
 
 # Names and problems -------------------------------------------------------------------------------------------------
@@ -604,6 +644,33 @@ def test_names_match_by_stem_whatever_case_and_ending(medvlsm: Path):
     _image(medvlsm / "images" / "Train1", ".png")
     records = open_dataset(medvlsm).records
     assert [record.image for record in records[:2]] == ["images/TRAIN0.JPG", "images/Train1.png"]
+
+
+@pytest.mark.parametrize(("on_disk", "in_list"), [("NFD", "NFC"), ("NFC", "NFD")])
+@pytest.mark.parametrize("layout", ["tganet", "prolearn", "nnunet"])
+def test_names_match_however_their_accents_are_stored(
+    write: Callable[[str], Path], layout: str, on_disk: str, in_list: str
+):
+    root = write(layout)
+    name = unicodedata.normalize(on_disk, "Müller_1")
+    listed = unicodedata.normalize(in_list, "Müller_1")
+    if layout == "nnunet":
+        _image(root / "imagesTr" / f"{name}_0000", ".png")
+        _mask(root / "labelsTr" / unicodedata.normalize(in_list, name))
+        _csv(root / "texts.csv", [["image", "text"], [listed, "one polyp"]])
+        _json(root / "splits_final.json", [{"train": [], "val": [listed]}])
+    else:
+        _image(root / "images" / name)
+        _mask(root / "masks" / name)
+        (root / "reports").mkdir(exist_ok=True)
+        (root / "reports" / f"{name}.txt").write_text("one polyp")
+        (root / "val.txt").write_text(f"{listed}\n", encoding="utf-8")
+        _json(root / "split.json", {"val": [listed]})
+    record = read_layout(root, layout).manifest.split("val").records[0]
+    assert unicodedata.is_normalized(on_disk, record.image)
+    assert (root / record.image).is_file()
+    assert record.mask is not None
+    assert record.text == (None if layout == "tganet" else "one polyp")
 
 
 def test_a_stem_of_two_files_is_ambiguous(medvlsm: Path):

@@ -192,9 +192,13 @@ def test_a_folder_with_anything_else_is_left_alone(tmp_path: Path, content: dict
 def test_runs_kept_beside_phantoms_are_left_alone(tmp_path: Path):
     write_phantoms(tmp_path, {"train": 1}, size=32)
     (tmp_path / "runs").mkdir()
-    with pytest.raises(StorageError, match="holds no phantoms"):
+    with pytest.raises(StorageError, match="holds phantoms, but also runs"):
         write_phantoms(tmp_path, {"train": 1}, size=32)
     assert (tmp_path / "runs").is_dir()
+    for name in "abc":
+        (tmp_path / name).mkdir()
+    with pytest.raises(StorageError, match="but also a, b, c and 1 more"):
+        write_phantoms(tmp_path, {"train": 1}, size=32)
 
 
 def test_a_full_disk_leaves_the_old_phantoms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -123,8 +124,13 @@ def test_one_split_can_be_divided_further():
     manifest = manifest.with_records([*manifest.records, Record("t", "x", split="test", patient_id="t")])
     divided = split_manifest(manifest, {"train": 0.9, "val": 0.1}, within="train")
     assert divided.splits == {"train": 36, "val": 4, "test": 1}
-    with pytest.raises(ConfigError, match="split 'test' of toy is there already"):
+    with pytest.raises(ConfigError, match="split 'test' of toy is there already") as taken:
         split_manifest(manifest, {"train": 0.9, "test": 0.1}, within="train")
+    assert "--test 0" in taken.value.hint
+    other = manifest.with_records(replace(r, split=r.split.replace("test", "extra")) for r in manifest.records)
+    with pytest.raises(ConfigError, match="split 'extra' of toy is there already") as taken:
+        split_manifest(other, {"train": 0.9, "extra": 0.1}, within="train")
+    assert taken.value.hint == "choose another name"
     with pytest.raises(DataError, match="has no split 'tset'") as caught:
         manifest.split("tset")
     assert caught.value.hint == "did you mean 'test'?"

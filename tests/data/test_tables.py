@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 
 import openpyxl
@@ -88,3 +89,13 @@ def test_a_missing_package_is_named(tmp_path: Path, file: str, package: str, mon
 def test_only_known_endings_are_written(tmp_path: Path):
     with pytest.raises(StorageError, match=r"\.csv, \.jsonl or \.parquet"):
         write_rows(tmp_path / "a.xlsx", ["image"], [{"image": "a"}])
+
+
+def test_a_number_that_is_none_is_a_blank_cell(tmp_path: Path):
+    nan = float("nan")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"image": "a.png", "text": nan, "patient_id": nan}) + "\n")
+    pyarrow.parquet.write_table(pa.table({"image": ["a.png"], "text": [nan]}), tmp_path / "a.parquet")
+    (tmp_path / "a.csv").write_text("image,text\na.png,nan\n")
+    assert read_rows(tmp_path / "a.jsonl", ("image",)) == [(1, {"image": "a.png", "text": "", "patient_id": ""})]
+    assert read_rows(tmp_path / "a.parquet", ("image",)) == [(1, {"image": "a.png", "text": ""})]
+    assert read_rows(tmp_path / "a.csv", ("image",)) == [(2, {"image": "a.png", "text": "nan"})]

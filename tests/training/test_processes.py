@@ -154,13 +154,31 @@ def test_impossible_layouts_are_refused():
         two.share_of_batch(7)
     assert "multiple of 2" in caught.value.hint
     with pytest.raises(ConfigError, match="do not fill"):
-        two.check(cpu, batch_size=8, images=7)
+        two.check(cpu, batch_size=8, images=7, validation_images=8)
     with pytest.raises(ConfigError, match="cannot share cuda:1"):
-        two.check(torch.device("cuda", 1), 8, 100)
+        two.check(torch.device("cuda", 1), 8, 100, 8)
     if torch.cuda.device_count() < 2:
         with pytest.raises(ConfigError, match="devices were asked for"):
-            two.check(torch.device("cuda"), 8, 100)
-    ProcessLayout().check(torch.device("mps"), 8, 1)
+            two.check(torch.device("cuda"), 8, 100, 8)
+    ProcessLayout().check(torch.device("mps"), 8, 1, 1)
+
+
+def test_every_process_needs_an_image_to_validate_on():
+    four, cpu = ProcessLayout(devices=2, nodes=2), torch.device("cpu")
+    with pytest.raises(ConfigError, match="3 validation images cannot be shared out to 4 processes") as caught:
+        four.check(cpu, 8, 100, 3)
+    assert "--devices 1" in caught.value.hint
+    four.check(cpu, 8, 100, 4)
+    ProcessLayout().check(cpu, 8, 100, 1)
+
+
+def test_training_refuses_more_processes_than_validation_images(phantoms: Manifest, tmp_path: Path):
+    one = phantoms.with_records([*phantoms.split("train").records, phantoms.split("val").records[0]])
+    one.write(tmp_path / "one.csv")
+    refused = _train(tmp_path / "one.csv", tmp_path / "run", "--devices", "2", "--trainer.max-epochs", "1")
+    assert refused.returncode == 2, refused.stderr
+    assert "1 validation images cannot be shared out to 2 processes (use --devices 1, or" in refused.stderr
+    assert not (tmp_path / "run").exists()
 
 
 # The whole run ---------------------------------------------------------------------------------------------------

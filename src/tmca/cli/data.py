@@ -56,9 +56,10 @@ class DataImport:
             manifest = copy_dataset(manifest, self.copy)
         manifest.with_hashes().write(self.output)
         show(f"{imported.layout}: {_counts(manifest)}; {len(manifest.sentences)} distinct sentences → {self.output}")
-        if not imported.problems:
-            return
         problems = self.output.with_name(f"{self.output.stem}.problems.csv")
+        if not imported.problems:
+            problems.unlink(missing_ok=True)  # of an earlier import to this manifest
+            return
         imported.write_problems(problems)
         for problem in imported.problems[:SHOWN_PROBLEMS]:
             say(f"{problem.problem} ({problem.hint})")
@@ -213,10 +214,15 @@ class DataSplit:
     def run(self) -> None:
         """Split and say how many cases went where."""
         from tmca.data.layouts import open_dataset
-        from tmca.data.splits import nested_fractions, split_manifest
+        from tmca.data.splits import SHARES, nested_fractions, split_manifest
 
         if self.fractions and (self.within or self.resplit):
             raise ConfigError("--fractions keeps the splits: --within and --resplit do not go with it")
+        if self.fractions and (self.train, self.val, self.test) != tuple(SHARES.values()):
+            raise ConfigError(
+                "--fractions keeps the splits: --train, --val and --test do not go with it",
+                hint="split first, then take --fractions of the manifest that was written",
+            )
         manifest = open_dataset(self.data)
         if not self.fractions:
             shares = {"train": self.train, "val": self.val, "test": self.test}

@@ -48,6 +48,7 @@ _GAP = 0.03
 _OUTLINE = 0.07
 _FOLDER_CONTENT = {"images", "masks", "manifest.csv"}
 _MODALITY = "phantom"
+_NAMED = 3
 
 Floats = NDArray[np.float32]
 
@@ -220,12 +221,19 @@ def _refuse_foreign(folder: Path) -> None:
     if not names:
         return
     try:
-        records = Manifest.read(folder / "manifest.csv").records if names <= _FOLDER_CONTENT else ()
+        records = Manifest.read(folder / "manifest.csv").records
     except DataError:
         records = ()
     if not records or any(record.modality != _MODALITY for record in records):
         raise StorageError(
             f"{folder} is not empty and holds no phantoms", hint="choose a new folder, nothing was changed"
+        )
+    others = sorted(names - _FOLDER_CONTENT)
+    if others:
+        listed = ", ".join(others[:_NAMED]) + (f" and {len(others) - _NAMED} more" if len(others) > _NAMED else "")
+        raise StorageError(
+            f"{folder} holds phantoms, but also {listed}",
+            hint="move that away, or choose a new folder; nothing was changed",
         )
 
 

@@ -49,8 +49,12 @@ def split_manifest(
     cases = manifest.records if within is None else manifest.split(within).records
     kept = {record.split for record in manifest.records if within is not None and record.split != within}
     if kept & wanted.keys():
+        name = min(kept & wanted.keys())
         raise ConfigError(
-            f"The split {min(kept & wanted.keys())!r} of {manifest.name} is there already", hint="choose another name"
+            f"The split {name!r} of {manifest.name} is there already",
+            hint=f"give it no share: --{name} 0; the others then add up to 1"
+            if name in SHARES
+            else "choose another name",
         )
     if within is None and not overwrite and any(record.split for record in cases):
         there = ", ".join(f"{name or '(none)'} ({count})" for name, count in manifest.splits.items())

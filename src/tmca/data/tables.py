@@ -8,6 +8,7 @@ import importlib
 import io
 import itertools
 import json
+import math
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -33,7 +34,8 @@ def read_rows(path: Path, required: Iterable[str], single: Iterable[str] = ("ima
         single: Columns whose cells must hold one value; a list or object in another column is left out.
 
     Returns:
-        Line number and cells of each row; a null cell is an empty string.
+        Line number and cells of each row; a null cell is an empty string, and so is a number that is not one (NaN), as
+        pandas writes blank cells.
 
     Raises:
         DataError: Names the file and the line.
@@ -192,7 +194,8 @@ def _cells(where: str, values: Mapping[str, Any], single: frozenset[str]) -> dic
                 raise DataError(f"{where}: {name} holds several values", hint="expected one string")
             continue
         is_whole = isinstance(value, float) and value.is_integer()  # Excel keeps every number as a float
-        cells[name] = "" if value is None else str(int(value) if is_whole else value)
+        is_blank = value is None or (isinstance(value, float) and math.isnan(value))
+        cells[name] = "" if is_blank else str(int(value) if is_whole else value)
     return cells
 
 

@@ -116,7 +116,7 @@ def fit(
         set_quiet(quiet=True)
     experiment = resolve(experiment)
     training, validation = _splits(experiment, manifest)
-    layout.check(place, experiment.trainer.batch_size, len(training.records))
+    layout.check(place, experiment.trainer.batch_size, len(training.records), len(validation.records))
     batch_sizes = {
         "train": layout.share_of_batch(experiment.trainer.batch_size),
         "val": experiment.trainer.evaluation_batch_size,

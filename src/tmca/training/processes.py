@@ -80,8 +80,14 @@ class ProcessLayout:
             )
         return batch_size // self.processes
 
-    def check(self, device: torch.device, batch_size: int, images: int) -> None:
+    def check(self, device: torch.device, batch_size: int, images: int, validation_images: int) -> None:
         """Refuse what several processes cannot do.
+
+        Args:
+            device: Where to train.
+            batch_size: Images of a batch, of all processes.
+            images: Images to train on.
+            validation_images: Images to validate on; each process needs one.
 
         Raises:
             ConfigError: There are too few devices or images.
@@ -98,6 +104,11 @@ class ProcessLayout:
         if images < batch_size:
             raise ConfigError(
                 f"{images} training images do not fill a batch of {batch_size}", hint="lower trainer.batch_size"
+            )
+        if validation_images < self.processes:
+            raise ConfigError(
+                f"{validation_images} validation images cannot be shared out to {self.processes} processes",
+                hint=f"use --devices {max(1, validation_images // self.nodes)}, or more validation images",
             )
 
 

@@ -13,6 +13,8 @@ import pytest
 from PIL import Image
 
 from tmca.data.audit import CHECKS, SCHEMA_VERSION, SEVERITIES, Audit, Finding, audit
+from tmca.data.audit.case_facts import CaseFacts
+from tmca.data.audit.fingerprint import fingerprint
 from tmca.data.layouts import open_dataset
 from tmca.data.manifest import Manifest, Record
 from tmca.data.phantom import write_phantoms
@@ -182,6 +184,31 @@ def test_a_patient_in_two_splits(data: Manifest):
     assert audit(_changed(_changed(data, 0, patient_id="P7"), 1, patient_id="P7")).findings == ()
 
 
+def test_cases_in_no_split_leak_nothing(data: Manifest):
+    _copied(data, 1, 26, None)
+    _copied(data, 2, 27, _shrunk)
+    spoiled = _changed(_changed(data, 0, patient_id="P7"), 25, patient_id="P7")
+    slices = [Record(f"s{n}", f"scan.nii.gz#{n}", split="train" if n < 3 else "test") for n in range(4)]
+    leaks = {"same_image_across_splits", "copy_across_splits", "patient_across_splits"}
+    assert leaks <= audit(spoiled.with_records([*spoiled.records, *slices])).by_check.keys()
+    apart = spoiled.with_records(
+        replace(record, split=record.split.removeprefix("test")) for record in [*spoiled.records, *slices]
+    )
+    found = audit(apart).by_check.keys()
+    assert not {name for name in found if "split" in name}
+    none = apart.with_records(replace(record, split="") for record in apart.records)
+    assert {"same_image_within_split", "copy_within_split"} <= audit(none).by_check.keys()
+
+
+def test_images_of_a_patient_in_two_splits_and_in_none(data: Manifest):
+    spoiled = data
+    for number, split in ((0, "train"), (1, ""), (25, "test")):
+        spoiled = _changed(spoiled, number, patient_id="P7", split=split)
+    (finding,) = audit(spoiled).findings
+    assert finding.details == {"patient": "P7", "splits": {"train": 1, "test": 1}}
+    assert finding.cases == (data.records[0].id, data.records[25].id)
+
+
 @pytest.mark.parametrize(
     ("text", "check"),
     [
@@ -312,6 +339,12 @@ def test_a_split_unlike_the_training_split(tmp_path: Path):
     assert "foreground" not in shifted
 
 
+def test_phantoms_of_several_splits_are_silent(tmp_path: Path):
+    counts = {"train": 60, "val": 30}
+    drawn = write_phantoms(tmp_path / "phantoms", counts, size=32, no_lesion_share=0.0, absent_share=0.0)
+    assert _of(audit(drawn), "split_shift") == []
+
+
 def test_splits_need_no_names(data: Manifest):
     assert audit(data.with_records(replace(record, split="") for record in data.records)).findings == ()
 
@@ -356,6 +389,15 @@ def test_the_documentation_lists_every_check():
         r"^\| `(\w+)` \| (error|warning|note) \| (.+?) \| (.+?) \|$", DOCS.read_text("utf-8"), re.MULTILINE
     )
     assert rows == [(check.name, check.severity, check.finds, check.why) for check in CHECKS.values()]
+
+
+def test_the_sources_of_qata_are_found(shared: Path):
+    """All of its covid_… images are in the training split."""
+    data = open_dataset(shared / "data" / "qata_cov19")
+    shifts = fingerprint(data.records, [CaseFacts()] * len(data.records)).shifts
+    found = {shift.split: shift for shift in shifts if shift.feature == "source"}
+    assert set(found) == {"val", "test"}
+    assert all(shift.distance > 0.3 and shift.p_value < 0.001 for shift in found.values())
 
 
 def test_the_published_polyps(shared: Path):

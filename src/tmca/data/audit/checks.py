@@ -91,12 +91,18 @@ class Cases:
 
     @cached_property
     def same_images(self) -> list[list[int]]:
-        """Numbers of the cases that show the same pixels, from different files or in different splits."""
+        """Numbers of the cases that show the same pixels, from different files or in different splits.
+
+        A case in no split is no copy of one that is in a split: it is used for nothing.
+        """
         grouped: dict[bytes, list[int]] = defaultdict(list)
         for number, facts in enumerate(self.facts):
             if facts.pixel_hash is not None and not _is_blank(facts):
                 grouped[facts.pixel_hash].append(number)
-        return [group for group in grouped.values() if len(self._files(group)) > 1 or len(self.splits_of(group)) > 1]
+        groups = [
+            [number for number in group if self.manifest.records[number].split] or group for group in grouped.values()
+        ]
+        return [group for group in groups if len(self._files(group)) > 1 or len(self.splits_of(group)) > 1]
 
     def splits_of(self, numbers: Iterable[int]) -> list[str]:
         """The splits of some cases, each once, in order of appearance."""
@@ -171,7 +177,8 @@ def _copies(cases: Cases, *, across: bool) -> Iterator[Hit]:
     for copy in cases.copies:
         candidate = copy.candidate
         records = [cases.manifest.records[number] for number in sorted((candidate.first, candidate.second))]
-        if (records[0].split != records[1].split) != across:
+        splits = {record.split for record in records}
+        if (len(splits) > 1) != across or (across and "" in splits):
             continue
         how = {"same": "", "turned": ", turned by 180°"}.get(
             candidate.orientation, f", mirrored {candidate.orientation}"
@@ -192,6 +199,8 @@ def _copies(cases: Cases, *, across: bool) -> Iterator[Hit]:
 def _patient_across_splits(cases: Cases) -> Iterator[Hit]:
     patients: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for record in cases.manifest.records:
+        if not record.split:
+            continue
         file, number = split_frame(record.image)
         if record.patient_id:
             patients["Patient", record.patient_id].append(record)
@@ -200,7 +209,7 @@ def _patient_across_splits(cases: Cases) -> Iterator[Hit]:
     for (kind, name), records in patients.items():
         counts = Counter(record.split for record in records)
         if len(counts) > 1:
-            spread = ", ".join(f"{count} in {split or '(none)'}" for split, count in counts.items())
+            spread = ", ".join(f"{count} in {split}" for split, count in counts.items())
             message = f"{kind} {name} has images in several splits: {spread}"
             yield cases.hit(message, records, patient=name, splits=counts)
 
@@ -309,7 +318,8 @@ def _unknown_words(cases: Cases) -> Iterator[Hit]:
     if total and len(concerned) >= FOREIGN_SHARE * total and total >= _FEWEST_JUDGED:
         records = [record for text in concerned for record in cases.by_sentence[text]]
         message = (
-            f"{len(concerned)} of {total} distinct sentences follow no known grammar: they were not held against masks"
+            f"{len(concerned)} of {total} distinct sentences follow no known grammar: of them only counts, sizes and "
+            "places that can be told for sure were held against masks"
         )
         yield cases.hit(message, records, words=len(unknown))
         return
@@ -321,8 +331,7 @@ def _unknown_words(cases: Cases) -> Iterator[Hit]:
 
 def _split_shift(cases: Cases) -> Iterator[Hit]:
     for shift in cases.fingerprint.shifts:
-        sure = shift.p_value is None or shift.p_value < _SURE
-        if shift.distance >= SHIFT_DISTANCE and sure:
+        if shift.distance >= SHIFT_DISTANCE and shift.p_value < _SURE:
             if shift.feature == "source":
                 message = f"Other sources in {shift.split} than in train, by the names of the files"
             else:

@@ -26,6 +26,11 @@ SOURCE_SHARE = 0.02
 OTHER_SOURCES = "other"
 
 _LISTED_SIZES = 5
+_PERMUTATIONS = 4999
+_SPLIT_NAMES = frozenset(
+    ("train", "training", "tr", "val", "valid", "validation", "dev", "eval", "test", "testing", "ts", "te")
+)
+"""First letters of files that tell the split and not the source."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ class SplitFacts:
         effective_sentences: Inverse of the chance that two cases drawn at random have the same sentence: the number of
             equally frequent sentences that would have that chance.
         unseen_sentences: Share of the cases whose sentence no training case has; ``None`` for the training split.
-        sources: Number of cases by the first letters of their image's name.
+        sources: Number of cases by the first letters of their image's name; the name of a split is passed over.
     """
 
     cases: int
@@ -95,14 +100,15 @@ class Shift:
             the sum of the differences of their shares.
         effect: Difference of the means in standard deviations of the training split; ``None`` for sources and where
             training cases do not vary.
-        p_value: Of the two-sample test; ``None`` for sources.
+        p_value: Of the two-sample test; for sources the share of random divisions of the same cases, two splits of the
+            same sizes, that are as far apart.
     """
 
     split: str
     feature: str
     distance: float
     effect: float | None
-    p_value: float | None
+    p_value: float
 
 
 @dataclass(frozen=True)
@@ -220,11 +226,17 @@ def _shifts(split: str, reference: dict[str, list[float]], other: dict[str, list
 
 
 def _source_shift(split: str, reference: SplitFacts, other: SplitFacts) -> list[Shift]:
-    names = reference.sources.keys() | other.sources.keys()
+    names = sorted(reference.sources.keys() | other.sources.keys())
     if len(names) < 2 or min(reference.cases, other.cases) < FEWEST_COMPARED:
         return []
-    shares = [abs(reference.sources.get(n, 0) / reference.cases - other.sources.get(n, 0) / other.cases) for n in names]
-    return [Shift(split, "source", sum(shares) / 2, None, None)]
+    counts = np.array([other.sources.get(name, 0) for name in names])
+    totals = counts + [reference.sources.get(name, 0) for name in names]
+    drawn = np.random.default_rng(0).multivariate_hypergeometric(totals, other.cases, _PERMUTATIONS)
+    distances = [
+        np.abs(part / other.cases - (totals - part) / reference.cases).sum(axis=-1) / 2 for part in (counts, drawn)
+    ]
+    as_far = int((distances[1] >= distances[0] - 1e-9).sum())
+    return [Shift(split, "source", float(distances[0]), None, (as_far + 1) / (_PERMUTATIONS + 1))]
 
 
 def _common_sources(records: Sequence[Record]) -> set[str]:
@@ -238,8 +250,10 @@ def _source(record: Record, common: set[str]) -> str:
 
 
 def _first_letters(record: Record) -> str:
-    found = re.match(r"[^\W\d_]+", PurePosixPath(record.image).stem)
-    return found[0].lower() if found else ""
+    words = re.split(r"[\W_]+", PurePosixPath(record.image).stem.lower())
+    word = words[1] if words[0].rstrip("0123456789") in _SPLIT_NAMES and len(words) > 1 else words[0]
+    found = re.match(r"[^\W\d_]+", word)
+    return "" if found is None or found[0] in _SPLIT_NAMES else found[0]
 
 
 def _spread(values: Sequence[float]) -> Spread | None:

@@ -15,6 +15,7 @@ from tmca.data.layouts.cases import LEFT_OUT, CaseList, Imported, Problem
 from tmca.data.layouts.copying import copy_dataset
 from tmca.data.manifest import Manifest
 from tmca.errors import DataError, unknown_name
+from tmca.progress import say
 
 __all__ = [
     "LAYOUTS",
@@ -60,7 +61,7 @@ LAYOUTS: dict[str, Layout] = {
     "nnunet": Layout(readers.is_nnunet, readers.read_nnunet, "dataset.json, imagesTr/ and labelsTr/"),
     "manifest": Layout(readers.is_own, readers.read_own, ", ".join(readers.OWN_NAMES)),
 }
-"""The known layouts by name, in order of precedence."""
+"""The known layouts by name, in order of precedence; but see :func:`open_dataset`."""
 
 
 def read_layout(path: Path | str, layout: str | None = None, *, prompt: str = "p6", seed: int = 0) -> Imported:
@@ -110,12 +111,14 @@ def read_layout(path: Path | str, layout: str | None = None, *, prompt: str = "p
 def open_dataset(path: Path | str, *, prompt: str = "p6", seed: int = 0) -> Manifest:
     """Open a dataset for training or scoring: a manifest file, or a folder whose layout is recognised by itself.
 
-    Unlike :func:`read_layout` it refuses a folder whose lists name files that are not there. The files that an own
-    manifest names are looked at by :meth:`tmca.data.manifest.Manifest.check`.
+    Unlike :func:`read_layout` it takes an own manifest before the published lists beside it, and refuses a folder whose
+    lists name files that are not there. The files that an own manifest names are looked at by
+    :meth:`tmca.data.manifest.Manifest.check`. A table of that name with further columns may be the publisher's: beside
+    published lists it is passed over, and that is said.
 
     Args:
         path: A ``.csv``, ``.jsonl`` or ``.parquet`` manifest, or a folder in one of :data:`LAYOUTS`, tried in that
-            order.
+            order after an own manifest.
         prompt: Level of detail of the sentences, ``p0`` to ``p9``, in the layouts that have levels.
         seed: Decides which paraphrase a case gets where the level has several.
 
@@ -132,9 +135,16 @@ def open_dataset(path: Path | str, *, prompt: str = "p6", seed: int = 0) -> Mani
     if path.is_file():
         return Manifest.read(path)
     _require_folder(path)
-    name = _recognised(path)
+    name = _opened_as(path)
     if name == "manifest":
         return readers.own_manifest(path)
+    if readers.is_own(path):
+        passed_over = readers.own_path(path)
+        say(f"note: {path} was read as {name}, not by its {passed_over.name}; to use that: {passed_over}")
+    return _open_published(path, name, prompt, seed)
+
+
+def _open_published(path: Path, name: str, prompt: str, seed: int) -> Manifest:
     imported = read_layout(path, name, prompt=prompt, seed=seed)
     wrong = [f"{problem.kind} {problem.file}" for problem in imported.problems if problem.kind in LEFT_OUT]
     if wrong:
@@ -149,14 +159,20 @@ def open_dataset(path: Path | str, *, prompt: str = "p6", seed: int = 0) -> Mani
 def read_levels(path: Path | str) -> dict[str, Manifest]:
     """Return a dataset with its sentences of each level of detail, p1 to p9; empty where it has no levels."""
     path = Path(path).absolute()
-    if not path.is_dir() or _recognised(path) != "medvlsm":
+    if not path.is_dir() or _opened_as(path) != "medvlsm":
         return {}
-    return {level: open_dataset(path, prompt=level) for level in PROMPT_LEVELS[1:]}
+    return {level: _open_published(path, "medvlsm", level, 0) for level in PROMPT_LEVELS[1:]}
 
 
 def _require_folder(path: Path) -> None:
     if not path.is_dir():
         raise DataError(f"Dataset {path} does not exist", hint="name a manifest file or a dataset folder")
+
+
+def _opened_as(path: Path) -> str:
+    """Return the layout by which a folder is opened: an own manifest comes before the lists beside it."""
+    name = _recognised(path)
+    return "manifest" if name != "manifest" and readers.is_plain_own(path) else name
 
 
 def _recognised(path: Path) -> str:

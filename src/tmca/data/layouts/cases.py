@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -96,6 +97,8 @@ class Imported:
 class Folder:
     """The image files of a folder and its subfolders, found by name or else by stem, whatever the case and the ending.
 
+    Accented letters match whether they are one character or a letter and its accent, as macOS may write file names.
+
     Args:
         root: The dataset.
         name: The folder relative to it, with forward slashes. It need not exist.
@@ -108,10 +111,11 @@ class Folder:
         self.files = _files(root / name)
         self.used: set[str] = set()
         self._names = set(self.files)
-        self._by_lower, self._by_stem = defaultdict(list), defaultdict(list)
+        self._by_name, self._by_lower, self._by_stem = defaultdict(list), defaultdict(list), defaultdict(list)
         for file in self.files:
-            self._by_lower[file.lower()].append(file)
-            self._by_stem[stem(file).lower()].append(file)
+            self._by_name[composed(file)].append(file)
+            self._by_lower[composed(file).lower()].append(file)
+            self._by_stem[composed(stem(file)).lower()].append(file)
 
     def find(self, name: str) -> list[str]:
         """Return the files that a name can mean: one where it is clear, none where it is missing."""
@@ -119,10 +123,13 @@ class Folder:
         if name in self._names:
             found = [name]
         else:
+            name = composed(name)
             # A name without an ending may hold dots: the whole of it is tried before the part before the last dot.
             stems = dict.fromkeys((stem(name).lower(), name.lower(), name.rpartition(".")[0].lower()))
-            found = self._by_lower.get(name.lower()) or next(
-                (self._by_stem[each] for each in stems if each in self._by_stem), []
+            found = (
+                self._by_name.get(name)
+                or self._by_lower.get(name.lower())
+                or next((self._by_stem[each] for each in stems if each in self._by_stem), [])
             )
         self.used.update(found)
         return found
@@ -271,6 +278,11 @@ def stem(name: str) -> str:
 def ending(name: str) -> str:
     """Return the one of :data:`SUFFIXES` with which a file's name ends, in lower case; empty where it has none."""
     return next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), "")
+
+
+def composed(name: str) -> str:
+    """Return a name with each accented letter as one character (NFC)."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _files(folder: Path) -> list[str]:

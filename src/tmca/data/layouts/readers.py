@@ -12,13 +12,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tmca.data.layouts.cases import CaseList, Folder, stem
-from tmca.data.manifest import Manifest, seeded_number
+from tmca.data.layouts.cases import CaseList, Folder, composed, stem
+from tmca.data.manifest import COLUMNS, Manifest, seeded_number
 from tmca.data.tables import missing_column, read_rows
 from tmca.errors import DataError
+from tmca.imaging.nifti import is_nifti, read_frames
 
 OWN_NAMES = ("manifest.csv", "manifest.jsonl", "manifest.parquet")
 
+_CHANNEL = re.compile(r"(?P<case>.+)_(?P<number>\d{4})", re.DOTALL)
 _COPY_AGAIN = "copy the dataset again"
 _SPLITS = ("train", "val", "test")
 
@@ -230,10 +232,10 @@ def read_prolearn(cases: CaseList, prompt: str, seed: int) -> None:  # noqa: ARG
     """Read a dataset of ProLearn: one name for image, mask and report."""
     path = cases.root / "split.json"
     images, masks = cases.images("images"), cases.masks("masks")
-    reports = {file.stem.lower(): file for file in (cases.root / "reports").glob("*.txt")}
+    reports = {composed(file.stem).lower(): file for file in (cases.root / "reports").glob("*.txt")}
     for part, entries in _json_lists(path).items():
         for name in map(str, entries):
-            report = reports.get(name.lower())
+            report = reports.get(composed(name).lower())
             cases.add(
                 images,
                 name,
@@ -279,17 +281,33 @@ def read_nnunet(cases: CaseList, prompt: str, seed: int) -> None:  # noqa: ARG00
         images = cases.images(f"images{part}")
         has_masks = part == "Tr" or (cases.root / "labelsTs").is_dir()
         masks = cases.masks(f"labels{part}") if has_masks else None
-        for file in images.files:
-            name = stem(file)
-            if not name.endswith("_0000"):
-                continue
-            name = name.removesuffix("_0000")
-            named.add(name.lower())
-            text = None if texts is None else texts.get(name.lower(), "")
-            chosen = split_of.get(name, "") if split_of and part == "Tr" else split
+        channels = {file: _CHANNEL.fullmatch(stem(file)) for file in images.files}
+        first = {file: found["case"] for file, found in channels.items() if found and found["number"] == "0000"}
+        in_cases = set(first.values())
+        images.used.update(file for file, found in channels.items() if found and found["case"] in in_cases)
+        for file, name in first.items():
+            _refuse_volume(cases.root / images.name / file)
+            known = composed(name)
+            named.add(known.lower())
+            text = None if texts is None else texts.get(known.lower(), "")
+            chosen = split_of.get(known, "") if split_of and part == "Tr" else split
             cases.add(images, file, masks, (name,), text=text, split=chosen, patient_id=patient_of(name))
     for name in sorted(set(texts or ()) - named):
         cases.report_row("missing image", f"imagesTr/{name}_0000", f"texts.csv names {name}, but there is no such case")
+
+
+def _refuse_volume(path: Path) -> None:
+    if not is_nifti(path):
+        return
+    try:
+        count = len(read_frames(path))
+    except DataError:  # a damaged file is for the audit to find
+        return
+    if count > 1:
+        raise DataError(
+            f"{path} is a volume of {count} slices, expected single images",
+            hint=f"list the slices in a manifest, with their masks and sentences: {path.parent.name}/{path.name}#0 …",
+        )
 
 
 def _nnunet_texts(root: Path) -> dict[str, str] | None:
@@ -301,7 +319,8 @@ def _nnunet_texts(root: Path) -> dict[str, str] | None:
     column = next((name for name in ("id", "image") if name in columns), None)
     if column is None:
         raise missing_column(path, "image", columns)
-    return {stem(Path(row[column].strip()).name).removesuffix("_0000").lower(): row["text"] for _, row in rows}
+    names = (stem(Path(composed(row[column]).strip()).name).removesuffix("_0000").lower() for _, row in rows)
+    return {name: row["text"] for name, (_, row) in zip(names, rows, strict=True)}
 
 
 def _nnunet_folds(root: Path) -> dict[str, str]:
@@ -312,7 +331,7 @@ def _nnunet_folds(root: Path) -> dict[str, str]:
     first = _json_list(path)[0]
     if not isinstance(first, dict) or not all(isinstance(first.get(split), list) for split in ("train", "val")):
         raise DataError(f"{path} holds no folds", hint="copy it from nnUNet_preprocessed again")
-    return {str(name): split for split in ("train", "val") for name in first[split]}
+    return {composed(str(name)): split for split in ("train", "val") for name in first[split]}
 
 
 # Your own ---------------------------------------------------------------------------------------------------------
@@ -331,7 +350,26 @@ def read_own(cases: CaseList, prompt: str, seed: int) -> None:  # noqa: ARG001
 
 def own_manifest(root: Path) -> Manifest:
     """Return the manifest in a folder."""
-    return Manifest.read(next(root / name for name in OWN_NAMES if (root / name).is_file()))
+    return Manifest.read(own_path(root))
+
+
+def own_path(root: Path) -> Path:
+    """Return where the manifest in a folder lies; see :func:`is_own`."""
+    return next(root / name for name in OWN_NAMES if (root / name).is_file())
+
+
+def is_plain_own(root: Path) -> bool:
+    """Return whether there is a manifest with no columns but its own, as tmca writes it.
+
+    Publishers put tables of that name beside their lists too, with columns that mean something to them.
+    """
+    if not is_own(root):
+        return False
+    try:
+        rows = read_rows(own_path(root), required=("image",))
+    except DataError:
+        return False
+    return all(row.keys() <= set(COLUMNS) for _, row in rows)
 
 
 # Files ------------------------------------------------------------------------------------------------------------
