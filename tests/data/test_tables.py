@@ -99,3 +99,11 @@ def test_a_number_that_is_none_is_a_blank_cell(tmp_path: Path):
     assert read_rows(tmp_path / "a.jsonl", ("image",)) == [(1, {"image": "a.png", "text": "", "patient_id": ""})]
     assert read_rows(tmp_path / "a.parquet", ("image",)) == [(1, {"image": "a.png", "text": ""})]
     assert read_rows(tmp_path / "a.csv", ("image",)) == [(2, {"image": "a.png", "text": "nan"})]
+
+
+def test_a_column_that_stands_twice_is_refused_not_the_last_one_taken(tmp_path: Path):
+    (tmp_path / "a.csv").write_text("image,text,note,note,,\na.png,one,x,y,,\n")
+    assert read_rows(tmp_path / "a.csv", ("image",))[0][1]["text"] == "one"
+    (tmp_path / "a.csv").write_text("image,text,text\na.png,one,two\n")
+    with pytest.raises(DataError, match="2 columns 'text'"):
+        read_rows(tmp_path / "a.csv", ("image",))

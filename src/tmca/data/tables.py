@@ -117,12 +117,13 @@ def missing_column(where: Path | str, name: str, columns: Sequence[str]) -> Data
     return DataError(f"{where} has no column {name!r}; it has {', '.join(map(repr, columns))}", hint=hint)
 
 
-def _csv_rows(path: Path, content: bytes, required: tuple[str, ...], _: frozenset[str]) -> Iterator[Row]:
+def _csv_rows(path: Path, content: bytes, required: tuple[str, ...], single: frozenset[str]) -> Iterator[Row]:
     reader = csv.DictReader(io.StringIO(_decoded(path, content), newline=""))
     try:
         header = [name.strip() for name in reader.fieldnames or ()]
         reader.fieldnames = header
         _require(path, required, header)
+        _refuse_repeated(path, header, {*required, *single})
         for row in reader:
             if None in row or None in row.values():
                 found = "more" if None in row else "fewer"
@@ -180,6 +181,7 @@ def _xlsx_rows(path: Path, content: bytes, required: tuple[str, ...], single: fr
         raise DataError(f"{path} is not an Excel file that can be read: {error}", hint="save it as .xlsx") from error
     header = ["" if name is None else str(name).strip() for name in (lines[0] if lines else ())]
     _require(path, required, [name for name in header if name])
+    _refuse_repeated(path, header, {*required, *single})
     for line, cells in enumerate(lines[1:], start=2):
         if any(cell is not None for cell in cells):
             padded = itertools.zip_longest(header, cells[: len(header)])
@@ -197,6 +199,12 @@ def _cells(where: str, values: Mapping[str, Any], single: frozenset[str]) -> dic
         is_blank = value is None or (isinstance(value, float) and math.isnan(value))
         cells[name] = "" if is_blank else str(int(value) if is_whole else value)
     return cells
+
+
+def _refuse_repeated(where: Path, columns: Sequence[str], meant: set[str]) -> None:
+    for name in columns:
+        if name in meant and columns.count(name) > 1:
+            raise DataError(f"{where} has {columns.count(name)} columns {name!r}", hint="rename all but one")
 
 
 def _require(where: Path | str, required: tuple[str, ...], columns: Sequence[str]) -> None:
