@@ -25,7 +25,6 @@ from tmca.data.manifest import Manifest
 from tmca.evaluation.reading import ScoredRun, read_runs
 from tmca.imaging.reading import read_mask
 
-
 BY_ID = {"mobilenet-v2-imagenet": "google/mobilenet_v2_1.0_224"}
 """Folder from which a run took its weights → the id by which others name the same ones."""
 

@@ -28,7 +28,7 @@ OTHER_SOURCES = "other"
 _LISTED_SIZES = 5
 _PERMUTATIONS = 4999
 _SPLIT_NAMES = frozenset(
-    ("train", "training", "tr", "val", "valid", "validation", "dev", "eval", "test", "testing", "ts", "te")
+    ("train", "training", "tr", "val", "valid", "validation", "dev", "eval", "test", "testing", "ts")
 )
 """First letters of files that tell the split and not the source."""
 
