@@ -35,7 +35,8 @@ from tmca.imaging.frames import (
     shown_between,
     window_limits,
 )
-from tmca.imaging.raster import MAX_PIXELS, check_file, damaged, foreground, too_large
+from tmca.imaging.mask_values import foreground
+from tmca.imaging.raster import MAX_PIXELS, check_file, damaged, too_large
 
 if TYPE_CHECKING:
     from nibabel.nifti1 import Nifti1Image

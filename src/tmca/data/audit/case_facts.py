@@ -15,7 +15,7 @@ from tmca.data.audit.similarity import thumbnail
 from tmca.data.contradictions import Contradiction, contradictions
 from tmca.data.manifest import Manifest, Record, file_hash
 from tmca.errors import DataError
-from tmca.imaging.raster import third_value
+from tmca.imaging.mask_values import third_value
 from tmca.imaging.reading import image_size, read_image, read_mask
 
 MaskArray = Bool[np.ndarray, "height width"]
