@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -149,6 +151,30 @@ def test_an_interruption_stops_the_command_and_its_workers(
     with pytest.raises(KeyboardInterrupt):
         run("train", [], {"nnUNet_results": str(tmp_path)}, tmp_path / "log")
     time.sleep(1.5)
+    assert not (tmp_path / "alive").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_command_and_its_workers_end_with_the_process_that_ran_it(tmp_path: Path, number: signal.Signals):
+    (tmp_path / "long.py").write_text(
+        "import subprocess\n"
+        "def work():\n"
+        "    print('tmca: working', flush=True)\n"
+        f"    subprocess.run(['sh', '-c', 'sleep 2; touch {tmp_path}/alive'])\n"
+    )
+    command = [sys.executable, "-c", engine._START.format(module="long", function="work")]
+    code = (
+        "import os, pathlib; from tmca.nnunet import engine; "
+        f"engine._follow({command!r}, os.environ, pathlib.Path({str(tmp_path / 'log')!r}))"
+    )
+    paths = os.pathsep.join([str(tmp_path), str(Path(engine.__file__).parents[2])])
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": paths}
+    ) as parent:
+        assert parent.stderr is not None
+        assert parent.stderr.readline() == "working\n"
+        parent.send_signal(number)
+    time.sleep(3)
     assert not (tmp_path / "alive").exists()
 
 

@@ -62,6 +62,16 @@ SPOKEN = "tmca: "
 _SHOWN_LINES = 3
 _SECONDS_TO_STOP = 10.0
 
+_START = """
+import os, signal, threading
+from {module} import {function}
+def end_with_tmca():
+    os.read(0, 1)  # nothing is ever written: this returns when tmca has ended, however that came about
+    os.killpg(0, signal.SIGTERM)
+threading.Thread(target=end_with_tmca, daemon=True).start()
+{function}()
+"""
+
 _PROBE = f"""
 import importlib, importlib.metadata, json
 for command in {list(COMMANDS.values())!r}:
@@ -151,7 +161,7 @@ def require() -> EngineStatus:
 
 
 def run(command: str, arguments: Sequence[str], variables: Mapping[str, str], log: Path) -> None:
-    """Run a command of nnU-Net to its end; when this is interrupted, so is the command.
+    """Run a command of nnU-Net to its end; when this is interrupted, or its process dies, so does the command.
 
     Args:
         command: One of :data:`COMMANDS`.
@@ -167,7 +177,7 @@ def run(command: str, arguments: Sequence[str], variables: Mapping[str, str], lo
     folder = require().folder
     _place_trainer(folder)
     module, _, function = COMMANDS[command].partition(":")
-    start = [str(_python(folder)), "-c", f"from {module} import {function}; {function}()", *arguments]
+    start = [str(_python(folder)), "-c", _START.format(module=module, function=function), *arguments]
     code, last = _follow(start, _environment() | dict(variables), log)
     if code == 0:
         return
@@ -215,7 +225,7 @@ def _follow(command: Sequence[str], environment: Mapping[str, str], log: Path) -
     process = subprocess.Popen(
         command,
         env=dict(environment),
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,  # held open for as long as this process lives, see _START
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
