@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from tmca.comparison import RESAMPLES, Comparison, compare, holm, signed_rank_p
-from tmca.comparison_report import write_comparison
+from tmca.comparison_report import in_words, write_comparison
 from tmca.config import to_dict
 from tmca.errors import ConfigError, DataError
 from tmca.evaluation import Evaluation
@@ -438,3 +438,63 @@ def test_seeds_that_cannot_be_grouped_are_refused(tmp_path: Path):
     second = _write(tmp_path / "second", _random(2), seed=2)
     with pytest.raises(DataError, match="nothing is left to compare"):
         compare(read_runs([first, second]), group_seeds=True)
+
+
+# Folds -----------------------------------------------------------------------------------------------------------
+
+
+def _fold(folder: Path, number: int, counts: Counts, **fields: Any) -> Path:
+    ids = [f"fold{number}-case-{case}" for case in range(len(counts))]
+    return _write(
+        folder / f"{fields.get('preset', 'tiny')}-{number}-{fields.get('seed', 1)}",
+        counts,
+        ids=ids,
+        data_hash=str(number) * 64,
+        **fields,
+    )
+
+
+def test_folds_are_joined_and_compared_over_all_cases(tmp_path: Path):
+    ours, theirs = ([_random(seed + method, 10) for seed in (1, 2, 3)] for method in (0, 10))
+    folders = [_fold(tmp_path, number, counts) for number, counts in enumerate(ours)]
+    others = [_fold(tmp_path, number, counts, preset="image-only") for number, counts in enumerate(theirs)]
+    comparison = compare(read_runs([*folders, *reversed(others)]), join_folds=True)
+    assert [column.name for column in comparison.columns] == ["tiny (3 folds)", "image-only (3 folds)"]
+    assert comparison.n_patients == 30
+    assert [len(column.sources) for column in comparison.columns] == [3, 3]
+    pooled = [pooled_scores(Counts.concatenate(counts))["dice"] for counts in (ours, theirs)]
+    (pair,) = comparison.pairs
+    assert [column.pooled("dice") for column in comparison.columns] == pytest.approx(pooled)
+    assert pair.pooled_dice_difference == pytest.approx(pooled[1] - pooled[0])
+    assert pair.n == 30
+    assert "30 cases of 3 folds" in in_words(comparison)
+
+
+def test_seeds_of_joined_folds_are_averaged_or_named(tmp_path: Path):
+    folders = [_fold(tmp_path, number, _random(number + seed, 10), seed=seed) for seed in (1, 2) for number in (1, 2)]
+    others = [_fold(tmp_path, number, _random(number, 10), preset="image-only") for number in (1, 2)]
+    runs = read_runs([*folders, *others])
+    names = [column.name for column in compare(runs, join_folds=True).columns]
+    assert names == ["tiny (2 folds, seed 1)", "tiny (2 folds, seed 2)", "image-only (2 folds)"]
+    first, _ = compare(runs, join_folds=True, group_seeds=True).columns
+    assert (first.name, first.seeds) == ("tiny (2 seeds, 2 folds)", [1, 2])
+    assert len(first.sources) == 4
+
+
+def test_runs_that_are_no_folds_of_one_dataset_are_refused(tmp_path: Path):
+    first, second = (_fold(tmp_path, number, _random(number, 10)) for number in (1, 2))
+    other = _fold(tmp_path, 1, _random(3, 10), preset="image-only")
+    with pytest.raises(DataError, match="Of image-only-1-1 no run is on the data of tiny-2-1"):
+        compare(read_runs([first, second, other]), join_folds=True)
+    with pytest.raises(DataError, match="All runs are folds or seeds of tiny"):
+        compare(read_runs([first, second]), join_folds=True)
+    again = _write(tmp_path / "again", _random(1, 10), ids=["fold1-case-3", *"abcdefghi"], data_hash="3" * 64)
+    with pytest.raises(DataError, match=r"1 cases were scored more than once, e\.g\. fold1-case-3") as caught:
+        compare(read_runs([first, again]), join_folds=True)
+    assert "tmca data split --folds" in (caught.value.hint or "")
+    strict = _fold(tmp_path, 4, _random(4, 10), threshold=0.7)
+    with pytest.raises(DataError, match=r"no folds of one dataset: threshold 0\.5, 0\.7"):
+        compare(read_runs([first, strict]), join_folds=True)
+    old = _fold(tmp_path, 5, _random(4, 10), preset=None)
+    with pytest.raises(DataError, match="does not tell with what the run was trained"):
+        compare(read_runs([first, old]), join_folds=True)

@@ -53,7 +53,7 @@ def _compare(
     names = names or [f"run-{number}" for number in range(len(counts))]
     return compare(
         [
-            ScoredRun(name, Path(name), meaning, ids, tuple(patients or ids), texts, part, None)
+            ScoredRun(name, (Path(name),), meaning, ids, tuple(patients or ids), texts, part, None)
             for name, part in zip(names, counts, strict=True)
         ]
     )

@@ -7,6 +7,7 @@ patient's difference. See ``docs/how-to/compare-models.md``.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from scipy import stats
 from tmca.config import Experiment, config_hash, from_dict
 from tmca.errors import DataError, TMCAError
 from tmca.evaluation.reading import ScoredRun, align, described
-from tmca.metrics import COUNTS, interval, overlap_scores, pooled_scores, resampled_sums
+from tmca.metrics import COUNTS, Counts, interval, overlap_scores, pooled_scores, resampled_sums
 
 TIE = 0.001
 """Difference of Dice up to which neither run is better on a case."""
@@ -63,9 +64,14 @@ class Column:
         return [pooled_scores(run.counts)[score] for run in self.runs]
 
     @property
+    def sources(self) -> list[str]:
+        """The files that the scores were read from."""
+        return [str(source) for run in self.runs for source in run.sources]
+
+    @property
     def seeds(self) -> list[int | None]:
         """The seeds of training; ``None`` where the file does not tell."""
-        return [None if run.experiment is None else run.experiment.get("seed") for run in self.runs]
+        return [_seed(run) for run in self.runs]
 
 
 @dataclass(frozen=True)
@@ -170,7 +176,9 @@ class Comparison:
         return _largest(np.ptp([column.cases("dice") for column in self.columns], axis=0), count)
 
 
-def compare(runs: Sequence[ScoredRun], *, group_seeds: bool = False, seed: int = 0) -> Comparison:
+def compare(
+    runs: Sequence[ScoredRun], *, join_folds: bool = False, group_seeds: bool = False, seed: int = 0
+) -> Comparison:
     """Compare every pair of runs on the cases they share.
 
     The 95 % intervals are percentiles of :data:`RESAMPLES` bootstrap samples of whole patients, the same ones for both
@@ -180,16 +188,21 @@ def compare(runs: Sequence[ScoredRun], *, group_seeds: bool = False, seed: int =
 
     Args:
         runs: Two or more, scored alike on the same cases.
+        join_folds: Set the folds of a cross-validation end to end first: runs of one experiment, each scored on other
+            cases, become one run over all of them.
         group_seeds: Average the runs that differ in nothing but their seed, and compare the averages.
         seed: Of the draws.
 
     Raises:
-        DataError: The runs cannot be compared or grouped; the message names the reason.
+        DataError: The runs cannot be compared, joined or grouped; the message names the reason.
     """
-    aligned = align(runs)
+    aligned = align(joined(runs) if join_folds else runs)
     columns = group_by_experiment(aligned) if group_seeds else [Column(run.name, (run,)) for run in aligned]
     if len(columns) < 2:
-        raise DataError(f"All runs are seeds of {columns[0].name}: nothing is left to compare", hint="name another run")
+        kind = "folds or seeds" if join_folds else "seeds"
+        raise DataError(
+            f"All runs are {kind} of {columns[0].name}: nothing is left to compare", hint="name another run"
+        )
     pairs = list(itertools.combinations(range(len(columns)), 2))
     dice, jaccard = ([column.cases(score) for column in columns] for score in ("dice", "jaccard"))
     differences = [dice[run] - dice[reference] for reference, run in pairs]
@@ -219,6 +232,65 @@ def compare(runs: Sequence[ScoredRun], *, group_seeds: bool = False, seed: int =
     return Comparison(tuple(columns), tuple(compared))
 
 
+def joined(runs: Sequence[ScoredRun]) -> list[ScoredRun]:
+    """Set the runs of one experiment and seed end to end that were scored on other cases each: folds of one dataset.
+
+    The joined run's data hash is that of its folds' hashes, whatever their order.
+
+    Raises:
+        DataError: A run's file does not tell its experiment, two runs were scored on one case, or a run lacks a fold
+            that another one has.
+    """
+    groups: dict[tuple[str, bool, int], list[ScoredRun]] = {}
+    for run in runs:
+        groups.setdefault((_experiment(run), run.mirrored, run.models), []).append(run)
+    tested = {run.protocol.data_hash: run for run in runs}
+    for group in groups.values():
+        missing = tested.keys() - {run.protocol.data_hash for run in group}
+        if missing:
+            other = min((tested[fold] for fold in missing), key=lambda run: run.name)
+            raise DataError(
+                f"Of {group[0].name} no run is on the data of {other.name}", hint="name the same folds of every method"
+            )
+    columns = [_end_to_end(group) for group in groups.values()]
+    names = Counter(run.name for run in columns)
+    return [run if names[run.name] == 1 else _named(run, *run.details, f"seed {_seed(run)}") for run in columns]
+
+
+def _end_to_end(folds: Sequence[ScoredRun]) -> ScoredRun:
+    """Return the folds of one experiment as one run over all their cases."""
+    first, *others = folds
+    if not others:
+        return first
+    for run in others:
+        for field in ("split", "space", "threshold", "empty_policy"):
+            got, expected = getattr(run.protocol, field), getattr(first.protocol, field)
+            if got != expected:
+                raise DataError(f"{first.name} and {run.name} are no folds of one dataset: {field} {expected}, {got}")
+    ids = Counter(case for run in folds for case in run.ids)
+    twice = [case for case, count in ids.items() if count > 1]
+    if twice:
+        raise DataError(
+            f"{' and '.join(run.name for run in folds)} are no folds of one dataset: {len(twice)} cases were scored "
+            f"more than once, e.g. {twice[0]}",
+            hint="make folds with tmca data split --folds, and name each once",
+        )
+    hashes = sorted(run.protocol.data_hash for run in folds)
+    run = ScoredRun(
+        name="",
+        sources=tuple(source for run in folds for source in run.sources),
+        protocol=replace(first.protocol, data_hash=hashlib.sha256("".join(hashes).encode()).hexdigest()),
+        ids=tuple(case for run in folds for case in run.ids),
+        patients=tuple(patient for run in folds for patient in run.patients),
+        texts=tuple(text for run in folds for text in run.texts),
+        counts=Counts.concatenate([run.counts for run in folds]),
+        experiment=first.experiment,
+        mirrored=first.mirrored,
+        models=first.models,
+    )
+    return _named(run, *run.details)
+
+
 def group_by_experiment(runs: Sequence[ScoredRun]) -> list[Column]:
     """Join the runs that differ in nothing but their seed; averaged ones join only those averaged alike.
 
@@ -227,7 +299,7 @@ def group_by_experiment(runs: Sequence[ScoredRun]) -> list[Column]:
     """
     groups: dict[tuple[str, bool, int], list[ScoredRun]] = {}
     for run in runs:
-        groups.setdefault((_without_seed(run), run.mirrored, run.models), []).append(run)
+        groups.setdefault((_experiment(run, any_seed=True), run.mirrored, run.models), []).append(run)
     columns = []
     for group in groups.values():
         first, *others = group
@@ -237,7 +309,7 @@ def group_by_experiment(runs: Sequence[ScoredRun]) -> list[Column]:
             if len(seeds) < len(group):
                 named = " and ".join(run.name for run in group)
                 raise DataError(f"{named} hold a seed of one experiment twice", hint="name each seed once")
-            name = described((first.experiment or {})["name"], (f"{len(group)} seeds", *first.averaging))
+            name = described((first.experiment or {})["name"], (f"{len(group)} seeds", *first.details))
             column = replace(column, name=name)
         columns.append(column)
     names = Counter(column.name for column in columns)
@@ -247,16 +319,27 @@ def group_by_experiment(runs: Sequence[ScoredRun]) -> list[Column]:
     ]
 
 
-def _without_seed(run: ScoredRun) -> str:
+def _experiment(run: ScoredRun, *, any_seed: bool = False) -> str:
+    """Return the hash of what a run was trained with, or of all but its seed."""
     if run.experiment is None:
         raise DataError(
-            f"{run.source} does not tell with what the run was trained, so its seeds cannot be grouped",
+            f"{run.sources[0]} does not tell with what the run was trained, so it cannot be joined with others",
             hint="score it again with tmca evaluate",
         )
     try:
-        return config_hash(replace(from_dict(Experiment, run.experiment), seed=0))
+        experiment = from_dict(Experiment, run.experiment)
+        return config_hash(replace(experiment, seed=0) if any_seed else experiment)
     except TMCAError as error:
-        raise DataError(f"{run.source}: {error.message}", hint=error.hint) from error
+        raise DataError(f"{run.sources[0]}: {error.message}", hint=error.hint) from error
+
+
+def _named(run: ScoredRun, *details: str) -> ScoredRun:
+    """Return a run called by its experiment."""
+    return replace(run, name=described((run.experiment or {})["name"], details))
+
+
+def _seed(run: ScoredRun) -> int | None:
+    return None if run.experiment is None else run.experiment.get("seed")
 
 
 def _resampled(

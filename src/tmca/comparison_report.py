@@ -85,7 +85,7 @@ def _values(comparison: Comparison, cases: int) -> dict[str, Any]:
         "runs": [
             {
                 "name": column.name,
-                "sources": [str(run.source) for run in column.runs],
+                "sources": column.sources,
                 "seeds": column.seeds,
                 "pooled": {score: column.pooled(score) for score in SCORES},
                 "per_case_mean": {score: column.per_case(score) for score in SCORES},
@@ -116,10 +116,11 @@ def in_words(comparison: Comparison) -> str:
     first = comparison.first
     space = first.protocol.space
     size = "at each image's original size" if space == "original" else f"at {space} × {space} pixels"
+    folds = f" of {len(first.sources)} folds" if len(first.sources) > 1 else ""
     patients = "" if comparison.n_patients == len(first.ids) else f" of {comparison.n_patients} patients"
     empty = {"one": "counts as 1", "zero": "counts as 0", "skip": "is left out"}[first.protocol.empty_policy]
     return (
-        f"Split {first.protocol.split}, {len(first.ids)} cases{patients}, compared {size}, threshold "
+        f"Split {first.protocol.split}, {len(first.ids)} cases{patients}{folds}, compared {size}, threshold "
         f"{first.protocol.threshold:g}; a case that is empty in mask and prediction {empty}."
     )
 
@@ -241,7 +242,7 @@ def _page(comparison: Comparison, cases: int) -> str:
             for pair in comparison.pairs
         ],
         facts={
-            **{column.name: ", ".join(str(run.source) for run in column.runs) for column in comparison.columns},
+            **{column.name: ", ".join(column.sources) for column in comparison.columns},
             "data hash": protocol.data_hash,
             "bootstrap draws": RESAMPLES,
         },

@@ -235,6 +235,30 @@ def test_splits_and_fractions_are_written(tmca: Callable[..., Outcome], phantoms
     assert not list(tmp_path.glob("g*.csv"))
 
 
+def test_folds_are_written(tmca: Callable[..., Outcome], phantoms: Manifest, tmp_path: Path):
+    data, output = phantoms.root / "manifest.csv", tmp_path / "cases.csv"
+    outcome = tmca("split", data, "-o", output, "--folds", "3")
+    assert outcome.code == 3
+    assert "--resplit" in outcome.err
+    outcome = tmca("split", data, "-o", output, "--folds", "3", "--resplit", "--val", "0.2")
+    assert outcome.code == 0, outcome.err
+    folds = [Manifest.read(tmp_path / f"cases-fold{number}.csv") for number in (1, 2, 3)]
+    assert sum(fold.splits["test"] for fold in folds) == len(phantoms.records)
+    assert not output.exists()
+    for flags, words in (
+        (("--fractions", "0.5"), "do not go together"),
+        (("--within", "train"), "--within, --train and --test do not go with it"),
+        (("--test", "0.5"), "--within, --train and --test do not go with it"),
+    ):
+        outcome = tmca("split", data, "-o", tmp_path / "g.csv", "--folds", "3", *flags)
+        assert outcome.code == 2
+        assert words in outcome.err
+    outcome = tmca("split", data, "-o", output, "--folds", "3", "--resplit")
+    assert outcome.code != 0
+    assert "--overwrite" in outcome.err
+    assert not list(tmp_path.glob("g*.csv"))
+
+
 def test_a_validation_split_is_taken_from_training_as_the_refusal_says(
     tmca: Callable[..., Outcome], phantoms: Manifest, tmp_path: Path
 ):

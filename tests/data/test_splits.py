@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tmca.data.manifest import Manifest, Record
-from tmca.data.splits import SHARES, nested_fractions, split_manifest
+from tmca.data.splits import SHARES, cross_validation_folds, nested_fractions, split_manifest
 from tmca.errors import ConfigError, DataError
 
 
@@ -174,6 +174,47 @@ def test_fewer_patients_than_splits_are_refused():
 @pytest.fixture
 def split_cases() -> Manifest:
     return split_manifest(_manifest([3] * 20, 40), seed=1)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 4), min_size=6, max_size=12),
+    singles=st.integers(0, 20),
+    count=st.integers(2, 4),
+    seed=st.integers(0, 99),
+)
+def test_every_case_is_tested_in_one_fold_and_patients_stay_together(
+    sizes: list[int], singles: int, count: int, seed: int
+):
+    manifest = _manifest(sizes, singles)
+    folds = cross_validation_folds(manifest, count, seed)
+    assert len(folds) == count
+    tested = [record.id for fold in folds for record in fold.split("test").records]
+    assert sorted(tested) == sorted(record.id for record in manifest.records)
+    for fold in folds:
+        assert [record.id for record in fold.records] == [record.id for record in manifest.records]
+        assert set(fold.splits) == set(SHARES)
+        assert all(len(splits) == 1 for splits in _splits_of_patients(fold).values())
+    assert cross_validation_folds(manifest, count, seed) == folds
+
+
+def test_folds_are_of_one_size_and_validate_on_the_share_that_was_asked_for():
+    folds = cross_validation_folds(_manifest([], singles=100), 5)
+    assert [dict(fold.splits) for fold in folds] == [{"train": 70, "val": 10, "test": 20}] * 5
+    (first, _) = cross_validation_folds(_manifest([], singles=100), 2, val=0.0)
+    assert dict(first.splits) == {"train": 50, "test": 50}
+
+
+def test_folds_that_cannot_be_are_refused(split_cases: Manifest):
+    unsplit = _manifest([], singles=20)
+    with pytest.raises(ConfigError, match="1 folds were asked for, expected 2 or more"):
+        cross_validation_folds(unsplit, 1)
+    with pytest.raises(ConfigError, match=r"0\.5 for validation leaves nothing to train on: of 2 folds 0\.5"):
+        cross_validation_folds(unsplit, 2, val=0.5)
+    with pytest.raises(DataError, match="20 patients for 21 splits"):
+        cross_validation_folds(unsplit, 21)
+    with pytest.raises(DataError, match="split already"):
+        cross_validation_folds(split_cases)
+    assert len(cross_validation_folds(split_cases, 3, overwrite=True)) == 3
 
 
 def test_fractions_thin_out_one_split_and_are_nested(split_cases: Manifest):

@@ -188,12 +188,12 @@ class DataDescribe:
 
 @dataclass(frozen=True)
 class DataSplit:
-    """Divide a dataset into train, val and test by patient, or its training cases into nested fractions."""
+    """Divide a dataset into train, val and test by patient, into folds, or its training cases into nested fractions."""
 
     data: tyro.conf.Positional[Data]
     """Manifest file, or a dataset folder in a known layout."""
     output: ManifestFile
-    """The manifest to write; with --fractions, 25 % go to NAME-25.csv and so on."""
+    """The manifest to write; with --folds, NAME-fold1.csv and so on; with --fractions, 25 % go to NAME-25.csv."""
     train: float = 0.7
     """Share of the cases for training."""
     val: float = 0.1
@@ -202,6 +202,8 @@ class DataSplit:
     """Share for the test."""
     within: Annotated[str | None, tyro.conf.arg(metavar="SPLIT")] = None
     """Divide this split only and leave the others, e.g. to take a validation split from train."""
+    folds: int = 0
+    """Write a manifest for each of N folds of a cross-validation instead: each case is tested in one of them."""
     fractions: tuple[float, ...] = ()
     """Keep the splits and write smaller training sets instead, each part of the next: 0.25 0.5 0.75."""
     seed: int = 0
@@ -214,31 +216,46 @@ class DataSplit:
     def run(self) -> None:
         """Split and say how many cases went where."""
         from tmca.data.layouts import open_dataset
-        from tmca.data.splits import SHARES, nested_fractions, split_manifest
+        from tmca.data.splits import cross_validation_folds, nested_fractions, split_manifest
 
-        if self.fractions and (self.within or self.resplit):
-            raise ConfigError("--fractions keeps the splits: --within and --resplit do not go with it")
-        if self.fractions and (self.train, self.val, self.test) != tuple(SHARES.values()):
-            raise ConfigError(
-                "--fractions keeps the splits: --train, --val and --test do not go with it",
-                hint="split first, then take --fractions of the manifest that was written",
-            )
-        manifest = open_dataset(self.data)
-        if not self.fractions:
+        self._require_one_way()
+        manifest, stem = open_dataset(self.data), self.output.stem
+        if self.folds:
+            folds = cross_validation_folds(manifest, self.folds, self.seed, val=self.val, overwrite=self.resplit)
+            written = {self.output.with_stem(f"{stem}-fold{number}"): fold for number, fold in enumerate(folds, 1)}
+        elif self.fractions:
+            parts = nested_fractions(manifest, self.fractions, seed=self.seed)
+            written = {self.output.with_stem(f"{stem}-{100 * share:g}"): part for share, part in parts.items()}
+        else:
             shares = {"train": self.train, "val": self.val, "test": self.test}
             shares = {name: share for name, share in shares.items() if share}
-            dealt = split_manifest(manifest, shares, self.seed, within=self.within, overwrite=self.resplit)
-            written = {self.output: dealt}
-        else:
-            parts = nested_fractions(manifest, self.fractions, seed=self.seed)
             written = {
-                self.output.with_stem(f"{self.output.stem}-{100 * share:g}"): part for share, part in parts.items()
+                self.output: split_manifest(manifest, shares, self.seed, within=self.within, overwrite=self.resplit)
             }
         for path in written:
             _require_new(path, overwrite=self.overwrite)
         for path, part in written.items():
             part.write(path)
             show(f"{_counts(part)} → {path}")
+
+    def _require_one_way(self) -> None:
+        """Refuse what goes with one of the three ways to divide only."""
+        from tmca.data.splits import SHARES
+
+        changed = [name for name, share in SHARES.items() if getattr(self, name) != share]
+        if self.folds and self.fractions:
+            raise ConfigError(
+                "--folds and --fractions do not go together", hint="take --fractions of a fold's manifest"
+            )
+        if self.folds and (self.within or set(changed) - {"val"}):
+            raise ConfigError("--folds divides all cases: --within, --train and --test do not go with it")
+        if self.fractions and (self.within or self.resplit):
+            raise ConfigError("--fractions keeps the splits: --within and --resplit do not go with it")
+        if self.fractions and changed:
+            raise ConfigError(
+                "--fractions keeps the splits: --train, --val and --test do not go with it",
+                hint="split first, then take --fractions of the manifest that was written",
+            )
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ class Compare:
     """Two or more run folders, evaluation folders or ledger entries (results/NAME.json); the first is the reference."""
     split: str = "test"
     """Which scores of a run folder to compare."""
+    join_folds: bool = False
+    """Set the folds of a cross-validation end to end: every case was tested in one of them."""
     group_seeds: bool = False
     """Average the runs that differ in nothing but their seed, and compare the averages."""
     cases: int = 5
@@ -41,7 +43,8 @@ class Compare:
         )
         from tmca.evaluation.reading import read_runs
 
-        comparison = compare(read_runs(self.runs, self.split), group_seeds=self.group_seeds)
+        runs = read_runs(self.runs, self.split)
+        comparison = compare(runs, join_folds=self.join_folds, group_seeds=self.group_seeds)
         show(in_words(comparison))
         show(run_table(comparison))
         show(pair_table(comparison))

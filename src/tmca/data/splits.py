@@ -1,4 +1,4 @@
-"""Seeded splits that keep a patient's cases together, and nested shares of the training cases."""
+"""Seeded splits that keep a patient's cases together, folds of a cross-validation, nested shares of training cases."""
 
 from __future__ import annotations
 
@@ -76,6 +76,44 @@ def split_manifest(
     return manifest.with_records(
         replace(record, split=split_of.get(record.id, record.split)) for record in manifest.records
     )
+
+
+def cross_validation_folds(
+    manifest: Manifest, count: int = 5, seed: int = 0, *, val: float = SHARES["val"], overwrite: bool = False
+) -> list[Manifest]:
+    """Return one manifest a fold of a cross-validation: each case is in the test split of exactly one of them.
+
+    The cases are dealt out to the folds as :func:`split_manifest` deals them out to splits, so that a patient's cases
+    stay together. What is not in the test split of a fold is divided into ``train`` and ``val``.
+
+    Args:
+        manifest: The cases.
+        count: Number of folds, 2 or more.
+        seed: Decides who goes where.
+        val: Share of all cases that each fold validates on; 0 makes no validation split.
+        overwrite: Replace splits that are there.
+
+    Raises:
+        ConfigError: ``count`` is below 2, or ``val`` leaves nothing to train on.
+        DataError: Cases have a split already, or there are too few patients.
+    """
+    if count < 2:
+        raise ConfigError(f"{count} folds were asked for, expected 2 or more", hint="5 are usual")
+    left = 1 - 1 / count
+    if not 0 <= val < left:
+        raise ConfigError(
+            f"A share of {val:g} for validation leaves nothing to train on: of {count} folds {left:g} are not tested"
+        )
+    names = [f"fold {number}" for number in range(1, count + 1)]
+    dealt = split_manifest(manifest, dict.fromkeys(names, 1 / count), seed, overwrite=overwrite)
+    shares = {"train": 1 - val / left, "val": val / left}
+    folds = []
+    for name in names:
+        tested = dealt.with_records(
+            replace(record, split="test" if record.split == name else "rest") for record in dealt.records
+        )
+        folds.append(split_manifest(tested, shares, seed, within="rest"))
+    return folds
 
 
 def nested_fractions(

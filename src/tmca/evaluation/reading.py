@@ -52,7 +52,7 @@ class ScoredRun:
 
     Attributes:
         name: What tables call it.
-        source: The file its scores were read from.
+        sources: The file its scores were read from, or one a fold.
         protocol: What they mean.
         ids: Case names.
         patients: Patient of each case.
@@ -64,7 +64,7 @@ class ScoredRun:
     """
 
     name: str
-    source: Path
+    sources: tuple[Path, ...]
     protocol: Protocol
     ids: tuple[str, ...]
     patients: tuple[str, ...]
@@ -75,9 +75,13 @@ class ScoredRun:
     models: int = 1
 
     @property
-    def averaging(self) -> tuple[str, ...]:
-        """What was averaged in a prediction, in words."""
-        return (*([f"{self.models} models"] if self.models > 1 else []), *(["mirrored"] if self.mirrored else []))
+    def details(self) -> tuple[str, ...]:
+        """How many folds were joined and what was averaged in a prediction, in words."""
+        return (
+            *([f"{len(self.sources)} folds"] if len(self.sources) > 1 else []),
+            *([f"{self.models} models"] if self.models > 1 else []),
+            *(["mirrored"] if self.mirrored else []),
+        )
 
     @cached_property
     def case_scores(self) -> dict[str, Float[np.ndarray, " cases"]]:
@@ -99,10 +103,10 @@ def read_runs(sources: Sequence[Path], split: str = "test") -> list[ScoredRun]:
     if len(sources) < 2:
         raise ConfigError(f"{len(sources)} run is named, expected two or more", hint="tmca compare RUN_A RUN_B")
     runs = [read_scores(source, split) for source in sources]
-    places = Counter(run.source.resolve() for run in runs)
+    places = Counter(run.sources[0].resolve() for run in runs)
     names = Counter(run.name for run in runs)
     for source, run in zip(sources, runs, strict=True):
-        if places[run.source.resolve()] > 1:
+        if places[run.sources[0].resolve()] > 1:
             raise ConfigError(f"{source} is named twice", hint="name each run once")
     return [
         run if names[run.name] == 1 else replace(run, name=str(source))
@@ -140,7 +144,7 @@ def read_scores(source: Path, split: str = "test") -> ScoredRun:
         raise DataError(f"{path} holds no scores: {type(error).__name__} {error}", hint=hint) from error
     if version > LEDGER_VERSION:
         raise DataError(f"{path} has version {version}, expected {LEDGER_VERSION} at most", hint="update tmca")
-    run = replace(_read_cases(table, hint), name=_name(path), source=path, protocol=protocol)
+    run = replace(_read_cases(table, hint), name=_name(path), sources=(path,), protocol=protocol)
     if abs(pooled_scores(run.counts)["dice"] - pooled) > 1e-6:
         raise DataError(
             f"The cases in {table} have a pooled Dice of {pooled_scores(run.counts)['dice']:.6f}, but {path} says "
@@ -148,7 +152,7 @@ def read_scores(source: Path, split: str = "test") -> ScoredRun:
             hint="score the run again with tmca evaluate",
         )
     run = replace(run, experiment=values.get("experiment"), mirrored=mirrored, models=models)
-    return replace(run, name=described(run.name, run.averaging))
+    return replace(run, name=described(run.name, run.details))
 
 
 def _files(source: Path, split: str) -> tuple[Path, Path]:
@@ -199,7 +203,7 @@ def _read_cases(path: Path, hint: str) -> ScoredRun:
         raise DataError(f"{path} holds no cases: {type(error).__name__} {error}", hint=hint) from error
     if not rows or len(set(ids)) < len(ids):
         raise DataError(f"{path} has no case, or one twice", hint=hint)
-    return ScoredRun("", path, Protocol("", "", "", 0.5, "one"), ids, patients, texts, counts, None)
+    return ScoredRun("", (path,), Protocol("", "", "", 0.5, "one"), ids, patients, texts, counts, None)
 
 
 def align(runs: Sequence[ScoredRun]) -> list[ScoredRun]:
