@@ -268,7 +268,11 @@ _DRAWINGS: dict[str, Callable[[Manifest, Record], Sequence[Panel]]] = {
         _draw_outlined,
     ),
     **dict.fromkeys(
-        (*(f"contradicted_{kind}" for kind in ("presence", "side", "height", "count", "size")), "mask_full"), _draw_both
+        (
+            *(f"contradicted_{kind}" for kind in ("presence", "side", "height", "count", "size")),
+            *("mask_full", "same_mask"),
+        ),
+        _draw_both,
     ),
     "stray_specks": _draw_specks,
     "mask_empty": _draw_outlined,

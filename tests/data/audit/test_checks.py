@@ -245,6 +245,30 @@ def test_a_full_mask(data: Manifest):
     assert "mask_full" in audit(data).by_check
 
 
+def test_one_mask_beside_several_images(data: Manifest):
+    first, second, third = data.records[:3]
+    for record in (second, third):
+        shutil.copy(data.root / str(first.mask), data.root / str(record.mask))
+    finding = _of(audit(data), "same_mask")[0]
+    assert sorted(finding.cases) == sorted(record.id for record in (first, second, third))
+    assert set(finding.files) == {name for record in (first, second, third) for name in (record.image, record.mask)}
+    patient = _changed(_changed(data, 0, patient_id="p"), 1, patient_id="p")
+    assert "same_mask" not in audit(patient.with_records(patient.records[:2])).by_check
+    assert len(_of(audit(patient), "same_mask")) == 1
+
+
+def test_copies_of_an_image_and_empty_masks_share_theirs(data: Manifest):
+    first, second, third, fourth = data.records[:4]
+    shutil.copy(data.root / str(first.mask), data.root / str(second.mask))
+    picture = read_image(data.root / first.image)
+    write_image(data.root / second.image, np.clip(picture.astype(float) + 8, 0, 255).astype(np.uint8))
+    for record in (third, fourth):
+        write_mask(data.root / str(record.mask), np.zeros((SIZE, SIZE), dtype=bool))
+    found = audit(data)
+    assert "copy_within_split" in found.by_check
+    assert "same_mask" not in found.by_check
+
+
 def test_specks(data: Manifest):
     record = data.records[0]
     mask = read_mask(data.root / str(record.mask))

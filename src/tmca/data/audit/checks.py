@@ -242,6 +242,24 @@ def _mask_full(cases: Cases) -> Iterator[Hit]:
             yield cases.hit(message, [record], masks=True, foreground=facts.foreground)
 
 
+def _same_mask(cases: Cases) -> Iterator[Hit]:
+    """Yield masks that lie beside several images; copies of an image, and images of one patient, may share theirs."""
+    grouped: dict[bytes, dict[bytes, int]] = defaultdict(dict)
+    for number, (_, facts) in enumerate(cases):
+        if facts.mask_hash and facts.pixel_hash and facts.foreground and facts.foreground < FULL_SHARE:
+            grouped[facts.mask_hash].setdefault(facts.pixel_hash, number)
+    copies = {frozenset((copy.candidate.first, copy.candidate.second)) for copy in cases.copies}
+    for group in grouped.values():
+        images: list[int] = []
+        for number in group.values():
+            if not any(frozenset((number, other)) in copies for other in images):
+                images.append(number)
+        records = [cases.manifest.records[number] for number in images]
+        patients = {record.patient_id or record.id for record in records}
+        if len(patients) > 1:
+            yield cases.hit(f"{_named(records)} are different images with one mask", records, masks=True)
+
+
 def _mask_empty(cases: Cases) -> Iterator[Hit]:
     for record, facts in cases:
         if facts.foreground == 0 and facts.mask_problem is None:
@@ -520,6 +538,14 @@ _ALL = (
         "it may be inverted or a placeholder",
         "look at it",
         _mask_full,
+    ),
+    Check(
+        "same_mask",
+        "warning",
+        "one mask beside images of different patients",
+        "all but one of them were probably given another image's mask",
+        "look at the masks on their images",
+        _same_mask,
     ),
     Check(
         "stray_specks",
