@@ -2,8 +2,8 @@
 
 A page holds ``<!-- results:begin WHAT -->`` and ``<!-- results:end -->``; between them goes the table that WHAT names:
 ``runs`` (single runs, one a line), for example ``table1 kvasir_polyp cpu`` (a table of the paper, over all seeds),
-``benchmark training_step`` (the table of ``benchmarks/results/training_step.json``), or ``sweep kvasir_polyp`` (the
-forms of the alignment on validation data).
+``folds kvasir`` (a cross-validation, all folds joined), ``benchmark training_step`` (the table of
+``benchmarks/results/training_step.json``), or ``sweep kvasir_polyp`` (the forms of the alignment on validation data).
 ``python docs/tables.py`` rewrites them; with ``--check`` nothing is changed and the exit code is 1 if one is stale.
 """
 
@@ -16,7 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tmca.comparison import compare
+from tmca.comparison_report import difference_in_words, in_words, p_in_words
 from tmca.config import Experiment, from_dict
+from tmca.evaluation.reading import read_runs
 from tmca.presets import PRESETS, differences, get_preset
 from tmca.reproduction import recorded
 from tmca.reproduction.ledger import Ledger
@@ -111,6 +114,26 @@ def benchmark_table(name: str) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{where}"
 
 
+def folds_table(dataset: str, ledger: Ledger) -> str:
+    """Return the methods that were cross-validated on a dataset, over all its cases."""
+    paths = sorted(entry.path for entry in ledger.entries if entry.values["dataset"].startswith(f"{dataset}-fold"))
+    if not paths:
+        return NOTHING
+    comparison = compare(read_runs(paths), join_folds=True, group_seeds=True)
+    against = {pair.run: pair for pair in comparison.pairs if pair.reference == comparison.columns[0].name}
+    rows = [["", "pooled Dice", "per-case Dice", "pooled difference [95 %]", "better / same / worse", "p"]]
+    rows.append(["---", *["---:"] * (len(rows[0]) - 1)])
+    for column in comparison.columns:
+        row = [column.name, f"{column.pooled('dice'):.3f}", f"{column.per_case('dice'):.3f}"]
+        pair = against.get(column.name)
+        if pair is not None:
+            cases = f"{pair.wins} / {pair.ties} / {pair.losses}"
+            row += [difference_in_words(pair), cases, p_in_words(pair.p_holm)]
+        rows.append(row + [""] * (len(rows[0]) - len(row)))
+    lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f"{lines}\n\n{in_words(comparison)}"
+
+
 def sweep_table(dataset: str) -> str:
     """Return the forms of the alignment tried on a dataset, a column a seed, in the order in which they were tried."""
     path = ROOT / "benchmarks" / "results" / "alignment_sweep.json"
@@ -136,6 +159,8 @@ def content(what: str, ledger: Ledger) -> str:
         return benchmark_table(what.split()[1])
     if what.startswith("sweep "):
         return sweep_table(what.split()[1])
+    if what.startswith("folds "):
+        return folds_table(what.split()[1], ledger)
     if what != "runs":
         name, dataset, scale = what.split()
         return paper_table(ledger, name, dataset, scale)
