@@ -12,7 +12,7 @@ import pytest
 from pydicom import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
-from tmca.imaging.dicom_results import ResultContext
+from tmca.imaging.dicom.results import ResultContext
 
 CLASSES = {
     "CT": "1.2.840.10008.5.1.4.1.1.2",

@@ -18,8 +18,8 @@ from tmca.environment import describe_environment
 from tmca.errors import DataError, StorageError, TMCAError
 from tmca.files import real_path, write_json
 from tmca.imaging.dicom import is_dicom
-from tmca.imaging.dicom_results import INTENDED_USE
-from tmca.imaging.dicom_sources import read_sources
+from tmca.imaging.dicom.results import INTENDED_USE
+from tmca.imaging.dicom.sources import read_sources
 from tmca.imaging.frames import Frame, Frames
 from tmca.imaging.reading import read_frames, split_frame
 from tmca.inference import BATCH_SIZE, Predictor

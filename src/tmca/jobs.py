@@ -16,8 +16,8 @@ from pathlib import Path
 from tmca.data.tables import missing_column, read_rows
 from tmca.errors import ConfigError, DataError
 from tmca.files import files_below, real_path
+from tmca.imaging.dicom.series import Series, Unread, problem_of, survey_series
 from tmca.imaging.reading import IMAGE_SUFFIXES, case_name, is_image, is_other_dicom, split_frame
-from tmca.imaging.series import Series, Unread, problem_of, survey_series
 from tmca.reports.prompt import ReportPrompt, check_report, grammar_of_report, prompt_from_report
 from tmca.reports.reading import read_report
 

@@ -16,8 +16,8 @@ from tmca.checkpoints import MODEL_FILE
 from tmca.errors import DataError, unknown_name
 from tmca.files import sibling, storage_error, write_json
 from tmca.imaging import nifti, rle
-from tmca.imaging.codes import read_codes
 from tmca.imaging.dicom import is_dicom
+from tmca.imaging.dicom.codes import read_codes
 from tmca.imaging.frames import Frame
 from tmca.imaging.overlay import draw_overlay
 from tmca.imaging.raster import write_image, write_mask, write_probability
@@ -249,14 +249,14 @@ class CaseWriter:
 
     def _write_volumes(self) -> None:
         """Write mask and probability map as NIfTI on the grid of the image."""
-        from tmca.imaging import dicom_volume
+        from tmca.imaging.dicom import volume
 
         maps = self.folder / self.paths[_PROBABILITY] if _PROBABILITY in self.paths else None
         masks = self.folder / self.paths[NIFTI]
         if self._from_dicom:
-            dicom_volume.write_masks(masks, self._images, list(self._planes.masks.values()))
+            volume.write_masks(masks, self._images, list(self._planes.masks.values()))
             if maps is not None:
-                dicom_volume.write_probabilities(maps, self._images, list(self._planes.probabilities.values()))
+                volume.write_probabilities(maps, self._images, list(self._planes.probabilities.values()))
             return
         source = split_frame(self.job.image)[0]
         nifti.write_masks(masks, self._planes.masks, source)
@@ -264,9 +264,9 @@ class CaseWriter:
             nifti.write_probabilities(maps, self._planes.probabilities, source)
 
     def _write_dicom(self) -> None:
-        from tmca.imaging.dicom_capture import write_capture
-        from tmca.imaging.dicom_report import write_report
-        from tmca.imaging.dicom_segmentation import write_fractional, write_segmentation
+        from tmca.imaging.dicom.capture import write_capture
+        from tmca.imaging.dicom.report import write_report
+        from tmca.imaging.dicom.segmentation import write_fractional, write_segmentation
 
         context, images = self._context(), self._images
         masks, maps = list(self._planes.masks.values()), list(self._planes.probabilities.values())
@@ -285,7 +285,7 @@ class CaseWriter:
         """Return what the DICOM files say about themselves."""
         from importlib.metadata import version
 
-        from tmca.imaging.dicom_results import ResultContext
+        from tmca.imaging.dicom.results import ResultContext
 
         text = self.job.text or ""
         table = read_codes(self.options.codes)

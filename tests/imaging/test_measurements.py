@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tmca.imaging.dicom_sources import read_sources
+from tmca.imaging.dicom.sources import read_sources
 from tmca.imaging.measurements import Measurements, in_words, measure
 
 MASK = np.zeros((4, 5), bool)

@@ -14,7 +14,7 @@ from tmca.calibration import Calibration, read_calibration
 from tmca.checkpoints import file_hashes
 from tmca.config import Experiment, config_hash
 from tmca.export.graphs import MULTIPLE, Graph
-from tmca.imaging.dicom_results import INTENDED_USE
+from tmca.imaging.dicom.results import INTENDED_USE
 from tmca.inference import Predictor
 from tmca.models import SegmentationModel
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from tmca.imaging.dicom_sources import SourceImage, SourceImages
+from tmca.imaging.dicom.sources import SourceImage, SourceImages
 
 MeasuredIn = Literal["patient", "detector", "film", ""]
 

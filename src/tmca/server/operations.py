@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from tmca.imaging.dicom_results import INTENDED_USE
+from tmca.imaging.dicom.results import INTENDED_USE
 from tmca.imaging.raster import MAX_PIXELS
 from tmca.imaging.reading import IMAGE_SUFFIXES
 from tmca.outputs import OUTPUT_TYPES

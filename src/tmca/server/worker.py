@@ -26,7 +26,7 @@ from tmca.checkpoints import resolve_checkpoint
 from tmca.errors import ConfigError, DataError, TMCAError, unknown_name
 from tmca.imaging import nifti, raster, rle
 from tmca.imaging.dicom import is_dicom
-from tmca.imaging.dicom_results import INTENDED_USE
+from tmca.imaging.dicom.results import INTENDED_USE
 from tmca.imaging.frames import Frame
 from tmca.imaging.overlay import draw_overlay
 from tmca.imaging.reading import join_frame, read_frames

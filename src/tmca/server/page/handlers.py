@@ -22,7 +22,7 @@ from PIL import Image
 from tmca.errors import ConfigError, DataError, TMCAError
 from tmca.imaging import rle
 from tmca.imaging.dicom import is_dicom
-from tmca.imaging.dicom_results import INTENDED_USE
+from tmca.imaging.dicom.results import INTENDED_USE
 from tmca.imaging.frames import Frame
 from tmca.imaging.reading import IMAGE_SUFFIXES, join_frame
 from tmca.jobs import Job

@@ -14,7 +14,7 @@ from typing import Any
 import gradio as gr
 
 from tmca.errors import ConfigError, TMCAError
-from tmca.imaging.dicom_results import INTENDED_USE
+from tmca.imaging.dicom.results import INTENDED_USE
 from tmca.imaging.overlay import FILL
 from tmca.outputs import NIFTI, PNG, RLE, SEGMENTATION
 from tmca.prediction import PredictionOptions

@@ -9,7 +9,7 @@ import pydicom
 import pytest
 
 from tmca.errors import DataError
-from tmca.imaging.dicom_sources import PATIENT_AND_STUDY, copy_patient_and_study, read_sources, stand_ins
+from tmca.imaging.dicom.sources import PATIENT_AND_STUDY, copy_patient_and_study, read_sources, stand_ins
 
 SIZE = (4, 5)
 

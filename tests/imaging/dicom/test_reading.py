@@ -22,9 +22,10 @@ from pydicom.encaps import encapsulate
 from pydicom.pixels.processing import apply_modality_lut, apply_windowing
 
 from tmca.errors import ConfigError, DataError
-from tmca.imaging import dicom
-from tmca.imaging.dicom import is_dicom, read_frames
-from tmca.imaging.encoded_sizes import is_longer_than
+from tmca.imaging.dicom import is_dicom, opening, read_frames, read_source
+from tmca.imaging.dicom import pixels as dicom_pixels
+from tmca.imaging.dicom import tags as dicom_tags
+from tmca.imaging.dicom.encoded_sizes import is_longer_than
 from tmca.imaging.frames import Geometry
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
@@ -387,8 +388,10 @@ def test_frames_are_decoded_one_by_one(tmp_path: Path, monkeypatch: pytest.Monke
     pixels = np.stack([RAMP, RAMP + 1, RAMP + 2])
     frames = read_frames(_saved(tmp_path / "a.dcm", pixels))
     decoded: list[int] = []
-    original = dicom._decoded
-    monkeypatch.setattr(dicom, "_decoded", lambda source, number: (decoded.append(number), original(source, number))[1])
+    original = dicom_pixels._decoded
+    monkeypatch.setattr(
+        dicom_pixels, "_decoded", lambda source, number: (decoded.append(number), original(source, number))[1]
+    )
     assert (len(frames), frames.size, frames.numbered) == (3, (3, 4), True)
     for number in (2, 0):
         frame = frames[number]
@@ -619,8 +622,8 @@ def _bad_files(folder: Path) -> dict[str, Path]:
         "lacks what an image needs: .*Pixel Representation": _written(
             folder / "sign.dcm", _without("PixelRepresentation")
         ),
-        r"holds no image \(CT Image Storage\)": _written(folder / "none.dcm", _without(*dicom._NEEDED, "PixelData")),
-        "holds a segmentation": _saved(folder / "seg.dcm", RAMP, SOPClassUID=dicom._SEGMENTATION),
+        r"holds no image \(CT Image Storage\)": _written(folder / "none.dcm", _without(*opening.NEEDED, "PixelData")),
+        "holds a segmentation": _saved(folder / "seg.dcm", RAMP, SOPClassUID=opening.SEGMENTATION),
         "3 values in 'MONOCHROME2'": _saved(folder / "samples.dcm", COLOURS),
         "1 values in 'HSV'": _saved(folder / "hsv.dcm", RAMP, "HSV"),
         "1 frames of 0 × 4": _saved(folder / "zero.dcm", RAMP, Rows=0),
@@ -673,7 +676,7 @@ def test_no_transfer_syntax(tmp_path: Path):
 def test_a_deflated_bomb_is_not_inflated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = _written(tmp_path / "a.dcm", _dataset(np.zeros((100, 100), np.uint8)), uids.DeflatedExplicitVRLittleEndian)
     assert (_grey(path) == 0).all()
-    monkeypatch.setattr(dicom, "MAX_INFLATED_BYTES", 5000)
+    monkeypatch.setattr(opening, "MAX_INFLATED_BYTES", 5000)
     with pytest.raises(DataError, match="is too large: over 0 MB when decompressed"):
         read_frames(path)
 
@@ -684,15 +687,15 @@ def test_more_frames_than_the_file_has_bytes_for(tmp_path: Path, syntax: uids.UI
     dataset = _dataset(RAMP, NumberOfFrames=2**31 - 1, PixelData=pixels)
     path = _written(tmp_path / "a.dcm", dataset, syntax)
     with pytest.raises(DataError, match=r"a\.dcm says it has 2147483647 frames, more than its bytes can hold"):
-        dicom.read_source(path)
+        read_source(path)
 
 
 @pytest.mark.parametrize("tags", [{}, {"PerFrameFunctionalGroupsSequence": [_item()]}])
 def test_frames_without_positions_of_their_own_are_not_looked_through(
     tmp_path: Path, tags: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ):
-    source = dicom.read_source(_saved(tmp_path / "a.dcm", np.stack([RAMP] * 5), **tags))
-    monkeypatch.setattr(dicom, "_position", lambda *_: pytest.fail("was asked for a position"))
+    source = read_source(_saved(tmp_path / "a.dcm", np.stack([RAMP] * 5), **tags))
+    monkeypatch.setattr(dicom_tags, "_position", lambda *_: pytest.fail("was asked for a position"))
     assert source.step is None
 
 
@@ -704,7 +707,7 @@ def test_what_is_inflated_is_what_is_read(tmp_path: Path, monkeypatch: pytest.Mo
     length = struct.pack("<I", len(content) - 144)
     whole.write_bytes(decoy[:140] + length + decoy[144:])
     assert (_grey(whole) == 0).all()
-    monkeypatch.setattr(dicom, "MAX_INFLATED_BYTES", 5000)
+    monkeypatch.setattr(opening, "MAX_INFLATED_BYTES", 5000)
     with pytest.raises(DataError, match="when decompressed"):
         read_frames(whole)
 

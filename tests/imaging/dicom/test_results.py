@@ -14,10 +14,10 @@ import pydicom
 import pytest
 
 from tmca.errors import ConfigError, DataError
-from tmca.imaging.dicom_capture import write_capture
-from tmca.imaging.dicom_report import write_report
-from tmca.imaging.dicom_results import INTENDED_USE, ResultContext, quiet, uid_of, write_checked
-from tmca.imaging.dicom_segmentation import write_segmentation
+from tmca.imaging.dicom.capture import write_capture
+from tmca.imaging.dicom.report import write_report
+from tmca.imaging.dicom.results import INTENDED_USE, ResultContext, quiet, uid_of, write_checked
+from tmca.imaging.dicom.segmentation import write_segmentation
 
 
 def test_the_sentence_is_not_shown(context: ResultContext):
@@ -133,9 +133,9 @@ def test_warnings_of_libraries_stay_inside():
 
 def test_highdicom_is_loaded_by_what_writes_only():
     program = (
-        "import sys, tmca, tmca.imaging.dicom_results, tmca.imaging.dicom_segmentation, tmca.imaging.dicom_report\n"
+        "import sys, tmca, tmca.imaging.dicom.results, tmca.imaging.dicom.segmentation, tmca.imaging.dicom.report\n"
     )
-    program += "import tmca.imaging.dicom_capture, tmca.imaging.dicom_volume\n"
+    program += "import tmca.imaging.dicom.capture, tmca.imaging.dicom.volume\n"
     program += "print([name for name in ('highdicom', 'pydicom', 'nibabel', 'torch') if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

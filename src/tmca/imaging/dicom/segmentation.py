@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tmca.errors import DataError
-from tmca.imaging.dicom_results import (
+from tmca.imaging.dicom.results import (
     INTENDED_USE,
     MANUFACTURER,
     Kind,
@@ -23,7 +23,7 @@ from tmca.imaging.dicom_results import (
     uid_of,
     write_checked,
 )
-from tmca.imaging.dicom_sources import SourceImage, SourceImages, read_sources, refer, stand_ins
+from tmca.imaging.dicom.sources import SourceImage, SourceImages, read_sources, refer, stand_ins
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -45,7 +45,7 @@ def write_segmentation(
 
     Args:
         path: File to write or replace.
-        sources: The images, as :func:`tmca.imaging.dicom_sources.read_sources` takes them: one image, all slices of a
+        sources: The images, as :func:`tmca.imaging.dicom.sources.read_sources` takes them: one image, all slices of a
             series in any order, or frames of one file.
         masks: ``(height, width)``, upright, one an image.
         context: What the file says about itself.

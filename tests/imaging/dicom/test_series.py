@@ -14,7 +14,7 @@ from pydicom import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
 from tmca.errors import DataError
-from tmca.imaging.series import Plane, find_series, order_planes, read_stack, survey_series
+from tmca.imaging.dicom.series import Plane, find_series, order_planes, read_stack, survey_series
 
 AXIAL = np.array([[0, -1, 0], [-1, 0, 0], [0, 0, 1]], dtype=float)  # rows to the back, columns to the left
 

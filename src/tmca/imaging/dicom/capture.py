@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-from tmca.imaging import dicom
-from tmca.imaging.dicom_results import (
+from tmca.imaging.dicom import read_frames
+from tmca.imaging.dicom.results import (
     INTENDED_USE,
     ResultContext,
     building,
@@ -21,8 +21,8 @@ from tmca.imaging.dicom_results import (
     plain_file,
     write_checked,
 )
-from tmca.imaging.dicom_segmentation import check_mask
-from tmca.imaging.dicom_sources import SourceImages, add_series_reference, file_reference, read_sources
+from tmca.imaging.dicom.segmentation import check_mask
+from tmca.imaging.dicom.sources import SourceImages, add_series_reference, file_reference, read_sources
 from tmca.imaging.frames import Window
 from tmca.imaging.measurements import in_words, measure
 from tmca.imaging.overlay import PREDICTION_COLOUR, wrapped
@@ -56,7 +56,7 @@ def write_capture(
 
     Args:
         path: File to write or replace.
-        sources: The images, as for :func:`tmca.imaging.dicom_segmentation.write_segmentation`.
+        sources: The images, as for :func:`tmca.imaging.dicom.segmentation.write_segmentation`.
         masks: ``(height, width)``, upright, one an image.
         context: What the file says about itself.
         window: Centre and width of the grey values to show, as for :func:`tmca.imaging.dicom.read_frames`.
@@ -72,7 +72,7 @@ def write_capture(
     found = read_sources(sources)
     upright = [check_mask(mask) for mask in masks]
     lines = _lines(in_words(measure(found, found.stored(upright, "masks"))), context)
-    files = {image.source.path: dicom.read_frames(image.source.path, window=window) for image in found.images}
+    files = {image.source.path: read_frames(image.source.path, window=window) for image in found.images}
     pictures = np.stack(
         [
             draw_capture(files[found.images[place].source.path][found.images[place].number or 0].pixels, mask, lines)

@@ -11,10 +11,9 @@ import pydicom
 import pytest
 
 from tmca.errors import DataError
-from tmca.imaging import dicom_capture
-from tmca.imaging.dicom import read_frames
-from tmca.imaging.dicom_capture import draw_capture, write_capture
-from tmca.imaging.dicom_results import ResultContext
+from tmca.imaging.dicom import capture, read_frames
+from tmca.imaging.dicom.capture import draw_capture, write_capture
+from tmca.imaging.dicom.results import ResultContext
 from tmca.imaging.overlay import PREDICTION_COLOUR
 
 pytest.importorskip("highdicom", reason="DICOM results need highdicom")
@@ -92,9 +91,9 @@ def test_what_stands_in_the_band(
     tmp_path: Path, draw_dicom: Callable, context: ResultContext, monkeypatch: pytest.MonkeyPatch
 ):
     drawn: list[list[str]] = []
-    original = dicom_capture.draw_capture
+    original = capture.draw_capture
     monkeypatch.setattr(
-        dicom_capture,
+        capture,
         "draw_capture",
         lambda image, mask, lines: (drawn.append(list(lines)), original(image, mask, lines))[1],
     )
@@ -146,14 +145,14 @@ def test_a_picture_that_is_not_what_was_meant_does_not_stay(
     tmp_path: Path, draw_dicom: Callable, context: ResultContext, monkeypatch: pytest.MonkeyPatch
 ):
     path = draw_dicom(tmp_path / "a.dcm", GREY)
-    original = dicom_capture._build
+    original = capture._build
 
     def build(*args: Any) -> pydicom.Dataset:
         result = original(*args)
         result.PixelData = bytes([result.PixelData[0] ^ 1]) + result.PixelData[1:]
         return result
 
-    monkeypatch.setattr(dicom_capture, "_build", build)
+    monkeypatch.setattr(capture, "_build", build)
     with pytest.raises(DataError, match="pixels of the picture"):
         write_capture(tmp_path / "out" / "a.dcm", [path], [MASK], context)
     assert list((tmp_path / "out").iterdir()) == []

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from tmca.errors import DataError
 from tmca.imaging import nifti
-from tmca.imaging.dicom_segmentation import check_mask, check_probability
-from tmca.imaging.dicom_sources import SourceImages, read_sources
+from tmca.imaging.dicom.segmentation import check_mask, check_probability
+from tmca.imaging.dicom.sources import SourceImages, read_sources
 
 
 def write_masks(path: Path | str, sources: Sequence[Path | str], masks: Sequence[NDArray[np.bool_]]) -> None:
@@ -23,7 +23,7 @@ def write_masks(path: Path | str, sources: Sequence[Path | str], masks: Sequence
 
     Args:
         path: File ending in ``.nii`` or ``.nii.gz``.
-        sources: The images, as :func:`tmca.imaging.dicom_sources.read_sources` takes them.
+        sources: The images, as :func:`tmca.imaging.dicom.sources.read_sources` takes them.
         masks: ``(height, width)``, upright, one an image.
 
     Raises:

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from tmca.errors import DataError
 from tmca.files import files_below
-from tmca.imaging.dicom import Source, find_source, is_dicom, read_header
+from tmca.imaging.dicom import find_source, is_dicom, read_header
+from tmca.imaging.dicom.tags import Source
 
 UNEVENNESS = 0.1
 """Largest departure of a step between two slices from the usual one, as a share of it; beyond, a slice is missing."""

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tmca.errors import DataError, StorageError
-from tmca.imaging.dicom_volume import write_masks, write_probabilities
+from tmca.imaging.dicom.volume import write_masks, write_probabilities
 from tmca.imaging.reading import read_frames
 
 AXES = [tuple(sign * value for value in axis) for axis in np.eye(3).tolist() for sign in (1, -1)]

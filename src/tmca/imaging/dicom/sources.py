@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tmca.errors import DataError
-from tmca.imaging import dicom
-from tmca.imaging.dicom import Source
+from tmca.imaging.dicom import read_source
+from tmca.imaging.dicom.series import Plane, order_planes, plane_of, refuse
+from tmca.imaging.dicom.tags import Source
 from tmca.imaging.frames import Geometry
 from tmca.imaging.reading import split_frame
-from tmca.imaging.series import Plane, order_planes, plane_of, refuse
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -227,7 +227,7 @@ def read_sources(paths: Sequence[Path | str]) -> SourceImages:
     for name in paths:
         path, number = split_frame(name)
         if path not in files:
-            files[path] = dicom.read_source(path)
+            files[path] = read_source(path)
             _require_uids(files[path])
         source = files[path]
         if number is not None and number >= source.count:

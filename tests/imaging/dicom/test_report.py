@@ -11,10 +11,10 @@ import pydicom
 import pytest
 
 from tmca.errors import DataError
-from tmca.imaging import dicom_report
-from tmca.imaging.dicom_report import write_report
-from tmca.imaging.dicom_results import ResultContext
-from tmca.imaging.dicom_segmentation import write_segmentation
+from tmca.imaging.dicom import report
+from tmca.imaging.dicom.report import write_report
+from tmca.imaging.dicom.results import ResultContext
+from tmca.imaging.dicom.segmentation import write_segmentation
 
 hd = pytest.importorskip("highdicom", reason="DICOM results need highdicom")
 
@@ -175,19 +175,19 @@ def test_a_report_that_is_not_what_was_meant_does_not_stay(
     tmp_path: Path, draw_dicom: Callable, context: ResultContext, monkeypatch: pytest.MonkeyPatch
 ):
     path = draw_dicom(tmp_path / "a.dcm", np.zeros(SIZE, np.uint8))
-    original = dicom_report._build
+    original = report._build
     wrong = ["NUM"]
 
     def build(*args: Any) -> Any:
         result, numbers = original(*args)
-        for item in dicom_report._content(result):
+        for item in report._content(result):
             if item.ValueType == wrong[0] == "NUM":
                 item.MeasuredValueSequence[0].NumericValue = 17
             if item.ValueType == wrong[0] == "IMAGE":
                 item.ReferencedSOPSequence[0].ReferencedSOPInstanceUID = "1.2.3"
         return result, numbers
 
-    monkeypatch.setattr(dicom_report, "_build", build)
+    monkeypatch.setattr(report, "_build", build)
     for wrong[0], reason in (("NUM", "the measurements"), ("IMAGE", "it refers to other images")):
         with pytest.raises(DataError, match=reason):
             write_report(tmp_path / "out" / "a.dcm", [path], [MASK], context)

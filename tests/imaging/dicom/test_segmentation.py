@@ -24,11 +24,10 @@ from pydicom.uid import (
 )
 
 from tmca.errors import DataError, StorageError
-from tmca.imaging import dicom_segmentation
-from tmca.imaging.dicom import read_frames
-from tmca.imaging.dicom_results import ResultContext
-from tmca.imaging.dicom_segmentation import check_mask, write_fractional, write_segmentation
-from tmca.imaging.dicom_sources import SourceImage, SourceImages
+from tmca.imaging.dicom import read_frames, segmentation
+from tmca.imaging.dicom.results import ResultContext
+from tmca.imaging.dicom.segmentation import check_mask, write_fractional, write_segmentation
+from tmca.imaging.dicom.sources import SourceImage, SourceImages
 
 hd = pytest.importorskip("highdicom", reason="DICOM results need highdicom")
 
@@ -360,7 +359,7 @@ def test_a_file_that_is_not_what_was_meant_does_not_stay(
     tmp_path: Path, draw_slices: Callable, context: ResultContext, monkeypatch: pytest.MonkeyPatch
 ):
     paths = draw_slices(tmp_path / "ct", np.zeros((3, *SIZE), np.int16))
-    original = dicom_segmentation._build
+    original = segmentation._build
 
     def spoiled(change: Callable[[pydicom.Dataset], None]) -> None:
         def build(*args: Any) -> pydicom.Dataset:
@@ -368,7 +367,7 @@ def test_a_file_that_is_not_what_was_meant_does_not_stay(
             change(result)
             return result
 
-        monkeypatch.setattr(dicom_segmentation, "_build", build)
+        monkeypatch.setattr(segmentation, "_build", build)
 
     def pixel(result: pydicom.Dataset) -> None:
         result.PixelData = bytes([result.PixelData[0] ^ 1]) + result.PixelData[1:]
@@ -409,14 +408,14 @@ def test_a_result_of_another_patient_does_not_stay(
     tmp_path: Path, draw_dicom: Callable, context: ResultContext, monkeypatch: pytest.MonkeyPatch
 ):
     path = draw_dicom(tmp_path / "a.dcm", np.zeros(SIZE, np.uint8))
-    original = dicom_segmentation._build
+    original = segmentation._build
 
     def build(*args: Any) -> pydicom.Dataset:
         result = original(*args)
         result.PatientID, result.StudyDate = "P-18", "20260103"
         return result
 
-    monkeypatch.setattr(dicom_segmentation, "_build", build)
+    monkeypatch.setattr(segmentation, "_build", build)
     with pytest.raises(DataError, match="differs: PatientID, StudyDate; nothing was written"):
         write_segmentation(tmp_path / "out.dcm", [path], _masks(1), context)
     assert not (tmp_path / "out.dcm").exists()

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tmca.errors import DataError
-from tmca.imaging import dicom
-from tmca.imaging.codes import Code
-from tmca.imaging.dicom_results import (
+from tmca.imaging.dicom import read_header
+from tmca.imaging.dicom.codes import Code
+from tmca.imaging.dicom.results import (
     INTENDED_USE,
     MANUFACTURER,
     ResultContext,
@@ -23,14 +23,14 @@ from tmca.imaging.dicom_results import (
     uid_of,
     write_checked,
 )
-from tmca.imaging.dicom_segmentation import (
+from tmca.imaging.dicom.segmentation import (
     SEGMENTATION_CLASS,
     check_mask,
     check_probability,
     source_of_frames,
     tracking_uid,
 )
-from tmca.imaging.dicom_sources import SourceImages, read_sources, stand_ins
+from tmca.imaging.dicom.sources import SourceImages, read_sources, stand_ins
 from tmca.imaging.measurements import Measurements, measure
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def write_report(
 
     Args:
         path: File to write or replace.
-        sources: The images, as for :func:`tmca.imaging.dicom_segmentation.write_segmentation`.
+        sources: The images, as for :func:`tmca.imaging.dicom.segmentation.write_segmentation`.
         masks: ``(height, width)``, upright, one an image.
         context: What the file says about itself.
         probabilities: ``(height, width)`` in [0, 1], one an image.
@@ -98,7 +98,7 @@ def write_report(
 
 
 def _read_segmentation(path: Path, sources: SourceImages) -> Dataset:
-    header = dicom.read_header(path)
+    header = read_header(path)
     if header.get("SOPClassUID") != SEGMENTATION_CLASS:
         raise DataError(f"{path} is no DICOM SEG", hint="name what write_segmentation wrote")
     meant = sorted(((image.uid, image.frame_number) for image in sources.images), key=str)

@@ -103,7 +103,7 @@ def read_codes(path: Path | str | None = None) -> CodeTable:
     Raises:
         ConfigError: The file cannot be read, or an entry lacks something.
     """
-    source = resources.files("tmca.imaging").joinpath("codes.toml") if path is None else Path(path)
+    source = resources.files("tmca.imaging.dicom").joinpath("codes.toml") if path is None else Path(path)
     name = str(source)
     try:
         table = tomllib.loads(source.read_text("utf-8"))

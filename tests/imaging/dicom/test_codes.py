@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from tmca.errors import ConfigError
-from tmca.imaging.codes import Code, read_codes
+from tmca.imaging.dicom.codes import Code, read_codes
 
-TABLE = resources.files("tmca.imaging").joinpath("codes.toml").read_text("utf-8")
+TABLE = resources.files("tmca.imaging.dicom").joinpath("codes.toml").read_text("utf-8")
 
 
 def test_the_codes_say_what_the_dictionaries_of_pydicom_say():

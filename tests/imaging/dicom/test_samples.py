@@ -10,12 +10,12 @@ import pydicom
 import pytest
 
 from tmca.imaging.dicom import find_source, read_frames
-from tmca.imaging.dicom_capture import write_capture
-from tmca.imaging.dicom_report import write_report
-from tmca.imaging.dicom_results import ResultContext
-from tmca.imaging.dicom_segmentation import source_of_frames, write_fractional, write_segmentation
-from tmca.imaging.dicom_volume import write_masks
-from tmca.imaging.series import find_series
+from tmca.imaging.dicom.capture import write_capture
+from tmca.imaging.dicom.report import write_report
+from tmca.imaging.dicom.results import ResultContext
+from tmca.imaging.dicom.segmentation import source_of_frames, write_fractional, write_segmentation
+from tmca.imaging.dicom.series import find_series
+from tmca.imaging.dicom.volume import write_masks
 
 highdicom = pytest.importorskip("highdicom", reason="DICOM results need highdicom")
 

@@ -1,7 +1,7 @@
 """What all DICOM results of a prediction share: what they say about themselves, their UIDs, safe and checked writing.
 
-The kinds of results are :mod:`tmca.imaging.dicom_segmentation`, :mod:`tmca.imaging.dicom_report` and
-:mod:`tmca.imaging.dicom_capture`.
+The kinds of results are :mod:`tmca.imaging.dicom.segmentation`, :mod:`tmca.imaging.dicom.report` and
+:mod:`tmca.imaging.dicom.capture`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tmca.errors import ConfigError, DataError
 from tmca.files import replace_file
-from tmca.imaging.codes import LONGEST_LABEL, CodeTable, Target, read_codes
-from tmca.imaging.dicom_sources import SourceImages, changed_tags, copy_patient_and_study
+from tmca.imaging.dicom.codes import LONGEST_LABEL, CodeTable, Target, read_codes
+from tmca.imaging.dicom.sources import SourceImages, changed_tags, copy_patient_and_study
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -57,7 +57,7 @@ class ResultContext:
             it was taken from a ``report``, or there is ``none``: AUTOMATIC.
         prompt_in_description: Write the sentence into Segment Description and Image Comments.
         corrected: A person changed the mask, which makes it SEMIAUTOMATIC whoever wrote the sentence.
-        codes: A table of codes instead of the package's, see :func:`tmca.imaging.codes.read_codes`.
+        codes: A table of codes instead of the package's, see :func:`tmca.imaging.dicom.codes.read_codes`.
         created: Date and time of the result; ``None`` is now. With a fixed one, equal results are equal bytes.
     """
 
