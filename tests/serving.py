@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +23,9 @@ import pytest
 
 from tmca.health.self_test import SELF_TEST
 from tmca.server import ServerSettings, WorkerSettings
+from tmca.server.messages import Answered, Failure, FromWorker
+from tmca.server.problems import RemoteError
+from tmca.server.worker import Worker
 
 MODEL = SELF_TEST / "model"
 IMAGE = SELF_TEST / "image.png"
@@ -30,6 +36,30 @@ KEY = "a-key-that-nobody-guesses"
 def settings_for(data: Path, **changes: Any) -> ServerSettings:
     worker = {"models": {"small": str(MODEL)}, "device": "cpu", "reload_seconds": 0.2} | changes.pop("worker", {})
     return ServerSettings(WorkerSettings(**worker), data, **({"page": False} | changes))
+
+
+class WorkerHere:
+    """Asks a worker in this process."""
+
+    def __init__(self) -> None:
+        self.states = ()
+        self._numbers = itertools.count(1)
+        self._answers: dict[int | str, asyncio.Future[Any]] = {}
+        self._worker = Worker(WorkerSettings({"small": str(MODEL)}, "cpu"), self._tell)
+        threading.Thread(target=self._worker.compute, daemon=True).start()
+
+    async def ask(self, make: Callable[[int], Any]) -> Any:
+        self._loop = asyncio.get_running_loop()
+        id_ = next(self._numbers)
+        self._answers[id_] = self._loop.create_future()
+        self._worker.receive(make(id_))
+        return await asyncio.wait_for(self._answers[id_], 30)
+
+    def _tell(self, message: FromWorker) -> None:
+        if isinstance(message, Answered):
+            self._loop.call_soon_threadsafe(self._answers[message.id].set_result, message.value)
+        elif isinstance(message, Failure):
+            self._loop.call_soon_threadsafe(self._answers[message.id].set_exception, RemoteError.of(message))
 
 
 @dataclass

@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-import itertools
 import json
 import shutil
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,47 +16,21 @@ import numpy as np
 import pydicom
 import pytest
 from PIL import Image
-from serving import BOTTOM, IMAGE, LEFT, MODEL, settings_for
+from serving import BOTTOM, IMAGE, LEFT, WorkerHere, settings_for
 
 from tmca.errors import ConfigError, DataError, TMCAError
 from tmca.imaging import rle
 from tmca.prediction import NO_SENTENCE, PredictionOptions
 from tmca.server import ServerSettings
-from tmca.server.messages import Answered, Failure, FromWorker, WorkerSettings
 from tmca.server.page import handlers
 from tmca.server.page.handlers import Opened, Result
 from tmca.server.page.pictures import PNG_URI
-from tmca.server.problems import RemoteError, UnsupportedTypeError
-from tmca.server.worker import Worker
-
-
-class Engine:
-    """Asks a worker in this process."""
-
-    def __init__(self) -> None:
-        self.states = ()
-        self._numbers = itertools.count(1)
-        self._answers: dict[int | str, asyncio.Future[Any]] = {}
-        self._worker = Worker(WorkerSettings({"small": str(MODEL)}, "cpu"), self._tell)
-        threading.Thread(target=self._worker.compute, daemon=True).start()
-
-    async def ask(self, make: Callable[[int], Any]) -> Any:
-        self._loop = asyncio.get_running_loop()
-        id_ = next(self._numbers)
-        self._answers[id_] = self._loop.create_future()
-        self._worker.receive(make(id_))
-        return await asyncio.wait_for(self._answers[id_], 30)
-
-    def _tell(self, message: FromWorker) -> None:
-        if isinstance(message, Answered):
-            self._loop.call_soon_threadsafe(self._answers[message.id].set_result, message.value)
-        elif isinstance(message, Failure):
-            self._loop.call_soon_threadsafe(self._answers[message.id].set_exception, RemoteError.of(message))
+from tmca.server.problems import UnsupportedTypeError
 
 
 @pytest.fixture(scope="module")
-def engine() -> Engine:
-    return Engine()
+def engine() -> WorkerHere:
+    return WorkerHere()
 
 
 @pytest.fixture
@@ -67,12 +39,12 @@ def settings(tmp_path: Path) -> ServerSettings:
 
 
 @pytest.fixture
-def opened(engine: Engine, settings: ServerSettings) -> Callable[..., Opened]:
+def opened(engine: WorkerHere, settings: ServerSettings) -> Callable[..., Opened]:
     return lambda path=IMAGE, frame=None: asyncio.run(handlers.open_image(engine, settings, path, frame))
 
 
 @pytest.fixture
-def asked(engine: Engine, settings: ServerSettings, opened: Callable[..., Opened]) -> Callable[..., Result]:
+def asked(engine: WorkerHere, settings: ServerSettings, opened: Callable[..., Opened]) -> Callable[..., Result]:
     def ask(*texts: str | None, path: Path = IMAGE, **options: Any) -> Result:
         image = opened(path)
         return asyncio.run(
@@ -82,7 +54,13 @@ def asked(engine: Engine, settings: ServerSettings, opened: Callable[..., Opened
     return ask
 
 
-def _drawing(mask: np.ndarray) -> str:
+def _drawing(result: Result, number: int, mask: np.ndarray) -> str:
+    """Return what the editor sends for a mask."""
+    of = json.loads(handlers.drawing_of(result, number))["of"]
+    return json.dumps({"of": of, "drawn": _layer(mask)})
+
+
+def _layer(mask: np.ndarray) -> str:
     layer = np.zeros((*mask.shape, 4), dtype=np.uint8)
     layer[mask] = 255
     buffer = io.BytesIO()
@@ -128,7 +106,7 @@ def test_a_file_that_is_none_is_called_by_its_name(
 
 
 def test_what_is_missing_is_said(
-    engine: Engine, settings: ServerSettings, opened: Callable[..., Opened], tmp_path: Path
+    engine: WorkerHere, settings: ServerSettings, opened: Callable[..., Opened], tmp_path: Path
 ):
     with pytest.raises(DataError, match="There is no image yet"):
         asyncio.run(handlers.segment(engine, settings, None, "small", (LEFT,), PredictionOptions()))
@@ -161,7 +139,7 @@ def test_each_sentence_has_its_mask(asked: Callable[..., Result]):
     assert [map_ is None for map_ in result.attention] == [False, False, True]
 
 
-def test_tokens_are_counted(engine: Engine):
+def test_tokens_are_counted(engine: WorkerHere):
     ((tokens, truncated, limit),) = asyncio.run(handlers.count_tokens(engine, "small", (LEFT, None)))
     assert 0 < tokens <= limit
     assert not truncated
@@ -180,7 +158,7 @@ def test_only_what_was_drawn_changes(asked: Callable[..., Result]):
     result = asked(LEFT, BOTTOM)
     mask = result.predictions[0].mask.copy()
     mask[:3, :3] = True
-    corrected = handlers.correct(result, 0, _drawing(mask))
+    corrected = handlers.correct(result, 0, _drawing(result, 0, mask))
     assert np.array_equal(corrected.predictions[0].mask, mask)
     assert corrected.predictions[1] is result.predictions[1]
     assert corrected.corrected == {0}
@@ -199,7 +177,7 @@ def test_a_large_image_keeps_its_fine_mask_where_nothing_was_drawn(asked: Callab
     shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(drawing["mask"].removeprefix(PNG_URI)))))[:, :, 3] > 127
     assert max(shown.shape) == 1024
     shown[:10, :10] = True
-    after = handlers.correct(result, 0, _drawing(shown)).predictions[0].mask
+    after = handlers.correct(result, 0, _drawing(result, 0, shown)).predictions[0].mask
     assert after.shape == (2100, 2500)
     assert after[:20, :20].all()
     assert np.array_equal(after[40:], before[40:])
@@ -207,16 +185,43 @@ def test_a_large_image_keeps_its_fine_mask_where_nothing_was_drawn(asked: Callab
 
 @pytest.mark.parametrize("drawing", ["", "data:,", PNG_URI + "!!", PNG_URI + base64.b64encode(b"GIF89a").decode()])
 def test_what_is_no_drawing_is_refused(asked: Callable[..., Result], drawing: str):
-    with pytest.raises(DataError, match="no drawing on this image"):
-        handlers.correct(asked(), 0, drawing)
+    result = asked()
+    of = json.loads(handlers.drawing_of(result, 0))["of"]
+    for sent in (drawing, json.dumps({"of": of}), json.dumps({"of": of, "drawn": drawing}), json.dumps([of])):
+        with pytest.raises(DataError, match="no drawing on this mask"):
+            handlers.correct(result, 0, sent)
+
+
+def test_a_drawing_on_another_mask_is_refused(asked: Callable[..., Result]):
+    first, second = asked(LEFT, BOTTOM), asked(BOTTOM)
+    mask = ~first.predictions[0].mask
+    drawing = _drawing(first, 0, mask)
+    assert handlers.is_drawn_on(first, 0, drawing)
+    for result, number in ((first, 1), (second, 0), (handlers.correct(first, 0, drawing), 0)):
+        assert not handlers.is_drawn_on(result, number, drawing)
+        with pytest.raises(DataError, match="no drawing on this mask"):
+            handlers.correct(result, number, drawing)
+
+
+def test_the_history_keeps_what_was_corrected(asked: Callable[..., Result]):
+    result = asked(LEFT, BOTTOM)
+    corrected = handlers.correct(result, 1, _drawing(result, 1, ~result.predictions[1].mask))
+    history = handlers.remembered(handlers.remembered((), result, "one"), corrected, "two")
+    assert [len(past.corrections) for past in history] == [1, 0]
+    again = handlers.with_corrections(asked(LEFT, BOTTOM), history[0])
+    assert again.corrected == {1}
+    for found, expected in zip(again.predictions, corrected.predictions, strict=True):
+        assert np.array_equal(found.mask, expected.mask)
+    assert again.predictions[1].effects == {}
+    assert not handlers.with_corrections(result, history[1]).corrected
 
 
 def test_a_drawing_of_another_size_and_an_unchanged_one_are_refused(asked: Callable[..., Result]):
     result = asked()
-    with pytest.raises(DataError, match="no drawing on this image"):
-        handlers.correct(result, 0, _drawing(np.ones((9, 9), dtype=np.bool_)))
+    with pytest.raises(DataError, match="no drawing on this mask"):
+        handlers.correct(result, 0, _drawing(result, 0, np.ones((9, 9), dtype=np.bool_)))
     with pytest.raises(DataError, match="not changed"):
-        handlers.correct(result, 0, _drawing(result.predictions[0].mask))
+        handlers.correct(result, 0, _drawing(result, 0, result.predictions[0].mask))
 
 
 def test_a_picture_is_saved_as_png_and_json(asked: Callable[..., Result]):
@@ -237,7 +242,7 @@ def test_a_picture_is_saved_as_png_and_json(asked: Callable[..., Result]):
 def test_who_made_a_mask_is_said(asked: Callable[..., Result]):
     result = asked(LEFT, None)
     mask = ~result.predictions[1].mask
-    corrected = handlers.correct(result, 1, _drawing(mask))
+    corrected = handlers.correct(result, 1, _drawing(result, 1, mask))
     said = json.loads(_save(corrected, 1, "rle").content)["predictions"]
     assert [each["corrected_by_hand"] for each in said] == [False, True]
     assert [each["algorithm_type"] for each in said] == ["SEMIAUTOMATIC", "SEMIAUTOMATIC"]
@@ -253,7 +258,7 @@ def test_a_film_gives_a_dicom_seg_of_the_corrected_mask(
     assert handlers.download_kinds(result) == ("png", "dicom-seg", "rle")
     mask = result.predictions[0].mask.copy()
     mask[:4, :4] = True
-    file = _save(handlers.correct(result, 0, _drawing(mask)), 0, "dicom-seg")
+    file = _save(handlers.correct(result, 0, _drawing(result, 0, mask)), 0, "dicom-seg")
     dataset = pydicom.dcmread(io.BytesIO(file.content))
     assert dataset.Modality == "SEG"
     assert dataset.SegmentSequence[0].SegmentAlgorithmType == "SEMIAUTOMATIC"
@@ -268,7 +273,7 @@ def test_a_slice_is_saved_on_the_grid_of_its_volume(asked: Callable[..., Result]
     result = asked(path=path)
     mask = result.predictions[0].mask.copy()
     mask[:4, :4] ^= True
-    file = _save(handlers.correct(result, 0, _drawing(mask)), 0, "nifti")
+    file = _save(handlers.correct(result, 0, _drawing(result, 0, mask)), 0, "nifti")
     assert file.name == "scan_2_mask_corrected.nii.gz"
     (tmp_path / "mask.nii.gz").write_bytes(file.content)
     saved = nibabel.load(tmp_path / "mask.nii.gz")

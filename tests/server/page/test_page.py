@@ -98,7 +98,7 @@ def _set(page: Page, name: str, value: float) -> None:
 
 
 def _drawn(page: Page) -> np.ndarray:
-    return _pixels(page.evaluate("window.tmcaEditor.drawn()"))
+    return _pixels(page.evaluate("JSON.parse(window.tmcaEditor.drawing(false)).drawn"))
 
 
 def _stroke(page: Page) -> None:
@@ -274,6 +274,93 @@ def test_what_was_asked_before_is_shown_again(page: Page):
     page.locator("#history label").filter(has_text=LEFT).click()
     wait_until(lambda: np.array_equal(_mask(page), left), 10)
     expect(page.locator("#prompt textarea")).to_have_value(LEFT)
+
+
+def test_what_was_drawn_is_kept_saved_and_found_again(page: Page, tmp_path: Path):
+    _choose(page)
+    _ask(page, LEFT)
+    original = _mask(page)
+    page.get_by_role("tab", name="Correct").click()
+    expect(page.locator("#editor .stage.ready")).to_be_visible()
+    _stroke(page)
+    drawn = _drawn(page)
+    page.get_by_role("tab", name="Mask").click()
+    page.get_by_role("tab", name="Correct").click()
+    page.wait_for_timeout(500)
+    assert np.array_equal(_drawn(page), drawn)
+    expect(page.get_by_role("button", name="Undo")).to_be_enabled()
+    path = _saved(page, "png", tmp_path)
+    assert path.name == "image_mask_corrected.png"
+    assert np.array_equal(np.asarray(Image.open(path)) > 0, drawn)
+    expect(page.locator("#effect")).to_contain_text("corrected by hand")
+    page.get_by_role("button", name="Session history").click()
+    page.locator("#history label").filter(has_not_text="corrected by hand").click()
+    wait_until(lambda: np.array_equal(_mask(page), original), 10)
+    page.locator("#history label").filter(has_text="corrected by hand").click()
+    wait_until(lambda: np.array_equal(_mask(page), drawn), 10)
+    page.get_by_role("tab", name="Correct").click()
+    wait_until(lambda: np.array_equal(_drawn(page), drawn), 10)
+    _stroke(page)
+    page.get_by_role("button", name="Back to the model").click()
+    wait_until(lambda: np.array_equal(_drawn(page), original), 10)
+
+
+def test_strokes_on_an_earlier_mask_are_not_saved_with_a_later_one(page: Page, tmp_path: Path):
+    _choose(page)
+    _ask(page, LEFT)
+    left = _mask(page)
+    page.get_by_role("tab", name="Correct").click()
+    expect(page.locator("#editor .stage.ready")).to_be_visible()
+    _stroke(page)
+    _ask(page, BOTTOM)
+    wait_until(lambda: not np.array_equal(_mask(page), left), 10)
+    mask = _mask(page)
+    path = _saved(page, "png", tmp_path)
+    assert path.name == "image_mask.png"
+    assert np.array_equal(np.asarray(Image.open(path)) > 0, mask)
+
+
+def test_a_file_that_is_no_image_does_not_leave_the_image_before_it(page: Page, tmp_path: Path):
+    _choose(page)
+    _ask(page, LEFT)
+    (tmp_path / "notes.txt").write_text("no image")
+    page.get_by_label("Clear").first.click()
+    page.set_input_files("#image-input input[type=file]", tmp_path / "notes.txt")
+    expect(page.locator("#status")).to_contain_text("no image")
+    page.click("#segment")
+    expect(page.locator("#status")).to_contain_text("There is no image yet")
+    expect(page.locator("#overlay img")).to_have_count(0)
+
+
+def test_an_answer_that_arrives_after_another_image_was_opened_is_hidden(page: Page, tmp_path: Path):
+    _choose(page)
+    other = tmp_path / "other.png"
+    Image.open(IMAGE).transpose(Image.Transpose.ROTATE_90).resize((64, 80)).save(other)
+    held: list[Any] = []
+
+    def hold_first(route: Any) -> None:
+        if held:
+            route.continue_()
+        else:
+            held.append((route, route.fetch()))
+
+    page.fill("#prompt textarea", f"{LEFT}\n{BOTTOM}")
+    page.wait_for_timeout(500)
+    page.route("**/gradio_api/run/**", hold_first)
+    page.click("#segment")
+    wait_until(lambda: page.wait_for_timeout(50) or bool(held), 20)
+    page.get_by_label("Clear").first.click()
+    page.set_input_files("#image-input input[type=file]", other)
+    expect(page.locator("#image-facts")).to_contain_text("80")
+    route, response = held[0]
+    route.fulfill(response=response)
+    expect(page.locator("#answer")).to_contain_text("image: ")
+    expect(page.locator("#overlay")).to_be_hidden()
+    expect(page.locator("#downloads")).to_be_hidden()
+    page.screenshot(path=tmp_path / "late.png")
+    _ask(page, LEFT)
+    expect(page.locator("#overlay")).to_be_visible()
+    expect(page.locator("#overlay figcaption")).to_contain_text("other")
 
 
 def test_a_server_that_was_away_is_used_again(browser: Browser, tmp_path: Path):

@@ -7,6 +7,7 @@ window.tmcaEditor = (() => {
   let done = [];
   let last = null;
   let spot = null;
+  let shown = "";
 
   const root = () => document.getElementById("editor");
   const canvas = () => root()?.querySelector("canvas");
@@ -131,7 +132,10 @@ window.tmcaEditor = (() => {
     });
 
   return {
-    async show(text) {
+    // What was drawn on a mask stays until that mask changes, or is asked for anew.
+    async show(text, anew = false) {
+      if (!anew && text === shown && done.length) return;
+      shown = text;
       done = [];
       undone = [];
       const stage = root().querySelector(".stage");
@@ -146,6 +150,10 @@ window.tmcaEditor = (() => {
       }
       update();
     },
-    drawn: () => (canvas()?.width > 1 ? canvas().toDataURL("image/png") : ""),
+    // The drawing and which mask it was made on; nothing if strokes are asked for and there are none.
+    drawing(strokesOnly) {
+      if (!shown || (strokesOnly && !done.length)) return "";
+      return JSON.stringify({ of: JSON.parse(shown).of, drawn: canvas().toDataURL("image/png") });
+    },
   };
 })();

@@ -75,6 +75,11 @@ class Opened:
         """Name and slice."""
         return self.name if self.frame is None else f"{self.name}, slice {self.frame}"
 
+    @property
+    def key(self) -> str:
+        """What tells it from every other image, for the page."""
+        return f"{self.digest}-{self.frame}"
+
 
 @dataclass(frozen=True, eq=False)
 class Result:
@@ -110,9 +115,24 @@ class Result:
         return tuple(prediction.text for prediction in self.predictions)
 
 
+class Desk:
+    """Counts what is laid before a user, so that a late answer about what lay there before can be dropped."""
+
+    def __init__(self) -> None:
+        self.turn = 0
+
+    def clear(self) -> int:
+        """Lay something else there, and return its number."""
+        self.turn += 1
+        return self.turn
+
+
 @dataclass(frozen=True)
 class Past:
-    """What was asked earlier: enough to ask it again, which is quick."""
+    """What was asked earlier: enough to ask it again, which is quick.
+
+    ``corrections`` holds the masks that were changed by hand, as number and COCO run lengths in JSON.
+    """
 
     path: Path
     name: str
@@ -121,6 +141,7 @@ class Past:
     texts: tuple[str | None, ...]
     options: PredictionOptions
     answer: str
+    corrections: tuple[tuple[int, str], ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
@@ -250,9 +271,24 @@ def with_mask(prediction: Prediction, mask: MaskArray) -> Prediction:
 
 
 def drawing_of(result: Result, number: int) -> str:
-    """Return image and mask as the editor takes them, reduced where they are large."""
+    """Return image and mask as the editor takes them, reduced where they are large, and what names the mask."""
     mask = reduced_mask(result.predictions[number].mask, LONGEST_SIDE)
-    return json.dumps({"image": png(reduced(result.pixels, LONGEST_SIDE)), "mask": png(painted(mask))})
+    pictures = {"image": png(reduced(result.pixels, LONGEST_SIDE)), "mask": png(painted(mask))}
+    return json.dumps({"of": _name_of(result, number), **pictures})
+
+
+def is_drawn_on(result: Result, number: int, drawing: str) -> bool:
+    """Return whether the editor's drawing was made on this mask, not on one that was there before."""
+    try:
+        return bool(json.loads(drawing)["of"] == _name_of(result, number))
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _name_of(result: Result, number: int) -> str:
+    mask = result.predictions[number].mask
+    facts = f"{result.image.digest} {result.image.frame} {number} {mask.shape}"
+    return hashlib.sha256(facts.encode() + np.packbits(mask).tobytes()).hexdigest()
 
 
 def correct(result: Result, number: int, drawing: str) -> Result:
@@ -261,14 +297,14 @@ def correct(result: Result, number: int, drawing: str) -> Result:
     Args:
         result: Whose mask was put into the editor.
         number: Of the mask.
-        drawing: The mask as a PNG in a data URI, opaque where it is.
+        drawing: From the editor: the name of the mask, and the drawing as a PNG in a data URI, opaque where it is.
 
     Raises:
-        DataError: Nothing was changed, or it is no drawing on this image.
+        DataError: Nothing was changed, or it is no drawing on this mask.
     """
     prediction = result.predictions[number]
     before = reduced_mask(prediction.mask, LONGEST_SIDE)
-    drawn = _read_drawing(drawing, before.shape)
+    drawn = _read_drawing(result, number, drawing, before.shape)
     changed = drawn != before
     if not changed.any():
         raise DataError("The mask was not changed", hint="draw with the brush or the eraser first")
@@ -279,15 +315,16 @@ def correct(result: Result, number: int, drawing: str) -> Result:
     return replace(result, predictions=tuple(predictions), corrected=result.corrected | {number})
 
 
-def _read_drawing(drawing: str, size: tuple[int, ...]) -> NDArray[np.bool_]:
+def _read_drawing(result: Result, number: int, drawing: str, size: tuple[int, ...]) -> NDArray[np.bool_]:
     try:
-        content = base64.b64decode(drawing.removeprefix(PNG_URI), validate=True)
+        made_here = is_drawn_on(result, number, drawing)
+        content = base64.b64decode(json.loads(drawing)["drawn"].removeprefix(PNG_URI) if made_here else "")
         with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
             if (image.height, image.width) == size:  # before anything is decoded
                 return np.asarray(image.convert("RGBA"))[:, :, 3] > HALF
-    except (ValueError, OSError, SyntaxError):
+    except (ValueError, KeyError, AttributeError, OSError, SyntaxError):
         pass
-    raise DataError("There is no drawing on this image", hint="open Correct, draw, then press the button again")
+    raise DataError("There is no drawing on this mask", hint="open Correct, draw, then press the button again")
 
 
 def download_kinds(result: Result | None, number: int = 0) -> tuple[str, ...]:
@@ -354,8 +391,21 @@ def as_json(result: Result) -> dict[str, Any]:
 def remembered(history: tuple[Past, ...], result: Result, answer: str) -> tuple[Past, ...]:
     """Return the history with a result at its head."""
     image = result.image
-    past = Past(image.path, image.title, image.frame, result.model, result.texts, result.asked, answer)
+    corrections = tuple(
+        (number, json.dumps(rle.encode_mask(result.predictions[number].mask))) for number in sorted(result.corrected)
+    )
+    past = Past(image.path, image.title, image.frame, result.model, result.texts, result.asked, answer, corrections)
     return (past, *(each for each in history if each != past))[:LONGEST_HISTORY]
+
+
+def with_corrections(result: Result, past: Past) -> Result:
+    """Return a result that was asked again with the masks that had been corrected."""
+    predictions = list(result.predictions)
+    for number, mask in past.corrections:
+        changed = with_mask(predictions[number], rle.decode_mask(json.loads(mask)))
+        predictions[number] = replace(changed, effects={})
+    corrected = frozenset(number for number, _ in past.corrections)
+    return replace(result, predictions=tuple(predictions), corrected=corrected)
 
 
 def _written(result: Result, number: int, kind: str) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import html
 import json
@@ -13,14 +14,14 @@ from typing import Any
 
 import gradio as gr
 
-from tmca.errors import ConfigError, TMCAError
+from tmca.errors import ConfigError, DataError, TMCAError
 from tmca.imaging.dicom.results import INTENDED_USE
 from tmca.imaging.overlay import FILL
 from tmca.outputs import NIFTI, PNG, RLE, SEGMENTATION
 from tmca.prediction import PredictionOptions
 from tmca.server.messages import failure_of
 from tmca.server.page import handlers, pictures, words
-from tmca.server.page.handlers import Asks, Opened, Past, Result
+from tmca.server.page.handlers import Asks, Desk, Opened, Past, Result
 from tmca.server.problems import RemoteError
 from tmca.server.settings import ServerSettings
 
@@ -48,12 +49,15 @@ SAVE_FILE = """(text) => {
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
 }"""
 TO_EDITOR = "(text) => window.tmcaEditor.show(text)"
-FROM_EDITOR = "(result, past, choice) => [result, past, choice, window.tmcaEditor.drawn()]"
+TO_EDITOR_ANEW = "(text) => window.tmcaEditor.show(text, true)"
+FROM_EDITOR = "(result, past, choice) => [result, past, choice, window.tmcaEditor.drawing(false)]"
+STROKES = "(result, past, choice) => [result, past, choice, window.tmcaEditor.drawing(true)]"
 TO_ANSWER = "() => { if (innerWidth <= 900) document.querySelector('#answer').scrollIntoView(); }"
 SET_OPACITY = "(value) => { document.documentElement.style.setProperty('--mask-opacity', value); }"
 
 Updates = dict[Any, Any]
-Handler = Callable[..., Awaitable[Updates]]
+Handler = Callable[..., Awaitable[Updates | None]]
+"""What changes; ``None`` from an answer that came too late."""
 
 
 def examples_for(models: dict[str, str]) -> tuple[str, ...]:
@@ -84,6 +88,7 @@ class _Page:
         self.engine = engine
         self.settings = settings
         models = list(settings.worker.models)
+        self.desk = gr.State(Desk())
         self.opened = gr.State(None, time_to_live=STATE_SECONDS)
         self.result = gr.State(None, time_to_live=STATE_SECONDS)
         self.past = gr.State((), time_to_live=STATE_SECONDS)
@@ -172,17 +177,18 @@ class _Page:
 
     def wire(self) -> None:
         """Say which handler answers which component."""
-        asking = [self.opened, self.past, self.prompt, self.model, self.threshold, self.min_region]
+        asking = [self.desk, self.opened, self.past, self.prompt, self.model, self.threshold, self.min_region]
         shown = [
             self.opened, self.result, self.past, self.status, self.facts, self.slice, self.answer, self.conflicts,
             self.effect, self.overlay, self.probability, self.attention, self.choice, self.downloads, self.history,
             self.no_history, self.views, *self.savers.values(),
         ]  # fmt: skip
         drawing = {"show_progress": "minimal", "show_progress_on": [self.overlay]}
-        self._on(self.image.upload, self.open, [self.image], shown, **drawing)
-        self._on(self.image.clear, self.clear, [], shown, show_progress="hidden")
-        self._on(self.slice.change, self.turn, [self.opened, self.slice], shown, **drawing, trigger_mode="always_last")
-        asked = self._on(self.segment.click, self.ask, asking, shown, **drawing)
+        self._on(self.image.upload, self.open, [self.desk, self.image], shown, **drawing)
+        self._on(self.image.clear, self.clear, [self.desk], shown, show_progress="hidden")
+        last = {"trigger_mode": "always_last"}
+        self._on(self.slice.change, self.turn, [self.desk, self.opened, self.slice], shown, **drawing, **last)
+        asked = self._on(self.segment.click, self.ask, asking, shown, **drawing, **last)
         self._in_browser(asked.success, None, TO_ANSWER)
         for source in (self.prompt.change, self.model.change):
             self._on(
@@ -200,25 +206,23 @@ class _Page:
         self._in_browser(self.opacity.change, self.opacity, SET_OPACITY)
         correcting = [self.result, self.choice]
         into_editor = [self.drawing, self.status]
-        for event, handler, outputs in (
-            (self.correct_tab.select, self.edit, into_editor),
-            (self.choice.input, self.choose, [*into_editor, *self.savers.values()]),
-            (self.discard.click, self.restore, [*shown, self.drawing]),
+        for event, handler, outputs, script in (
+            (self.correct_tab.select, self.edit, into_editor, TO_EDITOR),
+            (self.choice.input, self.choose, [*into_editor, *self.savers.values()], TO_EDITOR_ANEW),
+            (self.discard.click, self.restore, [*shown, self.drawing], TO_EDITOR_ANEW),
         ):
             edited = self._on(event, handler, correcting, outputs, show_progress="hidden")
-            self._in_browser(edited.success, self.drawing, TO_EDITOR)
-        self._on(
-            self.apply.click, self.correct, [self.result, self.past, self.choice, self.drawing], shown,
-            js=FROM_EDITOR, **drawing,
-        )  # fmt: skip
+            self._in_browser(edited.success, self.drawing, script)
+        drawn = [self.result, self.past, self.choice, self.drawing]
+        self._on(self.apply.click, self.correct, drawn, shown, js=FROM_EDITOR, **drawing)
         for kind, button in self.savers.items():
             saved = self._on(
-                button.click, functools.partial(self.save, kind), [self.result, self.choice], [self.file, self.status],
-                show_progress="minimal", show_progress_on=[self.downloads],
+                button.click, functools.partial(self.save, kind), drawn, [*shown, self.file],
+                js=STROKES, show_progress="minimal", show_progress_on=[self.downloads],
             )  # fmt: skip
             self._in_browser(saved.success, self.file, SAVE_FILE)
         self._on(
-            self.history.input, self.recall, [self.past, self.history],
+            self.history.input, self.recall, [self.desk, self.past, self.history],
             [*shown, self.prompt, self.model, self.threshold, self.min_region, self.image], **drawing,
         )  # fmt: skip
 
@@ -228,9 +232,10 @@ class _Page:
         Gradio's own queue is left out: the engine has one, and of two events in a row Gradio's can lose the second.
         """
 
-        async def guarded(*values: Any) -> Updates:  # noqa: ANN401
+        async def guarded(*values: Any) -> Any:  # noqa: ANN401
             try:
-                return {self.status: "", **await handler(*values)}
+                updates = await handler(*values)
+                return gr.skip() if updates is None else {self.status: "", **updates}
             except TMCAError as error:
                 return {self.status: _problem(words.problem(error))}
             except Exception as error:  # a fault of ours
@@ -244,21 +249,34 @@ class _Page:
 
     # --- image ---
 
-    async def open(self, path: str | None) -> Updates:
-        """Show an image that was uploaded."""
+    async def open(self, desk: Desk, path: str | None) -> Updates | None:
+        """Show an image that was uploaded; one that is none leaves no other in its place."""
         if path is None:
-            return await self.clear()
-        opened = await handlers.open_image(self.engine, self.settings, Path(path))
-        return self._opened(opened)
+            return await self.clear(desk)
+        turn = desk.clear()
+        try:
+            opened = await handlers.open_image(self.engine, self.settings, Path(path))
+        except TMCAError as error:
+            return self._nothing() | {self.status: _problem(words.problem(error))} if desk.turn == turn else None
+        return self._opened(opened) if desk.turn == turn else None
 
-    async def turn(self, opened: Opened | None, number: float) -> Updates:
+    async def turn(self, desk: Desk, opened: Opened | None, number: float) -> Updates | None:
         """Show another slice."""
         if opened is None or opened.frame in (None, number):
             return {}
-        return self._opened(await handlers.open_image(self.engine, self.settings, opened.path, int(number)))
+        turn = desk.clear()
+        try:
+            turned = await handlers.open_image(self.engine, self.settings, opened.path, int(number))
+        except TMCAError as error:
+            return {self.slice: self._slider(opened), self.status: _problem(words.problem(error))}
+        return self._opened(turned) if desk.turn == turn else None
 
-    async def clear(self) -> Updates:
+    async def clear(self, desk: Desk) -> Updates:
         """Forget the image; the history stays."""
+        desk.clear()
+        return self._nothing()
+
+    def _nothing(self) -> Updates:
         return self._without_result() | {
             self.opened: None,
             self.facts: "",
@@ -269,11 +287,12 @@ class _Page:
 
     def _opened(self, opened: Opened) -> Updates:
         looked = opened.looked
+        facts = words.image_facts(looked.kind, looked.modality, looked.size, looked.frames)
         alt = f"The image {opened.title}, not segmented yet"
         figure = pictures.mask_figure(looked.pixels, None, opened.title, alt, pictures.LONGEST_SIDE)
         return self._without_result() | {
             self.opened: opened,
-            self.facts: f"<p>{words.image_facts(looked.kind, looked.modality, looked.size, looked.frames)}</p>",
+            self.facts: f'<p data-image="{opened.key}">{facts}</p>',
             self.slice: self._slider(opened),
             self.answer: '<p class="waiting">Not segmented yet.</p>',
             self.overlay: pictures.figures([figure]),
@@ -307,13 +326,26 @@ class _Page:
         return {self.tokens: f"<p{style}>{words.token_count(counts)}</p>" if counts else ""}
 
     async def ask(
-        self, opened: Opened | None, past: tuple[Past, ...], prompt: str, model: str, threshold: float, least: float
-    ) -> Updates:
-        """Segment."""
+        self,
+        desk: Desk,
+        opened: Opened | None,
+        past: tuple[Past, ...],
+        prompt: str,
+        model: str,
+        threshold: float,
+        least: float,
+    ) -> Updates | None:
+        """Segment; an answer is dropped if another image was opened meanwhile."""
+        turn = desk.turn
         texts = handlers.sentences(prompt, self.settings.max_prompts)
         options = PredictionOptions(threshold, int(least))
-        result = await handlers.segment(self.engine, self.settings, opened, model, texts, options)
-        return self._shown(result) | self._remembered(past, result)
+        try:
+            result = await handlers.segment(self.engine, self.settings, opened, model, texts, options)
+        except TMCAError:
+            if desk.turn != turn:
+                return None
+            raise
+        return self._shown(result) | self._remembered(past, result) if desk.turn == turn else None
 
     async def redraw(self, result: Result | None, threshold: float, least: float, choice: int | None) -> Updates:
         """Make the masks at another threshold."""
@@ -376,7 +408,10 @@ class _Page:
     def _headline(self, result: Result) -> str:
         found = any(prediction.regions for prediction in result.predictions)
         style = "found" if found else "nothing"
-        return f'<p class="{style}">{html.escape(words.summary(result.predictions))}</p>'
+        said = words.summary(result.predictions)
+        if len(result.predictions) > 1:  # else the image's name stands below its picture
+            said = f"{result.image.title}: {said}"
+        return f'<p class="{style}" data-image="{result.image.key}">{html.escape(said)}</p>'
 
     def _conflicts(self, result: Result) -> str:
         many = len(result.predictions) > 1
@@ -435,19 +470,29 @@ class _Page:
 
     # --- files and history ---
 
-    async def save(self, kind: str, result: Result | None, choice: int | None) -> Updates:
-        """Hand a file to the browser."""
-        made = await handlers.download(result, choice or 0, kind)
+    async def save(
+        self, kind: str, result: Result | None, past: tuple[Past, ...], choice: int | None, drawing: str
+    ) -> Updates:
+        """Hand a file to the browser, with what was drawn on the mask."""
+        number, updates = choice or 0, Updates()
+        if result is not None and handlers.is_drawn_on(result, number, drawing):
+            with contextlib.suppress(DataError):  # strokes that change nothing
+                result = handlers.correct(result, number, drawing)
+                updates = self._shown(result, choice) | self._remembered(past, result)
+        made = await handlers.download(result, number, kind)
         content = base64.b64encode(made.content).decode("ascii")
-        return {self.file: json.dumps({"name": made.name, "content": content})}
+        return updates | {self.file: json.dumps({"name": made.name, "content": content})}
 
-    async def recall(self, past: tuple[Past, ...], number: int) -> Updates:
+    async def recall(self, desk: Desk, past: tuple[Past, ...], number: int) -> Updates | None:
         """Show again what was asked earlier."""
         if not 0 <= number < len(past):
             return {}
-        chosen = past[number]
+        chosen, turn = past[number], desk.clear()
         opened = await handlers.open_image(self.engine, self.settings, chosen.path, chosen.frame)
         result = await handlers.segment(self.engine, self.settings, opened, chosen.model, chosen.texts, chosen.options)
+        if desk.turn != turn:
+            return None
+        result = handlers.with_corrections(result, chosen)
         return (
             self._opened(opened)
             | self._shown(result)
@@ -463,7 +508,11 @@ class _Page:
     def _remembered(self, past: tuple[Past, ...], result: Result) -> Updates:
         past = handlers.remembered(past, result, words.summary(result.predictions))
         choices = [
-            (f"{each.name}: {'; '.join(map(words.sentence, each.texts))}: {each.answer}", index)
+            (
+                f"{each.name}: {'; '.join(map(words.sentence, each.texts))}: {each.answer}"
+                + ", corrected by hand" * bool(each.corrections),
+                index,
+            )
             for index, each in enumerate(past)
         ]
         return {self.past: past, self.history: gr.Radio(choices, value=None), self.no_history: ""}

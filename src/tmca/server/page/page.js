@@ -16,8 +16,16 @@
     }
   });
 
+  // The server drops an answer about an image that is no longer open; one that was on its way then is hidden here.
+  const hideLate = () => {
+    const about = document.querySelector("#answer [data-image]")?.dataset.image;
+    const open = document.querySelector("#image-facts [data-image]")?.dataset.image;
+    document.getElementById("outcome")?.classList.toggle("late", Boolean(about) && about !== open);
+  };
+
   const live = { answer: "polite", conflicts: "polite", status: "assertive", tokens: "polite", "image-facts": "polite" };
   const setUp = () => {
+    hideLate();
     for (const [id, manner] of Object.entries(live)) {
       const element = document.getElementById(id);
       if (element && element.getAttribute("aria-live") !== manner) {
