@@ -547,6 +547,14 @@ def test_a_file_name_that_is_no_text_does_not_end_the_batch(predictor: Predictor
 # Names, repeats and what is left over ----------------------------------------------------------------------------
 
 
+def test_no_result_gets_the_name_of_another_image(predictor: Predictor, tmp_path: Path):
+    images = [
+        _picture(tmp_path / "in" / name, seed=seed) for seed, name in enumerate(("a/x.png", "b/x.png", "c/x_2.png"))
+    ]
+    report = predict_batch(predictor, [Job(image, None, image.stem) for image in images], tmp_path / "out")
+    assert [case["name"] for case in report.cases] == ["x", "x_3", "x_2"]
+
+
 def test_names_whose_files_would_meet_are_told_apart(predictor: Predictor, tmp_path: Path):
     names = ("a.png", "a_prob.png", "A.png", "overlays.png", "run_report.png")
     images = [_picture(tmp_path / "in" / str(number) / name, seed=number) for number, name in enumerate(names)]

@@ -92,6 +92,7 @@ class Journal:
         frequent = Counter(owners.values())
         only = {image: name for name, image in owners.items() if image and frequent[image] == present[image] == 1}
         taken = {name for name, owner in owners.items() if reserve or owner in present}
+        own = {job.name for job in jobs}
         names: dict[str, bool] = {}
         for job, each in zip(jobs, ids, strict=True):
             asked = (each["image_id"], each["text_id"])
@@ -103,6 +104,7 @@ class Journal:
                 names[job.name] = True
             else:
                 numbered = (f"{job.name}_{number}" for number in itertools.count(2))
+                numbered = (name for name in numbered if name not in own)
                 free = (name for name in itertools.chain([job.name], numbered) if name not in taken | names.keys())
                 names[next(free)] = False
         return [replace(job, name=name) for job, name in zip(jobs, names, strict=True)], list(names.values())

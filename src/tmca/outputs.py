@@ -107,13 +107,16 @@ def tell_apart(jobs: Sequence[Job], options: OutputOptions) -> list[Job]:
     """Return the jobs under names whose files never meet, on no disk, whatever it makes of case and accents.
 
     ``a.png`` with its probability map and ``a_prob.png`` would, and so would a case called ``overlays``. Of two that
-    meet the later one gets a number.
+    meet the later one gets a number, and never the name of another image.
     """
     taken = {_folded(_OVERLAYS)}
+    own = {_folded(job.name) for job in jobs}
     found = []
     for job in jobs:
         for number in itertools.count(1):
             candidate = job if number == 1 else replace(job, name=f"{job.name}_{number}")
+            if number > 1 and _folded(candidate.name) in own:
+                continue
             paths = {_folded(path) for path in output_paths(candidate, options).values()}
             paths |= {path.removesuffix(".png") for path in paths}  # the folder of a volume's pictures
             if not paths & taken and not any(_BATCH_FILES.fullmatch(path) for path in paths):

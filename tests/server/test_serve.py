@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -247,6 +248,39 @@ def test_a_job_of_many_files_is_taken_or_told_to_have_too_many(start: Callable[.
         assert _segment(server).status_code == 200
 
 
+def test_connections_that_ask_nothing_do_not_make_it_look_dead(start: Callable[..., Running]):
+    server = start("--max-queue", "1")
+    idle = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(100)]
+    try:
+        assert httpx2.get(f"{server.url}/healthz").status_code == 200
+        assert _segment(server, LEFT).status_code == 200
+    finally:
+        for connection in idle:
+            connection.close()
+
+
+def test_tensors_that_turn_out_too_large_are_refused_as_such(start: Callable[..., Running]):
+    server = start()
+    chunks = (b" " * 2**20 for _ in range(33))
+    response = httpx2.post(
+        f"{server.url}/v2/models/small/infer", content=chunks, headers={"Content-Type": "application/json"}
+    )
+    assert (response.status_code, response.json()["code"]) == (413, "too_large")
+
+
+def test_a_worker_that_cannot_start_again_is_told_and_logged(start: Callable[..., Running], tmp_path: Path):
+    model = tmp_path / "model"
+    shutil.copytree(MODEL, model)
+    server = start(model=f"small={model}")
+    (model / "model.safetensors").write_bytes(b"cut off")
+    os.kill(server.worker(), signal.SIGKILL)
+    wait_until(lambda: httpx2.get(f"{server.url}/capabilities").json()["problem"] != "", 60)
+    response = _segment(server, LEFT)
+    assert (response.status_code, response.json()["code"]) == (503, "not_ready")
+    assert "the worker ended with code -9" in server.log.read_text()
+    wait_until(lambda: re.search(r"the worker ended with code \d+: .*model.safetensors", server.log.read_text()), 30)
+
+
 def test_other_machines_need_the_key(start: Callable[..., Running], tmp_path: Path):
     keys = tmp_path / "keys"
     keys.write_text(f"{KEY}\n", "utf-8")
@@ -259,7 +293,7 @@ def test_other_machines_need_the_key(start: Callable[..., Running], tmp_path: Pa
 
 
 def test_the_log_holds_neither_sentence_nor_file(start: Callable[..., Running]):
-    server = start("-v")
+    server = start()
     assert _segment(server, "John Smith has one polyp").status_code == 200
     httpx2.get(f"{server.url}/v1/jobs/john-smith")
     server.process.terminate()

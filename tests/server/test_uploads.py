@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from starlette.datastructures import FormData, UploadFile
 
 from tmca.server.problems import InvalidRequestError, UnsupportedTypeError
-from tmca.server.uploads import files_of, safe_name, suffix_of, texts_of, truth, value_of
+from tmca.server.uploads import distinct_names, files_of, safe_name, suffix_of, texts_of, truth, value_of
 
 NIFTI = b"\x5c\x01\x00\x00" + bytes(400)
 
@@ -106,3 +106,18 @@ def test_fields_are_read_or_explained():
     ):
         with pytest.raises(InvalidRequestError, match=kind):
             value_of(form, name, read, None)
+
+
+@pytest.mark.parametrize(
+    ("sent", "names"),
+    [
+        (["a.png", "b.png"], ["a", "b"]),
+        (["ward1/scan.jpg", "ward2/scan.jpg", "ward3/scan_2.jpg"], ["scan", "scan_3", "scan_2"]),
+        (["P#1.jpg", "P_1.jpg"], ["P_1_2", "P_1"]),
+        (["scan_2.png", "Scan.png", "scan.png"], ["scan_2", "Scan", "scan_3"]),
+        (["", ""], ["image", "image_2"]),
+        (["a.png", "a.dcm"], ["a", "a_2"]),
+    ],
+)
+def test_no_file_gets_the_name_of_another_one(sent: list[str], names: list[str]):
+    assert distinct_names(sent) == names

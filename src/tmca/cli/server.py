@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -79,6 +81,8 @@ class Serve:
             max_upload=self.max_upload_mb * MEGABYTE,
             keep_hours=self.keep_hours,
         )
+        if "TMCA_LOG_LEVEL" not in os.environ:
+            logging.getLogger("tmca.server").setLevel(logging.INFO)  # a line a request, without paths and sentences
         scheme = "http" if self.tls_certificate is None else "https"
         host = f"[{self.host}]" if ":" in self.host else self.host
         say(f"Loading {', '.join(worker.models)} …")

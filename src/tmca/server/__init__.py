@@ -62,6 +62,7 @@ def create_app(settings: ServerSettings) -> FastAPI:
         separate_input_output_schemas=False,
     )
     app.state.service = service
+    app.state.stopping = asyncio.Event()
     for module in (api, kserve, operations):
         app.include_router(module.router)
     app.add_exception_handler(TMCAError, _explain)
@@ -105,7 +106,6 @@ def serve(
             proxy_headers=False,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=int(settings.stop_seconds),
-            limit_concurrency=4 * settings.max_queue + 64,
             ssl_certfile=certificate,
             ssl_keyfile=key,
         )
@@ -121,9 +121,22 @@ def serve(
                 await service.stop()
                 raise
             say(f"Ready: {announce}")
-            await uvicorn.Server(config).serve(sockets=[listening])
+            await _Server(config, app.state.stopping).serve(sockets=[listening])
 
         asyncio.run(main())
+
+
+class _Server(uvicorn.Server):
+    """Says that it stops before it waits for what is being answered: a page that is open asks for as long as it is."""
+
+    def __init__(self, config: uvicorn.Config, stopping: asyncio.Event) -> None:
+        super().__init__(config)
+        self.stopping = stopping
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Say so, then shut down."""
+        self.stopping.set()
+        await super().shutdown(sockets)
 
 
 def _allow_open_files() -> None:
@@ -163,6 +176,8 @@ async def _explain_field(request: Request, error: Exception) -> Response:
 
 async def _explain_status(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    if isinstance(error.__cause__, TMCAError):  # raised while FastAPI read the request, such as one that is too large
+        return await _explain(request, error.__cause__)
     code = CODES.get(error.status_code, "invalid_request")
     found = RemoteError(error.status_code, code, str(error.detail), "see /docs")
     response = problem(found, request.state.request_id)

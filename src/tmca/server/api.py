@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Header, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
 
-from tmca.data.tables import read_rows
+from tmca.data.tables import missing_column, read_rows
 from tmca.errors import DataError
 from tmca.files import sha256_of
 from tmca.outputs import OUTPUT_TYPES, OutputOptions
@@ -24,7 +24,18 @@ from tmca.server.jobs import JobRequest, JobState
 from tmca.server.messages import Ask, Form
 from tmca.server.problems import InvalidRequestError, NotAcceptableError
 from tmca.server.service import Service
-from tmca.server.uploads import SentNames, files_of, natural, read_form, remove_folder, save, texts_of, truth, value_of
+from tmca.server.uploads import (
+    SentNames,
+    distinct_names,
+    files_of,
+    natural,
+    read_form,
+    remove_folder,
+    save,
+    texts_of,
+    truth,
+    value_of,
+)
 
 router = APIRouter(prefix="/v1", tags=["segmentation"])
 
@@ -56,7 +67,7 @@ async def segment(request: Request, service: Served) -> Response:
             text or None for text in texts_of(form, "prompt", most=service.settings.max_prompts)
         ]
         report = (texts_of(form, "report") or [""])[0]
-        if report and prompts:
+        if report and any(prompts):
             raise InvalidRequestError("Both `prompt` and `report` were sent", hint="send one of them")
         evidence = None
         if report:
@@ -144,12 +155,13 @@ async def add_job(
         id_ = store.new_id()
         try:
             inputs = await asyncio.to_thread(store.make_folder, id_)
-            uploads = [await save(file, inputs) for file in files]
+            called = [file.filename or "" for file in files]
+            uploads = [await save(file, inputs, name) for file, name in zip(files, distinct_names(called), strict=True)]
             names = [upload.path.name for upload in uploads]
             prompts = None
             if has_prompts:
-                called = [(file.filename or "", name) for file, name in zip(files, names, strict=True)]
-                prompts = await _save_prompts(files_of(form, "prompts", most=1)[0], inputs, called)
+                table = files_of(form, "prompts", most=1)[0]
+                prompts = await _save_prompts(table, inputs, list(zip(called, names, strict=True)))
             request_ = JobRequest(
                 model=model,
                 images=tuple(names),
@@ -164,8 +176,8 @@ async def add_job(
                 target=target,
             )
             sent = [(file.filename, upload.digest) for file, upload in zip(files, uploads, strict=True)]
-            table = "" if prompts is None else await asyncio.to_thread(sha256_of, inputs / prompts)
-            request_ = replace(request_, fingerprint=_fingerprint(request.state.client, request_, sent, table))
+            lines = "" if prompts is None else await asyncio.to_thread(sha256_of, inputs / prompts)
+            request_ = replace(request_, fingerprint=_fingerprint(request.state.client, request_, sent, lines))
             state = await asyncio.to_thread(
                 store.add, id_, request_, len(names), idempotency_key or None, service.settings.max_jobs
             )
@@ -275,6 +287,9 @@ async def _save_prompts(file: Any, folder: Path, images: Sequence[tuple[str, str
         sent.write_bytes(content)
         try:
             rows = [row for _, row in read_rows(sent, required=("image",))]
+            columns = list(dict.fromkeys(column for row in rows for column in row))
+            if not {"text", "prompt"} & set(columns):
+                raise missing_column(sent, "text", columns)
         except DataError as error:
             raise DataError(error.message.replace(str(sent), "prompts"), hint=error.hint) from error
         finally:

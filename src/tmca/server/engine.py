@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import math
 import multiprocessing
 import threading
@@ -38,6 +39,8 @@ JOB_ATTEMPTS = 5
 """The same of a job, which goes on where it stopped, and may have had no part in a worker's end."""
 LONGEST_PAUSE = 30.0
 """Seconds between two starts of a worker that cannot start."""
+
+log = logging.getLogger("tmca.server")
 
 
 def _run(connection: Connection, settings: WorkerSettings) -> None:
@@ -195,6 +198,8 @@ class Engine:
     async def _passed_on(self, message: Ask | Look | Count | Work) -> Any:  # noqa: ANN401
         if self._loop is None or self._stopping:
             raise NotReadyError("The server is not running", hint="try again in a minute")
+        if self.problem and not isinstance(message, Work):
+            raise NotReadyError("The models cannot be loaded", hint="the server's log says why")
         pending = _Pending(message, self._loop.create_future())
         self._pending[message.id] = pending
         try:
@@ -266,6 +271,7 @@ class Engine:
             return
         self.states = ()
         self._changed.set()
+        log.error("the worker ended with code %s%s", process.exitcode, f": {self.problem}" if self.problem else "")
         if not self._has_served:
             self.problem = (
                 self.problem or f"The worker ended with code {process.exitcode} before its models were loaded"

@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tmca.errors import TMCAError
 from tmca.server.messages import failure_of
 from tmca.server.problems import (
+    BusyError,
     ForbiddenError,
     RemoteError,
     SlowClientError,
@@ -71,6 +72,8 @@ class Guard:
         self.app = app
         self.settings = settings
         self.observe = observe
+        self._most = 4 * settings.max_queue + 64
+        self._answering = 0
         self._keys = [hashlib.sha256(key.encode()).digest() for key in settings.keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -95,16 +98,23 @@ class Guard:
                     answer.setdefault(name, value)
             await send(message)
 
+        counts = scope["path"] not in OPEN_PATHS
+        self._answering += counts
+        # What answers GET answers HEAD, of which the body is left out on its way.
+        asked = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
         try:
             self._check(scope, headers)
-            await self.app(scope, self._limited(scope, headers, receive), sending)
+            if counts and self._answering > self._most:
+                raise BusyError("Too many requests are being answered", retry_after=5)
+            await self.app(asked, self._limited(scope, headers, receive), sending)
         except Exception as error:
             response = _explained(error, request_id, headers)
             if not has_started:  # else uvicorn closes the connection: the answer is not complete
                 await response(scope, receive, sending)
         finally:
+            self._answering -= counts
             seconds = time.perf_counter() - started
-            route = _route(scope)
+            route = _route(asked)
             self.observe(scope["method"], route, status, seconds)
             log.info("%s %s %s %d %.1f ms", request_id, scope["method"], route, status, 1000 * seconds)
 

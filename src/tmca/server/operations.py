@@ -48,6 +48,7 @@ async def capabilities(service: Served) -> dict[str, Any]:
     return {
         "version": version("tmca"),
         "intended_use": INTENDED_USE.lower(),
+        "problem": "The models cannot be loaded; the server's log says why" if service.engine.problem else "",
         "models": [
             {
                 "name": state.name,

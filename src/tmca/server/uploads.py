@@ -194,13 +194,13 @@ def truth(text: str) -> bool:
     return values[text.lower()]
 
 
-async def save(file: UploadFile, folder: Path, name: str = "") -> Upload:
+async def save(file: UploadFile, folder: Path, name: str) -> Upload:
     """Write a file that was sent into a folder, under a name of ours and the ending of what it is.
 
     Args:
         file: From a form.
         folder: An existing folder.
-        name: What to call it; empty: as its sender does, as far as that is harmless and free.
+        name: What to call it; not there yet.
 
     Raises:
         UnsupportedTypeError: It is not of a kind that is read.
@@ -214,10 +214,24 @@ async def save(file: UploadFile, folder: Path, name: str = "") -> Upload:
     except UnsupportedTypeError as error:
         named = f"{file.filename[:LONGEST_NAME]!r}: " if file.filename else ""
         raise UnsupportedTypeError(f"{named}{error.message}", hint=error.hint) from error
-    own = safe_name(file.filename or "")
-    names = itertools.chain([name or own], (f"{name or own}_{number}" for number in itertools.count(2)))
-    path = next(path for each in names if not (path := folder / f"{each}{suffix}").exists())
-    return await asyncio.to_thread(_copy, file.file, path, own)
+    return await asyncio.to_thread(_copy, file.file, folder / f"{name}{suffix}", safe_name(file.filename or ""))
+
+
+def distinct_names(filenames: Sequence[str]) -> list[str]:
+    """Return harmless names for files that were sent: their own; of two alike the later one gets a number.
+
+    None gets a name that another one was sent with, lest a mask be taken for that image's.
+    """
+    own = [safe_name(filename) for filename in filenames]
+    kept, taken = {name.casefold() for name in own}, set[str]()
+    names = list(own)
+    changed = [name not in filename for name, filename in zip(own, filenames, strict=True)]
+    for place in sorted(range(len(own)), key=changed.__getitem__):  # first those that are called just so
+        numbers = itertools.count(2)
+        while names[place].casefold() in taken or (names[place] != own[place] and names[place].casefold() in kept):
+            names[place] = f"{own[place]}_{next(numbers)}"
+        taken.add(names[place].casefold())
+    return names
 
 
 class SentNames:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,7 +63,7 @@ def test_files_of_the_machine_are_not_served(client: httpx2.Client, path: str):
 
 
 def _run(client: httpx2.Client, path: str, **file: Any) -> httpx2.Response:
-    data = [{"path": path, "meta": {"_type": "gradio.FileData"}, **file}]
+    data = [None, {"path": path, "meta": {"_type": "gradio.FileData"}, **file}]
     return client.post("/gradio_api/run/predict", json={"fn_index": 0, "data": data})
 
 
@@ -118,3 +120,43 @@ def test_the_server_itself_answers_beside_the_page(client: httpx2.Client):
     head = client.head("/")
     assert head.status_code == 200
     assert head.text == ""
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/v1/segment", 405, "method_not_allowed"),
+        ("PUT", "/v1/jobs", 405, "method_not_allowed"),
+        ("POST", "/healthz", 405, "method_not_allowed"),
+        ("GET", "/v1/nothing", 404, "not_found"),
+        ("GET", "/nothing", 404, "not_found"),
+    ],
+)
+def test_what_is_not_the_pages_is_explained_as_without_a_page(
+    client: httpx2.Client, method: str, path: str, status: int, code: str
+):
+    response = client.request(method, path)
+    assert (response.status_code, response.json()["code"]) == (status, code)
+    assert response.headers["content-type"] == "application/problem+json"
+    assert (status == 405) == ("allow" in response.headers)
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/v2/health/live", "/"])
+def test_the_head_of_an_answer_can_be_asked_for(client: httpx2.Client, path: str):
+    head, answer = client.head(path), client.get(path)
+    assert head.status_code == answer.status_code == 200
+    assert head.content == b""
+    assert head.headers["content-type"] == answer.headers["content-type"]
+
+
+def test_a_server_whose_page_is_open_stops_at_once(tmp_path: Path):
+    with running_server(tmp_path) as running:
+        reading = httpx2.stream("GET", f"{running.url}/gradio_api/heartbeat/abc", timeout=60)
+        with reading as response, contextlib.suppress(httpx2.HTTPError):
+            started = time.monotonic()
+            for _ in response.iter_raw():
+                running.process.terminate()
+                break
+            running.process.wait(20)
+        assert time.monotonic() - started < 15
+        assert "Traceback" not in running.log.read_text()

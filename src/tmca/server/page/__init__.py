@@ -40,6 +40,7 @@ def mount_page(app: FastAPI, engine: Engine, settings: ServerSettings, folder: P
     os.environ["GRADIO_TEMP_DIR"] = str(uploads)
     page = build_page(engine, settings)
     page.has_launched = True  # else Gradio does not ask whether a file was uploaded
+    routes = list(app.routes)
     here = files(__name__)
     scripts = "\n".join(here.joinpath(name).read_text("utf-8") for name in ("editor.js", "page.js"))
     app = gr.mount_gradio_app(
@@ -65,5 +66,5 @@ def mount_page(app: FastAPI, engine: Engine, settings: ServerSettings, folder: P
     )
     route = app.routes[-1]
     if isinstance(route, Mount):
-        route.app = LocalOnly(route.app, uploads)
+        route.app = LocalOnly(route.app, uploads, routes, app.state.stopping)
     return app

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import PlainTextResponse
+from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tmca.files import real_path
-from tmca.server.problems import ForbiddenError, InvalidRequestError
+from tmca.server.problems import ForbiddenError, InvalidRequestError, NotFoundError
 
 PREFIX = "/gradio_api"
-RUN = f"{PREFIX}/run/"
+RUN, HEARTBEAT = f"{PREFIX}/run/", f"{PREFIX}/heartbeat/"
 OPEN = (
     "/assets/", "/static/", "/svelte/", "/theme.css", "/favicon.ico", f"{PREFIX}/upload",
-    f"{PREFIX}/heartbeat/", f"{PREFIX}/reset", f"{PREFIX}/cancel",
+    f"{PREFIX}/reset", f"{PREFIX}/cancel",
     f"{PREFIX}/startup-events", f"{PREFIX}/theme.css", f"{PREFIX}/file=/", f"{PREFIX}/app_id",
 )  # fmt: skip
-"""How the paths begin that the page asks for; ``/``, ``/config`` and those of ``RUN`` are open as well."""
+"""How the paths begin that the page asks for; ``/``, ``/config``, those of ``RUN`` and ``HEARTBEAT`` are too."""
 _FOREIGN = re.compile(
     rb'<meta\s+(?:property="og:|name="twitter:)[^>]*>\s*'
     rb'|<link rel="manifest"[^>]*>\s*'
@@ -36,11 +38,17 @@ class LocalOnly:
     Args:
         app: Gradio's application.
         uploads: Folder of the files that were uploaded, the only ones a request may name.
+        routes: Those of the server, which answer what is not the page's.
+        stopping: Set when the server stops; whoever has the page open is then no reason to wait.
     """
 
-    def __init__(self, app: ASGIApp, uploads: Path) -> None:
+    def __init__(
+        self, app: ASGIApp, uploads: Path, routes: Sequence[BaseRoute] = (), stopping: asyncio.Event | None = None
+    ) -> None:
         self.app = app
         self.uploads = real_path(uploads)
+        self.routes = routes
+        self.stopping = stopping or asyncio.Event()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request.
@@ -48,6 +56,7 @@ class LocalOnly:
         Raises:
             ForbiddenError: It names another host, or a file that was not uploaded.
             InvalidRequestError: It is not JSON.
+            NotFoundError: There is no such page.
         """
         if scope["type"] != "http":
             await self.app(scope, receive, send)
@@ -57,10 +66,34 @@ class LocalOnly:
             await self._cleaned(scope, receive, send)
         elif path.startswith(RUN):
             await self.app(scope, await self._checked(scope, receive), send)
+        elif path.startswith(HEARTBEAT):
+            await self.app(scope, self._until_stopping(receive), send)
         elif path.startswith(OPEN):
             await self.app(scope, receive, send)
         else:
-            await PlainTextResponse("Not found", 404)(scope, receive, send)
+            await self._refuse(scope, receive, send)
+
+    def _until_stopping(self, receive: Receive) -> Receive:
+        """Return a way to hear that the client has left, or is to be left."""
+
+        async def receiving() -> Message:
+            message, stopping = asyncio.ensure_future(receive()), asyncio.ensure_future(self.stopping.wait())
+            try:
+                await asyncio.wait((message, stopping), return_when=asyncio.FIRST_COMPLETED)
+                return message.result() if message.done() else {"type": "http.disconnect"}
+            finally:
+                message.cancel()
+                stopping.cancel()
+
+        return receiving
+
+    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+        for route in self.routes:
+            match, found = route.matches(scope)
+            if match is Match.PARTIAL:  # a path of the server's, which says what methods it answers
+                await route.handle({**scope, **found}, receive, send)
+                return
+        raise NotFoundError("There is nothing of this name", hint="see /docs")
 
     async def _checked(self, scope: Scope, receive: Receive) -> Receive:
         """Read a request, and return a way to read it again."""
