@@ -405,6 +405,26 @@ def test_averaged_runs_are_no_seeds_of_single_ones(tmp_path: Path):
     assert names == ["tiny (2 seeds)", "flipped (mirrored)", "several (2 models, mirrored)"]
 
 
+def test_runs_on_other_training_data_and_averages_of_models_are_no_seeds(tmp_path: Path):
+    whole, half = "a" * 64, "b" * 64
+    folders = [
+        _write(tmp_path / "first", _random(1), seed=1, train_data_hash=whole),
+        _write(tmp_path / "second", _random(2), seed=2),  # an older file, which does not tell: trained as it was scored
+        _write(tmp_path / "half", _random(3), seed=3, train_data_hash=half),
+        _write(tmp_path / "half-again", _random(4), seed=1, train_data_hash=half),
+        _write(tmp_path / "pair", _random(5), seed=1, models=2),
+        _write(tmp_path / "other-pair", _random(6), seed=2, models=2),
+    ]
+    comparison = compare(read_runs(folders), group_seeds=True)
+    assert [[str(run.sources[0].parent.name) for run in column.runs] for column in comparison.columns] == [
+        ["first", "second"],
+        ["half", "half-again"],
+        ["pair"],
+        ["other-pair"],
+    ]
+    assert len({column.name for column in comparison.columns}) == 4
+
+
 def test_a_run_may_be_called_as_a_column_is(tmp_path: Path):
     comparison = compare(read_runs([_write(tmp_path / "text", _random(1)), _write(tmp_path / "other", _random(2))]))
     write_comparison(comparison, tmp_path / "written")
@@ -495,6 +515,9 @@ def test_runs_that_are_no_folds_of_one_dataset_are_refused(tmp_path: Path):
     strict = _fold(tmp_path, 4, _random(4, 10), threshold=0.7)
     with pytest.raises(DataError, match=r"no folds of one dataset: threshold 0\.5, 0\.7"):
         compare(read_runs([first, strict]), join_folds=True)
+    leaking = _fold(tmp_path, 6, _random(4, 10), train_data_hash="1" * 64)
+    with pytest.raises(DataError, match="trained on other data than it was scored on"):
+        compare(read_runs([first, leaking]), join_folds=True)
     old = _fold(tmp_path, 5, _random(4, 10), preset=None)
     with pytest.raises(DataError, match="does not tell with what the run was trained"):
         compare(read_runs([first, old]), join_folds=True)

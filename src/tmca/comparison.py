@@ -241,9 +241,14 @@ def joined(runs: Sequence[ScoredRun]) -> list[ScoredRun]:
         DataError: A run's file does not tell its experiment, two runs were scored on one case, or a run lacks a fold
             that another one has.
     """
-    groups: dict[tuple[str, bool, int], list[ScoredRun]] = {}
+    groups: dict[tuple[Any, ...], list[ScoredRun]] = {}
     for run in runs:
-        groups.setdefault((_experiment(run), run.mirrored, run.models), []).append(run)
+        if run.trained_on not in ("", run.protocol.data_hash):
+            raise DataError(
+                f"{run.name} was trained on other data than it was scored on, maybe on the cases of its test split",
+                hint="score each model on the manifest of its own fold",
+            )
+        groups.setdefault(_kind(run, _experiment(run)), []).append(run)
     tested = {run.protocol.data_hash: run for run in runs}
     for group in groups.values():
         missing = tested.keys() - {run.protocol.data_hash for run in group}
@@ -255,6 +260,11 @@ def joined(runs: Sequence[ScoredRun]) -> list[ScoredRun]:
     columns = [_end_to_end(group) for group in groups.values()]
     names = Counter(run.name for run in columns)
     return [run if names[run.name] == 1 else _named(run, *run.details, f"seed {_seed(run)}") for run in columns]
+
+
+def _kind(run: ScoredRun, experiment: str) -> tuple[Any, ...]:
+    """Return what runs have in common that are joined; of an average of models the file names the first one only."""
+    return experiment, run.mirrored, run.name if run.models > 1 else ""
 
 
 def _end_to_end(folds: Sequence[ScoredRun]) -> ScoredRun:
@@ -292,14 +302,15 @@ def _end_to_end(folds: Sequence[ScoredRun]) -> ScoredRun:
 
 
 def group_by_experiment(runs: Sequence[ScoredRun]) -> list[Column]:
-    """Join the runs that differ in nothing but their seed; averaged ones join only those averaged alike.
+    """Join the runs that differ in nothing but their seed: also trained on the same data, and averaged alike.
 
     Raises:
         DataError: A run's file does not tell its experiment, or two runs are the same one.
     """
-    groups: dict[tuple[str, bool, int], list[ScoredRun]] = {}
+    groups: dict[tuple[Any, ...], list[ScoredRun]] = {}
     for run in runs:
-        groups.setdefault((_experiment(run, any_seed=True), run.mirrored, run.models), []).append(run)
+        trained_on = run.trained_on or run.protocol.data_hash
+        groups.setdefault((*_kind(run, _experiment(run, any_seed=True)), trained_on), []).append(run)
     columns = []
     for group in groups.values():
         first, *others = group

@@ -85,7 +85,7 @@ def write_report(
         lead=f"{len(evaluation.ids)} cases, compared at {_space(evaluation)}, threshold {evaluation.threshold:g}.",
         rows=score_rows(evaluation),
         effect=prompt_effect(evaluation),
-        empty_policy={"one": "1", "zero": "0", "skip": "left out"}[evaluation.empty_policy],
+        empty_policy={"one": "counts as 1", "zero": "counts as 0", "skip": "is left out"}[evaluation.empty_policy],
         intervals=_intervals(evaluation),
         surface=surface_line(evaluation),
         histogram=_histogram(case_scores(evaluation.counts[RIGHT], evaluation.empty_policy)["dice"]),
@@ -171,10 +171,15 @@ def surface_line(evaluation: Evaluation) -> str:
 
 
 def prompt_effect(evaluation: Evaluation) -> str | None:
-    """Return in words how far the score falls with another image's sentence; ``None`` for an image-only model."""
+    """Return in words how the score changes with another image's sentence; ``None`` for an image-only model."""
     if "shuffled" not in evaluation.counts:
         return None
     right, shuffled = evaluation.pooled()["dice"], evaluation.pooled("shuffled")["dice"]
+    if shuffled - right >= 0.01:
+        return (
+            f"Another image's sentence gives a better score ({shuffled:.3f} instead of {right:.3f}): "
+            "the sentences may stand beside the wrong images (`tmca data audit`)."
+        )
     if right - shuffled < 0.01:
         return (
             f"Another image's sentence gives nearly the same score ({shuffled:.3f} instead of {right:.3f}): "

@@ -9,7 +9,7 @@ import pytest
 import tmca.reproduction
 from tmca.data.manifest import Manifest
 from tmca.errors import ConfigError, DataError, WeightsError
-from tmca.reproduction import Data, Reproduction, draw_smoke_data, plan, recorded, reproduce, run_folders
+from tmca.reproduction import Data, Planned, Reproduction, draw_smoke_data, plan, recorded, reproduce, run_folders
 from tmca.reproduction.ledger import Ledger
 from tmca.reproduction.tables import Row, Table
 from tmca.training import note_end
@@ -139,6 +139,26 @@ def test_an_interruption_keeps_what_was_finished(
     assert [path.name for path in (copied / "results").glob("*.json")] == ["phantoms-smoke-ariadne-seed1.json"]
     assert "[1 of 1] phantoms-smoke-image-only-seed1" in capsys.readouterr().err
     assert len(_reproduce(phantoms, copied).rows[1].entries) == 1
+
+
+def test_what_another_process_records_meanwhile_is_not_computed_again(
+    phantoms: Manifest, copied: Path, monkeypatch: pytest.MonkeyPatch
+):
+    entries = {path: path.read_bytes() for path in (copied / "results").iterdir()}
+    for path in entries:
+        path.unlink()
+    worked_on: list[str] = []
+
+    def record_all(run: Planned, *_: object) -> None:
+        worked_on.append(run.name)
+        for path, content in entries.items():
+            path.write_bytes(content)
+
+    monkeypatch.setattr(tmca.reproduction, "_train_and_score", record_all)
+    result = _reproduce(phantoms, copied)
+    assert worked_on == ["phantoms-smoke-ariadne-seed1"]
+    assert [len(row.entries) for row in result.rows] == [1, 1]
+    assert set((copied / "results").iterdir()) == entries.keys()
 
 
 def test_other_data_gets_an_entry_of_its_own(copied: Path, phantoms: Manifest, capsys: pytest.CaptureFixture[str]):

@@ -61,6 +61,7 @@ class ScoredRun:
         experiment: Its fields; ``None`` in files of older versions.
         mirrored: Whether mirror images were averaged.
         models: Number of models whose probabilities were averaged.
+        trained_on: Hash of the data it was trained on; blank where the file does not tell.
     """
 
     name: str
@@ -73,6 +74,7 @@ class ScoredRun:
     experiment: dict[str, Any] | None
     mirrored: bool = False
     models: int = 1
+    trained_on: str = ""
 
     @property
     def details(self) -> tuple[str, ...]:
@@ -139,6 +141,7 @@ def read_scores(source: Path, split: str = "test") -> ScoredRun:
         EMPTY_SCORES[protocol.empty_policy]
         pooled = float(metrics["pooled"]["dice"])
         mirrored, models = bool(metrics.get("mirrored", False)), int(metrics.get("models", 1))
+        trained_on = str(values.get("train_data_hash") or "")
         version = int(values.get("schema_version", LEDGER_VERSION))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} holds no scores: {type(error).__name__} {error}", hint=hint) from error
@@ -151,7 +154,7 @@ def read_scores(source: Path, split: str = "test") -> ScoredRun:
             f"{pooled:.6f}: the two files are not of one evaluation",
             hint="score the run again with tmca evaluate",
         )
-    run = replace(run, experiment=values.get("experiment"), mirrored=mirrored, models=models)
+    run = replace(run, experiment=values.get("experiment"), mirrored=mirrored, models=models, trained_on=trained_on)
     return replace(run, name=described(run.name, run.details))
 
 

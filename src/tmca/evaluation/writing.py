@@ -69,6 +69,7 @@ def write_evaluation(
             **_trained_with(None if evaluation.experiment is None else to_dict(evaluation.experiment)),
             "model": ", ".join(str(name) for name in names),
             "model_sha256": ", ".join(hashes),
+            "train_data_hash": _training_data(names),
             "sentences_over_token_limit": list(evaluation.over_limit),
             "seconds": round(evaluation.seconds, 1),
         },
@@ -188,6 +189,19 @@ def read_run(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder} is no run folder: {error}", hint="give the folder that `tmca train` wrote"
         ) from error
+
+
+def _training_data(names: Sequence[str | Path]) -> str | None:
+    """Return the hash of the data that models were trained on; ``None`` if not all tell the same."""
+    hashes: set[str | None] = set()
+    for name in map(Path, names):
+        told = [folder / "splits.json" for folder in (name, *name.absolute().parents[:2])]  # a run, or its checkpoint
+        path = next((path for path in told if path.is_file()), None)
+        try:
+            hashes.add(None if path is None else str(json.loads(path.read_text("utf-8"))["data_hash"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            hashes.add(None)
+    return hashes.pop() if len(hashes) == 1 else None
 
 
 def _trained_with(experiment: dict[str, Any] | None) -> dict[str, Any]:

@@ -182,6 +182,9 @@ def reproduce(
     problems: dict[str, str] = {}
     started = time.monotonic()
     for number, run in enumerate(missing if train else (), start=1):
+        if _entry(Ledger(ledger), run) is not None:
+            say(f"[{number} of {len(missing)}] {run.name} was recorded meanwhile")
+            continue
         say(f"[{number} of {len(missing)}] {run.name}{_remaining(number, len(missing), started)}")
         _say_of_other_data(known, run, manifest.name)
         try:
