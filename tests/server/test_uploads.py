@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import gzip
 import io
 import os
+import shutil
+import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -10,7 +15,16 @@ from hypothesis import strategies as st
 from starlette.datastructures import FormData, UploadFile
 
 from tmca.server.problems import InvalidRequestError, UnsupportedTypeError
-from tmca.server.uploads import distinct_names, files_of, safe_name, suffix_of, texts_of, truth, value_of
+from tmca.server.uploads import (
+    distinct_names,
+    files_of,
+    remove_old_files,
+    safe_name,
+    suffix_of,
+    texts_of,
+    truth,
+    value_of,
+)
 
 NIFTI = b"\x5c\x01\x00\x00" + bytes(400)
 
@@ -121,3 +135,24 @@ def test_fields_are_read_or_explained():
 )
 def test_no_file_gets_the_name_of_another_one(sent: list[str], names: list[str]):
     assert distinct_names(sent) == names
+
+
+def test_files_are_removed_before_they_are_too_old(tmp_path: Path):
+    old, new = tmp_path / "page" / "hash" / "old.png", tmp_path / "page" / "tmp-interrupted"
+    old.parent.mkdir(parents=True)
+    for path in (old, new):
+        path.write_bytes(b"x")
+    os.utime(old, (time.time() - 95, time.time() - 95))
+
+    async def clean() -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(remove_old_files(tmp_path / "page", 100.0, every=10.0), 0.5)
+
+    asyncio.run(clean())
+    assert not old.exists()
+    assert new.exists()
+    os.utime(new, (0, 0))
+    asyncio.run(clean())
+    assert not new.exists()
+    shutil.rmtree(tmp_path / "page")
+    asyncio.run(clean())

@@ -29,12 +29,15 @@ from tmca.server.messages import WorkerSettings
 from tmca.server.problems import InvalidRequestError, RemoteError, problem
 from tmca.server.service import Service
 from tmca.server.settings import ServerSettings, read_keys
+from tmca.server.uploads import remove_old_files
 
 __all__ = ["ServerSettings", "WorkerSettings", "create_app", "read_keys", "serve"]
 
 CODES = {404: "not_found", 405: "method_not_allowed"}
 KEEP_ALIVE_SECONDS = 15
 """How long a connection may stay open without a request."""
+PAGE_SECONDS = 3600.0
+"""How long the page's images are kept, at most."""
 OPEN_FILES = 65_536
 """Files that may be open: each larger image of a job is one while the job arrives."""
 
@@ -46,11 +49,15 @@ def create_app(settings: ServerSettings) -> FastAPI:
         StorageError: The folder for jobs cannot be written, or is another server's.
     """
     service = Service(settings)
+    uploads = service.temporary / "page"
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await service.start()
+        # Gradio forgets those whose sender left before they were complete.
+        cleaning = asyncio.create_task(remove_old_files(uploads, PAGE_SECONDS))
         yield
+        cleaning.cancel()
         await service.stop()
 
     app: FastAPI = FastAPIOffline(
@@ -71,7 +78,7 @@ def create_app(settings: ServerSettings) -> FastAPI:
     if settings.page:
         from tmca.server.page import mount_page
 
-        app = mount_page(app, service.engine, settings, service.temporary)
+        app = mount_page(app, service.engine, settings, uploads)
     app.add_middleware(Guard, settings=settings, observe=service.metrics.observe)
     return app
 

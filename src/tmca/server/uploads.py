@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import hashlib
 import itertools
@@ -10,6 +11,7 @@ import re
 import secrets
 import shutil
 import tempfile
+import time
 import unicodedata
 import zlib
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
@@ -321,6 +323,20 @@ def new_folder(parent: Path) -> Path:
 def remove_folder(folder: Path) -> None:
     """Remove a folder and what is in it, if it is there."""
     shutil.rmtree(folder, ignore_errors=True)
+
+
+async def remove_old_files(folder: Path, seconds: float, every: float = 60.0) -> None:
+    """Remove files from a folder, for as long as this runs, before they are older than ``seconds``."""
+    while True:
+        await asyncio.to_thread(_remove_older, folder, seconds - every)
+        await asyncio.sleep(every)
+
+
+def _remove_older(folder: Path, seconds: float) -> None:
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            if path.is_file() and time.time() - path.stat().st_mtime > seconds:
+                path.unlink()
 
 
 def _not_stored(path: Path, error: OSError) -> TMCAError:

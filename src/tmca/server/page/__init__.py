@@ -34,10 +34,9 @@ def mount_page(app: FastAPI, engine: Engine, settings: ServerSettings, folder: P
         app: The server's application.
         engine: Answers what the page asks.
         settings: Limits.
-        folder: For what is uploaded, until an hour after; removed when the server ends.
+        folder: For what is uploaded; removed when the server ends, and its files after an hour.
     """
-    uploads = folder / "page"
-    os.environ["GRADIO_TEMP_DIR"] = str(uploads)
+    os.environ["GRADIO_TEMP_DIR"] = str(folder)
     page = build_page(engine, settings)
     page.has_launched = True  # else Gradio does not ask whether a file was uploaded
     routes = list(app.routes)
@@ -66,5 +65,5 @@ def mount_page(app: FastAPI, engine: Engine, settings: ServerSettings, folder: P
     )
     route = app.routes[-1]
     if isinstance(route, Mount):
-        route.app = LocalOnly(route.app, uploads, routes, app.state.stopping)
+        route.app = LocalOnly(route.app, folder, routes, app.state.stopping)
     return app

@@ -75,7 +75,7 @@ def examples_for(models: dict[str, str]) -> tuple[str, ...]:
 def build_page(engine: Asks, settings: ServerSettings) -> gr.Blocks:
     """Return the page of a server."""
     page: gr.Blocks
-    with gr.Blocks(title="tmca", analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)) as page:
+    with gr.Blocks(title="tmca", analytics_enabled=False, fill_width=True) as page:
         _Page(engine, settings).wire()
     page.state_session_capacity = 200
     return page
