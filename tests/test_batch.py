@@ -224,6 +224,9 @@ def test_a_journal_that_was_cut_off_is_read_to_there(
     (out / "journal.jsonl").write_text(lines[: len(lines) - 40], "utf-8")
     assert predict_batch(predictor, jobs[:2], out).resumed == 1
     assert len(computed) == 3
+    content = (out / "journal.jsonl").read_text("utf-8")
+    assert content.startswith(lines[: len(lines) - 40] + "\n{")  # nothing is glued to what was cut off
+    assert predict_batch(predictor, jobs[:2], out).resumed == 2
 
 
 @pytest.mark.parametrize(

@@ -200,8 +200,10 @@ class Journal:
     def _append(self, entry: dict[str, Any]) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(entry | {"at": time.time_ns()}) + "\n")
+            with self.path.open("a+b") as stream:
+                stream.seek(max(0, stream.tell() - 1))
+                begin = b"\n" if stream.read(1) not in (b"", b"\n") else b""  # behind a line that was cut off
+                stream.write(begin + json.dumps(entry | {"at": time.time_ns()}).encode() + b"\n")
         except OSError as error:
             raise storage_error(self.path, error) from error
 

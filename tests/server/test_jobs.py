@@ -1,25 +1,50 @@
 from __future__ import annotations
 
+import asyncio
+import errno
 import io
 import json
+import shutil
 import sqlite3
+import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from serving import BOTTOM, IMAGE, KEY, LEFT, wait_until
+from serving import BOTTOM, IMAGE, KEY, LEFT, MODEL, wait_until
 from starlette.testclient import TestClient
 
+from tmca.batch import BatchOptions, predict_batch
 from tmca.errors import StorageError
 from tmca.files import replace_file, replace_folder
+from tmca.inference import Predictor
+from tmca.jobs import make_jobs
 from tmca.server import ServerSettings, create_app
-from tmca.server.jobs import CANCELLED, DONE, FAILED, MOST_ATTEMPTS, QUEUED, RUNNING, JobRequest, JobState, JobStore
+from tmca.server.engine import Engine
+from tmca.server.jobs import (
+    CANCELLED,
+    DONE,
+    FAILED,
+    MOST_ATTEMPTS,
+    QUEUED,
+    RESERVE,
+    RESERVE_BYTES,
+    RUNNING,
+    JobRequest,
+    JobRunner,
+    JobState,
+    JobStore,
+)
+from tmca.server.messages import Answered, Failure, FromWorker, Work, WorkerSettings
 from tmca.server.problems import BusyError, ConflictError, NotFoundError
-from tmca.server.uploads import SentNames
+from tmca.server.service import Service
+from tmca.server.uploads import SentNames, remove_folder
+from tmca.server.worker import Worker
 
 REQUEST = JobRequest("small", ("a.png", "b.png"), prompt="John Smith's polyp", types=("png",))
 
@@ -227,6 +252,306 @@ def test_a_full_disk_is_explained_and_nothing_is_half_accepted(store: JobStore, 
     assert store.counts()[QUEUED] == 0
 
 
+class _FullDisk:
+    """A database on a disk that is full as long as the reserve, or a job's folder, is there."""
+
+    def __init__(self, store: JobStore, *, until: Callable[[], bool] | None = None) -> None:
+        self.database = store._database
+        self.has_room = until or (lambda: not (store.folder / RESERVE).exists())
+
+    def execute(self, query: str, values: Any = ()) -> Any:
+        if query.startswith(("INSERT", "UPDATE", "DELETE")) and not self.has_room():
+            raise sqlite3.OperationalError("database or disk is full")
+        return self.database.execute(query, values)
+
+    def close(self) -> None:
+        self.database.close()
+
+
+def _fill(store: JobStore, monkeypatch: pytest.MonkeyPatch, *, until: Callable[[], bool] | None = None) -> None:
+    assert (store.folder / RESERVE).exists()
+    monkeypatch.setattr(store, "_database", _FullDisk(store, until=until))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(total=2**30, free=0))
+
+
+def test_a_reserve_is_kept_and_is_really_there(store: JobStore):
+    status = (store.folder / RESERVE).stat()
+    assert status.st_size == RESERVE_BYTES
+    assert status.st_blocks * 512 >= RESERVE_BYTES
+
+
+def test_the_end_of_a_job_is_noted_on_a_full_disk(store: JobStore, monkeypatch: pytest.MonkeyPatch):
+    job = _add(store)
+    store.next()
+    _fill(store, monkeypatch)
+    store.finish(job.id, DONE, {"cases_done": 2})
+    monkeypatch.undo()
+    assert store._rows("SELECT status FROM jobs WHERE id = ?", job.id)[0]["status"] == DONE
+    assert not (store.folder / RESERVE).exists()
+    store.remove_old(3600.0)
+    assert (store.folder / RESERVE).stat().st_size == RESERVE_BYTES
+
+
+def test_a_job_is_removed_on_a_full_disk(store: JobStore, monkeypatch: pytest.MonkeyPatch):
+    job = _add(store)
+    store.finish(job.id, DONE, {})
+    _fill(store, monkeypatch)
+    store.remove(job.id)
+    with pytest.raises(NotFoundError):
+        store.get(job.id)
+
+
+def test_the_files_of_a_job_make_room_for_its_removal(store: JobStore, monkeypatch: pytest.MonkeyPatch):
+    job = _add(store)
+    store.finish(job.id, DONE, {})
+    _fill(store, monkeypatch, until=lambda: not store.path(job.id).exists())
+    store.remove(job.id)
+    with pytest.raises(NotFoundError):
+        store.get(job.id)
+    assert list(store.folders.iterdir()) == []
+
+
+def test_the_files_of_a_job_go_even_where_its_row_must_stay(store: JobStore, monkeypatch: pytest.MonkeyPatch):
+    job = _add(store)
+    store.finish(job.id, DONE, {"cases_done": 2})
+    _fill(store, monkeypatch, until=lambda: False)
+    with pytest.raises(StorageError, match="full"):
+        store.remove(job.id)
+    assert not store.path(job.id).exists()
+    assert store.get(job.id).as_dict(store.done(job.id))["cases_done"] == 2
+    with pytest.raises(NotFoundError):
+        store.result(job.id)
+    monkeypatch.undo()
+    store.remove_old(3600.0)
+    with pytest.raises(NotFoundError):
+        store.get(job.id)
+
+
+def test_a_removal_that_was_interrupted_is_finished_by_the_next_server(store: JobStore):
+    done, waiting, half = _add(store), _add(store), _add(store)
+    for job in (done, half):
+        store.finish(job.id, DONE, {})
+    remove_folder(store.path(done.id))
+    store.path(half.id).rename(store.folders / f"{half.id}.removed")
+    remove_folder(store.path(waiting.id))  # that was nobody of us
+    store.recover()
+    assert (store.counts()[DONE], list(store.folders.iterdir())) == (0, [])
+    assert store.get(waiting.id).outcome["error"]["code"] == "files_missing"
+
+
+def test_a_killed_servers_jobs_are_taken_up_on_a_full_disk(store: JobStore, monkeypatch: pytest.MonkeyPatch):
+    job = _add(store)
+    store.next()
+    _fill(store, monkeypatch)
+    store.recover()
+    assert store.get(job.id).status == QUEUED
+
+
+def test_a_server_starts_whose_jobs_cannot_be_taken_up_yet(store: JobStore, monkeypatch: pytest.MonkeyPatch):
+    job = _add(store)
+    store.next()
+    _fill(store, monkeypatch, until=lambda: False)
+    store.recover()
+    with pytest.raises(StorageError):
+        store.next()
+    monkeypatch.undo()
+    assert getattr(store.next(), "id", None) == job.id
+
+
+def test_a_database_is_opened_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    JobStore(tmp_path).close()
+    assert (tmp_path / RESERVE).exists()
+    connect = sqlite3.connect
+
+    def full(*arguments: Any, **options: Any) -> sqlite3.Connection:
+        if (tmp_path / RESERVE).exists():
+            raise sqlite3.OperationalError("database or disk is full")
+        return connect(*arguments, **options)
+
+    monkeypatch.setattr("sqlite3.connect", full)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(total=2**30, free=0))
+    JobStore(tmp_path).close()
+
+
+def test_a_server_has_its_temporary_folder_on_a_full_disk(
+    make_settings: Callable[..., ServerSettings], monkeypatch: pytest.MonkeyPatch
+):
+    settings = make_settings()
+    JobStore(settings.data).close()
+    assert (settings.data / RESERVE).exists()
+    make = tempfile.mkdtemp
+
+    def full(**options: Any) -> str:
+        if (settings.data / RESERVE).exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return make(**options)
+
+    monkeypatch.setattr("tempfile.mkdtemp", full)
+    service = Service(settings)
+    service.store.close()
+    assert service.temporary.is_dir()
+    remove_folder(service.temporary)
+
+
+def test_nothing_is_begun_on_a_full_disk(store: JobStore, monkeypatch: pytest.MonkeyPatch):
+    job = _add(store)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(total=2**30, free=0))
+        with pytest.raises(StorageError, match="No space left"):
+            store.next()
+    assert getattr(store.next(), "id", None) == job.id
+
+
+def test_an_end_that_cannot_be_noted_is_told_and_noted_later(store: JobStore, monkeypatch: pytest.MonkeyPatch):
+    job = _add(store)
+    store.next()
+    _fill(store, monkeypatch, until=lambda: False)
+    store.finish(job.id, CANCELLED, {})
+    store.finish(job.id, DONE, {"cases_done": 2})
+    assert store.get(job.id).status == CANCELLED
+    monkeypatch.undo()
+    assert store.next() is None
+    assert store._rows("SELECT status FROM jobs WHERE id = ?", job.id)[0]["status"] == CANCELLED
+
+
+class _Stuck(Engine):
+    """An engine whose jobs end by being cancelled, or when the disk is full."""
+
+    def __init__(self) -> None:
+        super().__init__(WorkerSettings({}))
+        self.full = asyncio.Event()
+        self.ended = False
+
+    async def work(self, job: Work) -> Any:
+        try:
+            await self.full.wait()
+            raise StorageError(f"Cannot write {job.folder}", hint="the disk is full")
+        finally:
+            self.ended = True
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+def test_a_running_job_is_cancelled_though_that_cannot_be_noted(store: JobStore, monkeypatch: pytest.MonkeyPatch):
+    async def cancelled() -> None:
+        engine = _Stuck()
+        runner = JobRunner(store, engine, 1.0)
+        job = _add(store)
+        runner.start()
+        await _until(lambda: runner._running is not None)
+        _fill(store, monkeypatch, until=lambda: False)
+        assert (await runner.cancel(job.id)).status == CANCELLED
+        await _until(lambda: engine.ended)
+        with pytest.raises(StorageError):
+            store.remove(job.id)
+        assert not store.path(job.id).exists()
+        await runner.stop()
+        monkeypatch.undo()
+
+    asyncio.run(cancelled())
+
+
+def test_old_jobs_are_removed_while_an_end_cannot_be_noted(store: JobStore, monkeypatch: pytest.MonkeyPatch):
+    async def freed() -> None:
+        old, job = _add(store), _add(store)
+        store.finish(old.id, DONE, {})
+        engine = _Stuck()
+        runner = JobRunner(store, engine, 1.0)
+        runner.start()
+        await _until(lambda: runner._running is not None)
+        _fill(store, monkeypatch, until=lambda: not store.path(old.id).exists())
+        engine.full.set()
+        await _until(lambda: store.get(job.id).status == FAILED)
+        assert store.path(old.id).exists()
+        runner.keep_hours = 0.0
+        runner.wake()
+        await _until(lambda: not store.path(old.id).exists())
+        await runner.stop()
+        monkeypatch.undo()
+
+    asyncio.run(freed())
+
+
+# --- a job that was begun before ---
+
+
+class _Half:
+    """A job of four images in a store, and who works on it."""
+
+    def __init__(self, store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.store = store
+        self.request = JobRequest("small", tuple(f"{number}.png" for number in range(4)), prompt=LEFT)
+        self.id = store.new_id()
+        inputs = store.make_folder(self.id)
+        for name in self.request.images:
+            shutil.copy(IMAGE, inputs / name)
+        store.add(self.id, self.request, 4, None, 10)
+        self.work = self.request.work(self.id, store.path(self.id))
+        self.monkeypatch = monkeypatch
+
+    def begin(self, count: int, *, model: str = "", version: str = "") -> None:
+        """Do the first few images with another model or version, and be killed."""
+        predictor = Predictor.from_pretrained(str(MODEL), "cpu")
+        if model:
+            other = predictor.provenance() | {"preset": model}
+            self.monkeypatch.setattr(predictor, "provenance", lambda: other)
+        jobs = make_jobs(self.work.images, LEFT)
+        with self.monkeypatch.context() as patch:
+            if version:
+                patch.setattr("tmca.journal.version", lambda _: version)
+            options = BatchOptions(self.work.prediction, self.work.outputs, overwrite=True)
+            predict_batch(predictor, jobs[:count], self.work.folder, options)
+
+    def end(self) -> dict[str, Any]:
+        """Do the job as the worker does it, and return its report."""
+        told: list[FromWorker] = []
+        worker = Worker(WorkerSettings({"small": str(MODEL)}, "cpu"), told.append)
+        worker.receive(self.work)
+        wait_until(lambda: any(isinstance(message, Answered | Failure) for message in told))
+        (answer,) = [message for message in told if isinstance(message, Answered | Failure)]
+        assert isinstance(answer, Answered), answer
+        assert (answer.value["cases"], answer.value["failures"]) == (4, [])
+        report: dict[str, Any] = json.loads((self.work.folder / "run_report.json").read_text())
+        return report
+
+
+@pytest.fixture
+def half(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> _Half:
+    return _Half(store, monkeypatch)
+
+
+@pytest.mark.parametrize("before", [{"model": "older"}, {"version": "0.0.1"}])
+def test_a_half_done_job_is_finished_by_another_model_or_version(half: _Half, before: dict[str, str]):
+    half.begin(3, **before)
+    report = half.end()
+    assert report["resumed"] == 0
+    assert len({case["key"] for case in report["cases"]}) == 1  # all by the same
+
+
+def test_what_the_same_model_finished_is_not_done_again(half: _Half):
+    half.begin(3)
+    assert half.end()["resumed"] == 3
+
+
+def test_a_model_that_comes_back_does_again_what_the_other_has_replaced(half: _Half):
+    half.begin(3)
+    half.begin(1, model="other")
+    report = half.end()
+    assert report["resumed"] == 2
+    assert len({case["key"] for case in report["cases"]}) == 1
+
+
+def test_what_another_model_made_of_a_job_does_not_count(half: _Half):
+    half.begin(3, model="older")
+    assert half.store.done(half.id) == 3
+    half.begin(1)
+    assert half.store.done(half.id) == 1
+
+
 # --- over HTTP ---
 
 
@@ -290,6 +615,8 @@ def test_a_sentence_goes_to_the_image_that_was_sent_under_its_name(client: TestC
         (("scan.png",), "image,text\np1/scan.png,x\np2/scan.png,y\n", "would be the same image"),
         (("a.png",), "image,text\nb.png,x\n", "no image was sent with that name"),
         (("a.png", "b.png"), "image,text\na.png,x\n", "no line for 1 of 2 images, first 'b.png'"),
+        (("a.png",), "image,sentence\na.png,x\n", "prompts has no column 'text'"),
+        (("a.png",), "image,Text\na.png,x\n", "rename 'Text' to 'text'"),
     ],
 )
 def test_a_table_that_does_not_fit_the_images_is_refused(
@@ -298,6 +625,13 @@ def test_a_table_that_does_not_fit_the_images_is_refused(
     response = _post(client, *names, prompts=[("sentences.csv", io.BytesIO(table.encode()))])
     assert response.status_code == 422
     assert words in response.text
+
+
+def test_no_mask_is_called_as_another_image_was(client: TestClient):
+    state = _finished(client, _post(client, "ward1/x.png", "ward2/x.png", "x_2.png", "P#1.png", prompt=LEFT))
+    assert state["renamed"] == {"x_3.png": "ward2/x.png", "P_1.png": "P#1.png"}
+    report = json.loads(_files(client, state)["run_report.json"])
+    assert {Path(case["image"]).name for case in report["cases"]} == {"x.png", "x_2.png", "x_3.png", "P_1.png"}
 
 
 @pytest.mark.parametrize(

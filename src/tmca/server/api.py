@@ -162,6 +162,7 @@ async def add_job(
             if has_prompts:
                 table = files_of(form, "prompts", most=1)[0]
                 prompts = await _save_prompts(table, inputs, list(zip(called, names, strict=True)))
+            renamed = {name: sent for sent, name in zip(called, names, strict=True) if Path(name).stem not in sent}
             request_ = JobRequest(
                 model=model,
                 images=tuple(names),
@@ -174,6 +175,7 @@ async def add_job(
                 types=types,
                 probabilities=probabilities,
                 target=target,
+                renamed=renamed,
             )
             sent = [(file.filename, upload.digest) for file, upload in zip(files, uploads, strict=True)]
             lines = "" if prompts is None else await asyncio.to_thread(sha256_of, inputs / prompts)

@@ -1,31 +1,38 @@
 """Long work that outlives the server: what was accepted is finished or reported failed, never lost, never done twice.
 
 A job is a row in a SQLite database and a folder with what was sent and what came out; the folders lie in ``jobs``, the
-only place where any is removed. The row is written last when a job is accepted and removed first. A job that was
-running when the server was killed runs again; the batch's own journal keeps the cases that it had finished.
+only place where any is removed. The row is written last when a job is accepted, and removed last, so that a full disk
+can be freed: a row without a folder is a job that was being removed. A job that was running when the server was killed
+runs again; the batch's own journal keeps the cases that it had finished.
+
+On a full disk nothing is begun. A reserve, a file beside the database, is given up so that ends are still noted and
+jobs removed; what cannot be noted even so is kept in memory and tried again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import json
 import logging
+import os
 import re
 import secrets
+import shutil
 import sqlite3
 import threading
 import time
 import zipfile
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from tmca.errors import StorageError, TMCAError
-from tmca.files import real_path, storage_error
+from tmca.files import real_path, replace_file, storage_error
 from tmca.outputs import OutputOptions
 from tmca.prediction import PredictionOptions
 from tmca.server.engine import Engine
@@ -38,8 +45,13 @@ FINISHED = (DONE, FAILED, CANCELLED)
 MOST_ATTEMPTS = 5
 """How often a job is begun: so many killed servers are no accident."""
 FOLDERS, INPUT, OUTPUT, RESULT = "jobs", "input", "output", "result.zip"
+DATABASE, RESERVE, REMOVED = "jobs.sqlite", "jobs.reserve", ".removed"
+RESERVE_BYTES = 2**18
+"""Enough to open the database and to note a few ends."""
 LEFT_BEHIND = ".tmp-*"
 """How :mod:`tmca.files` calls what is not written to the end; a killed worker leaves some."""
+
+Value = TypeVar("Value")
 
 log = logging.getLogger("tmca.server")
 
@@ -70,6 +82,7 @@ class JobRequest:
         probabilities: Also write probability maps.
         target: What is segmented, for DICOM.
         fingerprint: Hash of all that was sent, and of who sent it; blank of jobs of earlier versions.
+        renamed: Name here → name that was sent, of the images that could not keep theirs.
     """
 
     model: str
@@ -84,6 +97,7 @@ class JobRequest:
     probabilities: bool = False
     target: str = ""
     fingerprint: str = ""
+    renamed: dict[str, str] = field(default_factory=dict)
 
     def work(self, id_: str, folder: Path) -> Work:
         """Return what the worker is told.
@@ -143,9 +157,19 @@ class JobState:
             "created": _time(self.created),
             "started": _time(self.started),
             "finished": _time(self.finished),
+            "renamed": self.request.renamed,
             **self.outcome,
             "links": {name: f"/v1/jobs/{self.id}{path}" for name, path in _LINKS.items()},
         }
+
+
+@dataclass(frozen=True)
+class _End:
+    """How a job ended: what a row is told."""
+
+    status: str
+    finished: float
+    outcome: str
 
 
 _LINKS = {"self": "", "result": "/result", "cancel": "/cancel"}
@@ -169,6 +193,9 @@ class JobStore:
         self.folder = real_path(folder)
         self.folders = self.folder / FOLDERS
         self._removed: dict[str, float] = {}
+        self._ends: dict[str, _End] = {}
+        self._interrupted: set[str] = set()
+        self._reserve = self.folder / RESERVE
         self._lock = threading.Lock()
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -177,20 +204,58 @@ class JobStore:
             raise storage_error(self.folder, error) from error
         self._alone = self._claim()
         try:
-            self._database = sqlite3.connect(self.folder / "jobs.sqlite", check_same_thread=False, isolation_level=None)
-            self._database.row_factory = sqlite3.Row
-            self._database.execute("PRAGMA journal_mode = WAL")
-            self._database.execute("PRAGMA synchronous = FULL")
-            self._database.execute(_SCHEMA)
-        except sqlite3.Error as error:
+            self._database = self.at_any_rate(self._opened)
+        except StorageError:
             self._alone.close()
-            raise storage_error(self.folder / "jobs.sqlite", OSError(str(error))) from error
+            raise
+        self._has_room()
+
+    def _opened(self) -> sqlite3.Connection:
+        with contextlib.ExitStack() as stack, self._writing():
+            database = sqlite3.connect(self.folder / DATABASE, check_same_thread=False, isolation_level=None)
+            stack.callback(database.close)
+            database.row_factory = sqlite3.Row
+            database.execute("PRAGMA journal_mode = WAL")
+            database.execute("PRAGMA synchronous = FULL")
+            database.execute(_SCHEMA)
+            stack.pop_all()
+        return database
 
     def close(self) -> None:
         """Close the database, and let another server have the folder."""
+        with contextlib.suppress(StorageError):
+            self._note_ends()
         with self._lock:
             self._database.close()
             self._alone.close()
+
+    def at_any_rate(self, write: Callable[[], Value]) -> Value:
+        """Write a little that must be written; where there is no room, that of the reserve is given up for it.
+
+        Raises:
+            StorageError: It cannot be written all the same.
+        """
+        try:
+            return write()
+        except StorageError:  # SQLite has several ways to say that the disk is full
+            if not self._reserve.exists():
+                raise
+            with contextlib.suppress(OSError):
+                self._reserve.unlink()
+        return write()
+
+    def _has_room(self) -> bool:
+        """Return whether the disk is not full; then there is a reserve, made again if it was given up."""
+        try:
+            disk = shutil.disk_usage(self.folder)
+            if disk.total and disk.free < 2 * RESERVE_BYTES:  # a total of 0: the file system does not say
+                return False
+            if not self._reserve.exists():
+                with replace_file(self._reserve) as file:
+                    file.write_bytes(os.urandom(RESERVE_BYTES))  # no file system packs this
+        except (OSError, StorageError):
+            return False
+        return True
 
     def _claim(self) -> IO[str]:
         path = self.folder / "lock"
@@ -213,23 +278,44 @@ class JobStore:
         Raises:
             StorageError: The folder cannot be written.
         """
-        for row in self._rows("SELECT id, attempts FROM jobs WHERE status = ?", RUNNING):
-            if row["attempts"] >= MOST_ATTEMPTS:
-                message = f"The server was killed {row['attempts']} times while it did this job"
-                self.finish(row["id"], FAILED, {"error": {"code": "interrupted", "message": message, "hint": ""}})
-            else:
-                self._execute("UPDATE jobs SET status = ? WHERE id = ?", QUEUED, row["id"])
-        known = {row["id"] for row in self._rows("SELECT id FROM jobs")}
-        for id_ in known:
-            before = self.folder / id_  # where earlier versions kept it
-            if before.is_dir():
-                try:
-                    before.rename(self.path(id_))
-                except OSError as error:
-                    raise storage_error(before, error) from error
-        for path in self.folders.iterdir():
-            if path.is_dir() and _ID.fullmatch(path.name) and path.name not in known:
+        jobs = {row["id"]: row for row in self._rows("SELECT id, status, attempts FROM jobs")}
+        for id_ in jobs:
+            self._move_from(self.folder / id_)
+        for path in self.folders.iterdir():  # first: what follows may need the room
+            if path.is_dir() and _ID.fullmatch(path.name.removesuffix(REMOVED)) and path.name not in jobs:
                 remove_folder(path)
+        for id_, row in jobs.items():
+            if not self.path(id_).is_dir():
+                self._recover_without_files(id_, row["status"])
+            elif row["status"] == RUNNING and row["attempts"] >= MOST_ATTEMPTS:
+                self._fail(id_, "interrupted", f"The server was killed {row['attempts']} times while it did this job")
+            elif row["status"] == RUNNING:
+                self._interrupted.add(id_)
+        try:
+            self._queue_interrupted()
+        except StorageError as error:
+            log.error("interrupted jobs wait: %s", error.code)
+
+    def _move_from(self, before: Path) -> None:
+        """Move a job's folder from where earlier versions kept it."""
+        if before.is_dir():
+            try:
+                before.rename(self.path(before.name))
+            except OSError as error:
+                raise storage_error(before, error) from error
+
+    def _recover_without_files(self, id_: str, status: str) -> None:
+        """Remove the row of a job whose files were removed; report one whose files somebody else has taken."""
+        if status not in FINISHED:
+            self._fail(id_, "files_missing", "The files of this job are not there any more")
+            return
+        with contextlib.suppress(StorageError):
+            self._remove_row(id_)
+
+    def _queue_interrupted(self) -> None:
+        for id_ in list(self._interrupted):
+            self._execute_at_any_rate("UPDATE jobs SET status = ? WHERE id = ? AND status = ?", QUEUED, id_, RUNNING)
+            self._interrupted.discard(id_)
 
     def path(self, id_: str) -> Path:
         """Return the folder of a job."""
@@ -294,13 +380,24 @@ class JobStore:
         rows = self._rows("SELECT * FROM jobs WHERE id = ?", id_)
         if not rows:
             raise NotFoundError("There is no such job", hint="finished jobs are removed after a while")
-        return _state(rows[0])
+        state, end = _state(rows[0]), self._ends.get(id_)
+        if end is None or state.finished is not None:
+            return state
+        return replace(state, status=end.status, finished=end.finished, outcome=json.loads(end.outcome))
 
     def next(self) -> JobState | None:
-        """Return the job that has waited longest, now running; ``None`` if none waits."""
+        """Return the job that has waited longest, now running; ``None`` if none waits.
+
+        Raises:
+            StorageError: The disk is full.
+        """
+        self._note_ends()
+        self._queue_interrupted()
         rows = self._rows("SELECT id FROM jobs WHERE status = ? ORDER BY created LIMIT 1", QUEUED)
         if not rows:
             return None
+        if not self._has_room():
+            raise storage_error(self._reserve, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
         self._execute(
             "UPDATE jobs SET status = ?, attempts = attempts + 1, started = ? WHERE id = ? AND status = ?",
             RUNNING,
@@ -313,43 +410,70 @@ class JobStore:
 
     def put_back(self, id_: str) -> None:
         """Let a running job wait again: the server stops, and this was no attempt of its own."""
-        self._execute(
+        self._execute_at_any_rate(
             "UPDATE jobs SET status = ?, attempts = attempts - 1 WHERE id = ? AND status = ?", QUEUED, id_, RUNNING
         )
 
     def finish(self, id_: str, status: str, outcome: dict[str, Any]) -> None:
-        """Note what became of a job, unless it has ended already."""
-        self._execute(
-            "UPDATE jobs SET status = ?, finished = ?, outcome = ? WHERE id = ? AND finished IS NULL",
-            status,
-            time.time(),
-            json.dumps(outcome),
-            id_,
-        )
+        """Note what became of a job, unless it has ended already; what cannot be written yet is so before the next."""
+        self._ends.setdefault(id_, _End(status, time.time(), json.dumps(outcome)))
+        try:
+            self._note_ends()
+        except StorageError as error:
+            log.error("the end of a job cannot be noted yet: %s", error.code)
+
+    def _note_ends(self) -> None:
+        for id_, end in list(self._ends.items()):
+            self._execute_at_any_rate(
+                "UPDATE jobs SET status = ?, finished = ?, outcome = ? WHERE id = ? AND finished IS NULL",
+                end.status,
+                end.finished,
+                end.outcome,
+                id_,
+            )
+            self._ends.pop(id_, None)
+
+    def _fail(self, id_: str, code: str, message: str) -> None:
+        self.finish(id_, FAILED, {"error": {"code": code, "message": message, "hint": ""}})
 
     def remove(self, id_: str) -> None:
-        """Forget a finished job and delete its files.
+        """Delete a finished job's files and forget it; the files are gone even where it cannot be forgotten yet.
 
         Raises:
             NotFoundError: There is none of that id.
             ConflictError: It is not finished.
+            StorageError: It cannot be forgotten yet.
         """
         if self.get(id_).status not in FINISHED:
             raise ConflictError("The job is not finished", hint="cancel it first")
-        self._execute("DELETE FROM jobs WHERE id = ?", id_)
-        remove_folder(self.path(id_))
+        self._remove_files(id_)
         self._removed[id_] = time.time()
+        self._remove_row(id_)
+
+    def _remove_files(self, id_: str) -> None:
+        aside = self.folders / f"{id_}{REMOVED}"
+        with contextlib.suppress(OSError):  # in one step: nobody gets half a result
+            self.path(id_).rename(aside)
+        remove_folder(aside)
+        remove_folder(self.path(id_))
+
+    def _remove_row(self, id_: str) -> None:
+        self._execute_at_any_rate("DELETE FROM jobs WHERE id = ?", id_)
+        self._ends.pop(id_, None)
 
     def remove_old(self, seconds: float) -> None:
         """Forget jobs that finished so long ago; delete what a late worker wrote for a job that was removed."""
         for id_, when in list(self._removed.items()):
-            remove_folder(self.path(id_))
+            self._remove_files(id_)
+            with contextlib.suppress(StorageError):
+                self._remove_row(id_)  # where that could not be written before
             if time.time() - when > LATEST_WRITE:
                 self._removed.pop(id_, None)
         rows = self._rows("SELECT id FROM jobs WHERE finished < ?", time.time() - seconds)
         for row in rows:
             with contextlib.suppress(TMCAError):
                 self.remove(row["id"])
+        self._has_room()
 
     def counts(self) -> dict[str, int]:
         """Return how many jobs there are in each state."""
@@ -359,23 +483,33 @@ class JobStore:
         return {status: found.get(status, 0) for status in (QUEUED, RUNNING, *FINISHED)}
 
     def done(self, id_: str) -> int:
-        """Return how many cases of a job are finished, from the batch's journal."""
+        """Return how many cases of a job are finished, and by the model that does it now, from the batch's journal."""
         try:
             lines = (self.path(id_) / OUTPUT / "journal.jsonl").read_text("utf-8", errors="replace").splitlines()
         except OSError:
             return 0
-        return len({line.partition('"name": ')[2].partition(",")[0] for line in lines if '"outputs": ' in line})
+        latest, finished = "", dict[str, str]()
+        for line in lines:
+            name = line.partition('"name": ')[2].partition(",")[0]
+            made_by = line.partition('"settings": ')[2].partition(', "at"')[0]
+            if name and line.endswith("}"):  # whole, and of a case
+                latest = made_by
+                finished[name] = made_by if '"outputs": ' in line else ""
+        return sum(bool(made_by) and made_by == latest for made_by in finished.values())
 
     def result(self, id_: str) -> Path:
         """Return the archive of a job's results, which is made when it is first asked for.
 
         Raises:
             ConflictError: There are none.
+            NotFoundError: They are removed.
             StorageError: It cannot be written.
         """
         state = self.get(id_)
         if state.status != DONE:
             raise ConflictError(f"The job is {state.status}", hint="results are there when it is done")
+        if not self.path(id_).is_dir():
+            raise NotFoundError("The job's files were removed", hint="finished jobs are removed after a while")
         path = self.path(id_) / RESULT
         if path.exists():
             return path
@@ -401,19 +535,22 @@ class JobStore:
         return path
 
     def _rows(self, query: str, *values: object) -> list[sqlite3.Row]:
-        with self._lock:
+        with self._lock, self._writing():
             return self._database.execute(query, values).fetchall()
 
     def _execute(self, query: str, *values: object) -> None:
         with self._lock, self._writing():
             self._database.execute(query, values)
 
+    def _execute_at_any_rate(self, query: str, *values: object) -> None:
+        self.at_any_rate(lambda: self._execute(query, *values))
+
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         try:
             yield
         except sqlite3.Error as error:
-            raise storage_error(self.folder / "jobs.sqlite", OSError(str(error))) from error
+            raise storage_error(self.folder / DATABASE, OSError(str(error))) from error
 
 
 class JobRunner:
@@ -449,7 +586,7 @@ class JobRunner:
         self._arrived.set()
 
     async def cancel(self, id_: str) -> JobState:
-        """End a job, if it has not ended.
+        """End a job, if it has not ended; what runs is ended even where that cannot be noted yet.
 
         Raises:
             NotFoundError: There is none of that id.
@@ -465,7 +602,7 @@ class JobRunner:
             try:
                 await asyncio.to_thread(self.store.remove_old, 3600 * self.keep_hours)
                 job = await asyncio.to_thread(self.store.next)
-            except TMCAError as error:  # the disk is full: nothing is begun, and nothing is lost
+            except TMCAError as error:  # the disk is full: nothing is begun, nothing is lost, what is old goes
                 log.error("jobs wait: %s", error.code)
                 job = None
             if job is None:
@@ -482,18 +619,13 @@ class JobRunner:
         except asyncio.CancelledError:
             this = asyncio.current_task()
             if this is not None and this.cancelling():  # the server stops
-                self.store.put_back(job.id)
+                with contextlib.suppress(TMCAError):  # it is put back at the next start
+                    self.store.put_back(job.id)
                 raise
             return  # the job was cancelled
         finally:
             self._running = None
-        while True:
-            try:
-                await asyncio.to_thread(self.store.finish, job.id, status, outcome)
-                return
-            except TMCAError as error:
-                log.error("the end of a job cannot be noted yet: %s", error.code)
-                await asyncio.sleep(5)
+        await asyncio.to_thread(self.store.finish, job.id, status, outcome)
 
     async def _outcome(self, job: JobState) -> tuple[str, dict[str, Any]]:
         folder = self.store.path(job.id)

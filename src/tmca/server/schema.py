@@ -155,6 +155,7 @@ _JOB = {
         "images": {"type": "integer"},
         "cases_done": {"type": "integer"},
         "created": {"type": "string", "format": "date-time"},
+        "renamed": {"type": "object", "additionalProperties": {"type": "string"}},
         "failures": {"type": "array", "items": {"type": "object"}},
         "skipped": {"type": "array", "items": {"type": "object"}},
         "error": {"type": "object"},

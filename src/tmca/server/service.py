@@ -45,7 +45,7 @@ class Service:
         self.store = JobStore(settings.data)
         self.runner = JobRunner(self.store, self.engine, settings.keep_hours)
         self._started = False
-        self.temporary = _temporary_folder(settings.data)
+        self.temporary = self.store.at_any_rate(lambda: _temporary_folder(settings.data))
         """For what is sent, until it is answered."""
 
     async def start(self) -> None:
@@ -119,8 +119,12 @@ def _temporary_folder(data: Path) -> Path:
         if left is not None and left.name.startswith(TEMPORARY_PREFIX):
             remove_folder(left)
         folder = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX))
+    except OSError as error:
+        raise storage_error(note, error) from error
+    try:
         note.write_text(str(folder), "utf-8")
     except OSError as error:
+        remove_folder(folder)
         raise storage_error(note, error) from error
     return folder
 

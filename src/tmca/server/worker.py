@@ -32,6 +32,7 @@ from tmca.imaging.overlay import draw_overlay
 from tmca.imaging.reading import join_frame, read_frames
 from tmca.inference import EncodedImage, ImageSource, Predictor, Question
 from tmca.jobs import Job, make_jobs, read_jobs
+from tmca.journal import Journal
 from tmca.outputs import SEGMENTATION, CaseWriter, OutputOptions
 from tmca.prediction import Prediction
 from tmca.progress import set_quiet
@@ -453,8 +454,10 @@ class Worker:
     def _work(self, work: Work) -> None:
         try:
             predictor = _PatientPredictor(self._model(work.model).predictor, self.turns, self._jobs[work.id])
-            options = BatchOptions(work.prediction, work.outputs)
-            report = predict_batch(predictor, _jobs_of(work), work.folder, options)
+            jobs, options = _jobs_of(work), BatchOptions(work.prediction, work.outputs)
+            # The folder is the job's own: what another model or version made of it is made again, the rest stays.
+            Journal(work.folder, work.prediction, work.outputs, predictor.provenance(), "").replace_all(jobs)
+            report = predict_batch(predictor, jobs, work.folder, options)
             value = {"cases": len(report.cases), "failures": report.failures, "skipped": report.skipped}
             self.send(Answered(work.id, value))
         finally:
