@@ -26,7 +26,7 @@ from tmca.inference import Predictor
 from tmca.jobs import make_jobs
 from tmca.server import ServerSettings, create_app
 from tmca.server.engine import Engine
-from tmca.server.jobs import (
+from tmca.server.job_store import (
     CANCELLED,
     DONE,
     FAILED,
@@ -36,10 +36,10 @@ from tmca.server.jobs import (
     RESERVE_BYTES,
     RUNNING,
     JobRequest,
-    JobRunner,
     JobState,
     JobStore,
 )
+from tmca.server.jobs import JobRunner
 from tmca.server.messages import Answered, Failure, FromWorker, Work, WorkerSettings
 from tmca.server.problems import BusyError, ConflictError, NotFoundError
 from tmca.server.service import Service

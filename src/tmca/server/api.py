@@ -20,7 +20,7 @@ from tmca.outputs import OUTPUT_TYPES, OutputOptions
 from tmca.prediction import ALL_EFFECTS, PredictionOptions
 from tmca.reports.prompt import check_report, grammar_of_report, prompt_from_report
 from tmca.server import schema
-from tmca.server.jobs import JobRequest, JobState
+from tmca.server.job_store import JobRequest, JobState
 from tmca.server.messages import Ask, Form
 from tmca.server.problems import InvalidRequestError, NotAcceptableError
 from tmca.server.service import Service
@@ -257,7 +257,9 @@ def prediction_options(form: Any) -> PredictionOptions:  # noqa: ANN401
 
 def _fingerprint(client: str, request: JobRequest, images: Sequence[tuple[str | None, str]], table: str) -> str:
     """Return a hash of a request and of who sent it: its images by name and hash, its table of sentences by hash."""
-    return hashlib.sha256(json.dumps([client, asdict(request), images, table]).encode()).hexdigest()
+    asked = asdict(request)
+    del asked["renamed"]  # which follows from the images
+    return hashlib.sha256(json.dumps([client, asked, images, table]).encode()).hexdigest()
 
 
 def _told(service: Service, state: JobState, status: int) -> Response:

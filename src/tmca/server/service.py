@@ -16,7 +16,8 @@ from fastapi import Request
 from tmca.errors import TMCAError, unknown_name
 from tmca.files import storage_error
 from tmca.server.engine import Engine, forget_path
-from tmca.server.jobs import JobRunner, JobStore
+from tmca.server.job_store import JobStore
+from tmca.server.jobs import JobRunner
 from tmca.server.messages import Ask, Look, ModelState
 from tmca.server.metrics import Metrics
 from tmca.server.problems import ClientGoneError, RemoteError
