@@ -454,8 +454,12 @@ def test_quiet_is_silent_on_stderr(
 def test_an_interrupted_training_says_how_to_go_on(
     tmca: Callable[..., Outcome], phantoms: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    def interrupt(*_: object) -> torch.Tensor:
-        raise KeyboardInterrupt
+    step = SegmentationTask.training_step
+
+    def interrupt(task: SegmentationTask, *arguments: Any) -> torch.Tensor:
+        if task.current_epoch:
+            raise KeyboardInterrupt
+        return step(task, *arguments)
 
     monkeypatch.setattr(SegmentationTask, "training_step", interrupt)
     for name, preset in (("tiny", "tiny"), ("mine", "PRESET")):

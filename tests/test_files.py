@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 
 from tmca.errors import DataError, StorageError
-from tmca.files import home, replace_file, replace_folder, sha256_of, write_bytes, write_json, write_text
+from tmca.files import (
+    held,
+    home,
+    refill_folder,
+    replace_file,
+    replace_folder,
+    sha256_of,
+    write_bytes,
+    write_json,
+    write_text,
+)
 
 
 def _names(folder: Path) -> set[str]:
@@ -137,6 +147,77 @@ def test_replace_folder_writes_through_a_link(tmp_path: Path):
         (folder / "new").write_text("")
     assert (tmp_path / "link").is_symlink()
     assert _names(tmp_path / "real") == {"new"}
+
+
+def test_refill_folder_replaces_the_content_and_not_the_folder(tmp_path: Path):
+    (tmp_path / "run" / "deep").mkdir(parents=True)
+    (tmp_path / "run" / "deep" / "old").write_text("old")
+    before = (tmp_path / "run").stat().st_ino
+    with refill_folder(tmp_path / "run") as folder:
+        (folder / "deep").mkdir()
+        (folder / "deep" / "new").write_text("new")
+        assert (tmp_path / "run" / "deep" / "old").exists()
+    assert (tmp_path / "run").stat().st_ino == before
+    assert _names(tmp_path / "run") == {"deep"}
+    assert _names(tmp_path / "run" / "deep") == {"new"}
+    assert _names(tmp_path) == {"run"}
+
+
+@pytest.mark.parametrize("fails", ["in the block", "at the old", "at the new"])
+def test_refill_folder_keeps_the_old_content_after_an_exception(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+):
+    for name in ("a", "b"):
+        (tmp_path / name).write_text("old")
+    rename, moves = Path.rename, []
+
+    def fail_in_the_middle(source: Path, destination: Path) -> Path:
+        moves.append(source)
+        if len(moves) == (2 if fails == "at the old" else 4):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return rename(source, destination)
+
+    monkeypatch.setattr(Path, "rename", fail_in_the_middle)
+
+    def refill() -> None:
+        with refill_folder(tmp_path) as folder:
+            for name in ("b", "c"):
+                (folder / name).write_text("new")
+            if fails == "in the block":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(StorageError, match="disk is full"):
+        refill()
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "old", "b": "old"}
+
+
+def test_a_folder_is_held_by_one(tmp_path: Path):
+    refusal = StorageError("held already")
+    with held(tmp_path, refusal):
+        with pytest.raises(StorageError, match="held already"), held(tmp_path, refusal):
+            pytest.fail("the block must not run")
+        with refill_folder(tmp_path) as folder:
+            (folder / "new").write_text("")
+        with pytest.raises(StorageError, match="held already"), held(tmp_path, refusal):
+            pytest.fail("the block must not run")
+    with held(tmp_path, refusal):
+        pass
+
+
+def test_a_folder_that_was_replaced_before_it_could_be_held_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    fcntl = pytest.importorskip("fcntl")
+    folder, lock = tmp_path / "run", fcntl.flock
+    folder.mkdir()
+
+    def replace_first(descriptor: int, operation: int) -> None:
+        if operation != fcntl.LOCK_UN:
+            folder.rename(tmp_path / "aside")
+            folder.mkdir()
+        lock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", replace_first)
+    with pytest.raises(StorageError, match="held already"), held(folder, StorageError("held already")):
+        pytest.fail("the block must not run")
 
 
 def test_the_home_of_nobody_is_refused(monkeypatch: pytest.MonkeyPatch):

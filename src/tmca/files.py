@@ -115,14 +115,46 @@ def replace_folder(path: Path | str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def refill_folder(path: Path | str) -> Iterator[Path]:
+    """Fill a new folder whose content takes the place of that of ``path`` when the block ends without an exception.
+
+    Unlike with :func:`replace_folder` the folder itself stays, and with it the hold on it: see :func:`held`. After an
+    exception the old content is as it was.
+
+    Args:
+        path: A folder that exists.
+
+    Yields:
+        An empty temporary folder within ``path``.
+
+    Raises:
+        StorageError: The folder could not be written.
+    """
+    target = Path(path)
+    fresh, aside = sibling(target / "fresh"), sibling(target / "aside")
+    try:
+        fresh.mkdir()
+        aside.mkdir()
+        yield fresh
+        _exchange_content(fresh, target, aside)
+    except OSError as error:
+        if error.filename is None or str(error.filename).startswith(str(target)):
+            raise storage_error(target, error) from error
+        raise
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def held(folder: Path | str, refusal: StorageError) -> Iterator[None]:
     """Hold a folder while the block runs: another process, or block, that asks for it meanwhile is refused.
 
     The hold ends with the process, however that ends. Where there are no such locks nothing is held.
 
     Args:
-        folder: A folder that exists.
-        refusal: What is raised where somebody holds it already.
+        folder: A folder that exists; the hold is on itself, not on its name, so that it must not be replaced meanwhile.
+        refusal: What is raised where somebody holds it already, or has replaced it in this moment.
     """
     try:
         import fcntl
@@ -139,6 +171,8 @@ def held(folder: Path | str, refusal: StorageError) -> Iterator[None]:
             yield
             return
         try:
+            if not _is_open_as(descriptor, folder):
+                raise refusal
             yield
         finally:
             fcntl.flock(descriptor, fcntl.LOCK_UN)  # loader processes may have inherited it
@@ -229,6 +263,26 @@ def _exchange(new: Path, target: Path) -> None:
         aside.rename(target)
         raise
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange_content(fresh: Path, target: Path, aside: Path) -> None:
+    moved: list[tuple[Path, Path]] = []
+    try:
+        for source, destination in ((target, aside), (fresh, target)):
+            for entry in [each for each in source.iterdir() if each not in (fresh, aside)]:
+                entry.rename(destination / entry.name)
+                moved.append((entry, destination / entry.name))
+    except BaseException:
+        for before, after in reversed(moved):
+            after.rename(before)
+        raise
+
+
+def _is_open_as(descriptor: int, folder: Path | str) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), Path(folder).stat())
+    except FileNotFoundError:
+        return False
 
 
 def storage_error(path: Path, error: OSError) -> StorageError:

@@ -4,15 +4,19 @@ import csv
 import importlib.util
 import json
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
 from tmca.config import Experiment
 from tmca.data.loading import EpochSampler, Shard
@@ -20,7 +24,7 @@ from tmca.data.manifest import Manifest
 from tmca.errors import ConfigError
 from tmca.losses import ALONE
 from tmca.training import fit
-from tmca.training.processes import LAUNCHER_VARIABLES, ProcessLayout, current_group
+from tmca.training.processes import LAUNCHER_VARIABLES, ProcessLayout, current_group, starts_by_slurm
 
 JOINED = Path(__file__).parent / "joined.py"
 
@@ -122,14 +126,22 @@ def test_a_process_alone():
     assert current_group() is ALONE
 
 
+SRUN = {"SLURM_JOB_NAME": "train.sh", "SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "2"}
+SHELL = {"SLURM_JOB_NAME": "interactive", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}
+
+
 @pytest.mark.parametrize(
     ("variables", "devices", "nodes", "expected"),
     [
         ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}, 1, 1, (5, 4, 2)),  # torchrun
-        ({"SLURM_PROCID": "3"}, 2, 2, (3, 2, 2)),
+        (SRUN | {"SLURM_PROCID": "3"}, 2, 2, (3, 2, 2)),
+        (SRUN | {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "SLURM_PROCID": "0"}, 1, 1, (1, 2, 1)),
+        (SHELL | {"LOCAL_RANK": "1", "NODE_RANK": "0"}, 2, 1, (1, 2, 1)),  # Lightning's launcher in a shell of Slurm
+        (SHELL | {"SLURM_JOB_NAME": "bash"}, 2, 1, (0, 2, 1)),
         ({"LOCAL_RANK": "1", "NODE_RANK": "0"}, 2, 1, (1, 2, 1)),  # Lightning's launcher
         ({"LOCAL_RANK": "1", "NODE_RANK": "1"}, 2, 2, (3, 2, 2)),
-        ({"SLURM_PROCID": "0"}, 1, 1, (0, 1, 1)),  # a shell within a Slurm job
+        (SHELL, 1, 1, (0, 1, 1)),
+        (SRUN | {"SLURM_PROCID": "3"}, 1, 1, (0, 1, 1)),  # each task has a run of its own
     ],
 )
 def test_the_launchers_tell_a_process_its_number(
@@ -143,6 +155,47 @@ def test_the_launchers_tell_a_process_its_number(
         monkeypatch.setenv(name, value)
     layout = ProcessLayout.of(devices, nodes)
     assert (layout.rank, layout.devices, layout.nodes) == expected
+
+
+@pytest.mark.parametrize(
+    ("changed", "devices", "nodes", "named"),
+    [
+        ({"SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": None}, 2, 1, "SLURM_NTASKS is 1"),  # sbatch without srun
+        ({"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": None}, 2, 1, "SLURM_NTASKS_PER_NODE is not set"),
+        ({}, 4, 1, "SLURM_NTASKS_PER_NODE is 2"),
+        ({"SLURM_NNODES": "1"}, 2, 2, "SLURM_NNODES is 1"),
+    ],
+)
+def test_tasks_of_slurm_that_are_not_the_processes_are_refused(
+    changed: dict[str, str | None], devices: int, nodes: int, named: str, monkeypatch: pytest.MonkeyPatch
+):
+    for name, value in (SRUN | {"SLURM_PROCID": "0"} | changed).items():
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=f"{devices} processes on each of {nodes} nodes: {named}") as caught:
+        ProcessLayout.of(devices, nodes)
+    assert f"srun --nodes {nodes} --ntasks-per-node {devices} tmca train" in caught.value.hint
+
+
+@pytest.mark.parametrize("name", [None, "train.sh", "bash", "interactive", "zsh"])
+@pytest.mark.parametrize("tasks", [None, "1", "2"])
+def test_slurm_is_seen_where_lightning_sees_it(tasks: str | None, name: str | None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(SLURMEnvironment, "_validate_srun_used", lambda: None)  # advice where srun is installed
+    for variable, value in (("SLURM_NTASKS", tasks), ("SLURM_JOB_NAME", name)):
+        if value is not None:
+            monkeypatch.setenv(variable, value)
+    assert starts_by_slurm() == SLURMEnvironment.detect()
+
+
+def test_processes_that_lightning_does_not_join_are_refused(
+    phantoms: Manifest, tiny_experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    monkeypatch.setattr(pl.Trainer, "world_size", property(lambda _: 1))
+    experiment = replace(tiny_experiment, trainer=replace(tiny_experiment.trainer, batch_size=8))
+    with pytest.raises(ConfigError, match="This is process 0 of 2, but Lightning takes it for 0 of 1"):
+        fit(experiment, phantoms, tmp_path / "run", device="cpu", devices=2)
+    assert not (tmp_path / "run").exists()
 
 
 def test_impossible_layouts_are_refused():
@@ -184,13 +237,26 @@ def test_training_refuses_more_processes_than_validation_images(phantoms: Manife
 # The whole run ---------------------------------------------------------------------------------------------------
 
 
-def _train(manifest: Path, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def _start(
+    manifest: Path, folder: Path, *options: str, variables: Mapping[str, str] = MappingProxyType({})
+) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "tmca", "train", "tiny", "--data", str(manifest), "-o", str(folder)]
     command += ["--trainer.batch-size", "8", "--device", "cpu", *options]
     environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
-    return subprocess.run(
-        command, env=environment | {"OMP_NUM_THREADS": "2"}, capture_output=True, text=True, timeout=240, check=False
-    )
+    environment |= {"OMP_NUM_THREADS": "2", **variables}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def _end(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        out, error = process.communicate(timeout=240)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, error)
+
+
+def _train(manifest: Path, folder: Path, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return _end(_start(manifest, folder, *options, variables=variables))
 
 
 def _rows(folder: Path) -> list[dict[str, float]]:
@@ -218,3 +284,46 @@ def test_a_run_of_two_processes_is_a_run_and_is_resumed(
     resumed = _train(phantoms.root, together, "--devices", "1", "--trainer.max-epochs", "2", "--resume", "last")
     assert resumed.returncode == 0, resumed.stderr
     assert [row["epoch"] for row in _rows(together)] == [1, 2]
+
+
+SLURM_TASK = {
+    "SLURM_JOB_ID": "77",
+    "SLURM_JOB_NAME": "train.sh",
+    "SLURM_NODELIST": "localhost",
+    "SLURM_NTASKS": "1",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+}
+
+
+def test_a_slurm_job_without_srun_trains_on_no_half_of_the_data(phantoms: Manifest, tmp_path: Path):
+    refused = _train(phantoms.root, tmp_path / "run", "--devices", "2", "--trainer.max-epochs", "1", **SLURM_TASK)
+    assert refused.returncode == 2, refused.stderr
+    assert "SLURM_NTASKS is 1 (start it with srun --nodes 1 --ntasks-per-node 2 tmca train …)" in refused.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_shell_in_a_slurm_job_starts_its_processes(phantoms: Manifest, tmp_path: Path):
+    shell = SLURM_TASK | {"SLURM_JOB_NAME": "bash"}
+    done = _train(phantoms.root, tmp_path / "run", "--devices", "2", "--trainer.max-epochs", "1", **shell)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Trained 1 epochs") == 1, done.stdout
+
+
+@pytest.mark.slow
+def test_the_tasks_of_srun_train_together(phantoms: Manifest, tmp_path: Path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    job = SLURM_TASK | {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1"}
+    job |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    options = ("--devices", "2", "--trainer.max-epochs", "1")
+    tasks = [
+        _start(phantoms.root, tmp_path / "run", *options, variables=job | {"SLURM_PROCID": n, "SLURM_LOCALID": n})
+        for n in ("0", "1")
+    ]
+    first, second = [_end(task) for task in tasks]
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert (first.stdout.count("Trained 1 epochs"), second.stdout) == (1, "")

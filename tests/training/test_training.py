@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import BertConfig, BertModel
 
+from tmca import cli, training
 from tmca.checkpoints import TEXT_ENCODER_FILE, load_checkpoint
 from tmca.config import Experiment, ImageEncoderConfig, from_dict
 from tmca.data.cache import DecodedCache
@@ -309,12 +310,13 @@ def test_an_interrupted_run_keeps_its_finished_epochs(interrupted: Path):
     assert not list(interrupted.rglob(".tmp-*"))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
 def test_a_resumed_run_equals_an_uninterrupted_one(
-    interrupted: Path, uninterrupted: Path, varied: Experiment, phantoms: Manifest, tmp_path: Path
+    interrupted: Path, uninterrupted: Path, varied: Experiment, phantoms: Manifest, tmp_path: Path, workers: int
 ):
     run = Path(shutil.copytree(interrupted, tmp_path / "run"))
     torch.manual_seed(99)  # another process starts with another state
-    record = fit(varied, phantoms, run, resume=True)
+    record = fit(_with_trainer(varied, num_workers=workers), phantoms, run, resume=True)
     assert (record.epochs, record.stopped) == (4, "all epochs done")
     best = min(_history(uninterrupted), key=lambda row: float(row["val_segmentation_loss"]))
     assert record.best_epoch == int(best["epoch"])
@@ -349,6 +351,30 @@ def test_a_run_without_a_finished_epoch_cannot_be_resumed(
     with pytest.raises(CheckpointError, match="not finished an epoch") as caught:
         fit(tiny_experiment, few, tmp_path / "run", resume=True)
     assert "--overwrite" in caught.value.hint
+    with pytest.raises(StorageError, match="has not finished an epoch") as refused:
+        fit(tiny_experiment, few, tmp_path / "run")
+    assert refused.value.hint == "replace it: --overwrite"
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_an_interrupted_command_says_how_to_go_on(
+    phantoms: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], epoch: int
+):
+    step = SegmentationTask.training_step
+
+    def interrupt(task: SegmentationTask, batch: Batch, batch_idx: int) -> torch.Tensor:
+        if task.current_epoch == epoch:
+            raise KeyboardInterrupt
+        return step(task, batch, batch_idx)
+
+    command = ["train", "tiny", "--data", str(phantoms.root), "-o", str(tmp_path / "run"), "--device", "cpu"]
+    with monkeypatch.context() as patch:
+        patch.setattr(SegmentationTask, "training_step", interrupt)
+        assert cli.run(command) == 130
+    said = capsys.readouterr().err
+    flags = ["--resume", "last"] if epoch else ["--overwrite"]
+    assert ("--resume last" in said, "start again with --overwrite" in said) == (epoch > 0, epoch == 0), said
+    assert cli.run([*command, *flags]) == 0
 
 
 @pytest.mark.parametrize(
@@ -454,6 +480,62 @@ def test_a_training_holds_its_folder(
     assert tried == ["held"]
     with held(copied, already_training(copied)):
         pass  # and gives it back
+
+
+def test_a_run_is_given_up_by_who_holds_its_folder(
+    copied: Path, phantoms: Manifest, tiny_experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+):
+    """Otherwise another that came first, and holds the folder that was there before, goes on filling the new one."""
+    same, tried = copied.stat().st_ino, []
+    describe = training.describe_environment
+
+    def start_meanwhile() -> dict[str, Any]:
+        assert (copied / "metrics.csv").exists()
+        with pytest.raises(StorageError, match="A training is at work in"), held(copied, already_training(copied)):
+            pass
+        tried.append("held")
+        return describe()
+
+    monkeypatch.setattr(training, "describe_environment", start_meanwhile)
+    fit(_with_trainer(tiny_experiment, max_epochs=1), phantoms, copied, overwrite=True)
+    assert tried == ["held"]
+    assert copied.stat().st_ino == same
+    assert len(_history(copied)) == 1
+
+
+def test_of_two_that_start_at_once_one_is_refused(few: Manifest, tiny_experiment: Experiment, tmp_path: Path):
+    """Both have found the folder free when the first begins."""
+    run = tmp_path / "run"
+    experiment = _with_trainer(tiny_experiment, max_epochs=1)
+    make, started = training.make_loader, []
+
+    def start_another(*arguments: Any, **options: Any) -> Any:
+        if not started:
+            started.append("another")
+            fit(experiment, few, run)
+        return make(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "make_loader", start_another)
+        with pytest.raises(StorageError, match="holds a training run already"):
+            fit(experiment, few, run)
+    assert len(_history(run)) == 1
+
+
+def test_a_run_is_resumed_from_what_nobody_changes_meanwhile(
+    copied: Path, phantoms: Manifest, tiny_experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+):
+    tried = []
+
+    def load(folder: Path) -> Any:
+        with pytest.raises(StorageError, match="A training is at work in"), held(copied, already_training(copied)):
+            pass
+        tried.append("held")
+        return load_checkpoint(folder)
+
+    monkeypatch.setattr(training, "load_checkpoint", load)
+    fit(tiny_experiment, phantoms, copied, resume=True)
+    assert tried == ["held"]
 
 
 # Starting --------------------------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ class Train:
     def run(self) -> None:
         """Train, then say where the result is and how to score it."""
         from tmca.data.layouts import open_dataset
-        from tmca.runs import train_run
+        from tmca.runs import can_resume, train_run
         from tmca.training.processes import ProcessLayout
 
         if self.data is None:
@@ -87,7 +87,10 @@ class Train:
             )
         except KeyboardInterrupt:
             preset = self.experiment.name if self.experiment.name in PRESETS else "PRESET"
-            say(f"Interrupted; continue with: tmca train {preset} --data {self.data} -o {folder} --resume last")
+            if can_resume(folder):
+                say(f"Interrupted; continue with: tmca train {preset} --data {self.data} -o {folder} --resume last")
+            else:
+                say("Interrupted before an epoch was finished; start again with --overwrite")
             raise
         if not ProcessLayout.of(self.devices, self.nodes).is_first:
             return

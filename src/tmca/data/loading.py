@@ -155,6 +155,7 @@ def make_loader(
     training: bool,
     num_workers: int = 0,
     shard: Shard = Shard(),
+    epoch: int = 0,
 ) -> DataLoader[Batch]:
     """Return batches of a dataset.
 
@@ -164,10 +165,12 @@ def make_loader(
         training: Shuffle, and drop an incomplete last batch (the alignment loss compares the images of a batch).
         num_workers: Processes that load; 0 loads in this one.
         shard: The part of the cases that this process loads; ``batch_size`` counts its own images.
+        epoch: The first to be iterated over. It must be known here: workers load ahead before Lightning names it.
     """
     whole = batch_size * shard.processes
     multiple = whole if training and len(dataset) > whole else 1
     sampler = EpochSampler(len(dataset), shuffle=training, seed=dataset.seed, shard=shard, multiple=multiple)
+    sampler.set_epoch(epoch)
     return DataLoader(
         dataset,  # type: ignore[arg-type]  # it makes batches by itself
         batch_size=batch_size,

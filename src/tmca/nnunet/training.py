@@ -11,7 +11,7 @@ from tmca.config import Experiment, to_dict
 from tmca.data.manifest import Manifest
 from tmca.environment import describe_environment
 from tmca.errors import ConfigError, DataError
-from tmca.files import held, replace_folder, write_json
+from tmca.files import held, write_json
 from tmca.nnunet import engine
 from tmca.nnunet.dataset import export
 from tmca.nnunet.workspace import (
@@ -28,7 +28,7 @@ from tmca.nnunet.workspace import (
 )
 from tmca.presets import differences
 from tmca.progress import say
-from tmca.training import RunRecord, already_training, check_folder, note_end
+from tmca.training import RunRecord, already_training, note_end, started
 from tmca.training.writer import Row, write_history
 
 COLUMNS = {
@@ -85,18 +85,18 @@ def fit(
     chosen.check(require_text=False, require_mask=True)
     data: dict[str, Any] = {"hash": manifest.content_hash()}
     data |= {split: [record.id for record in chosen.split(split).records] for split in ("train", "val")}
+
+    def begin(place: Path) -> None:
+        export(chosen, Workspace(place).folder, image_size=exported_size(experiment))
+        write_json(place / "splits.json", data)
+        environment = describe_environment()
+        environment |= {"packages": environment["packages"] | versions, "stopped": None}
+        write_json(place / "environment.json", environment)
+        write_json(place / "experiment.json", to_dict(experiment))
+
     if resume:
         _check_resumed(experiment, folder, data)
-    else:
-        check_folder(folder, overwrite=overwrite)
-        with replace_folder(folder) as place:
-            export(chosen, Workspace(place).folder, image_size=exported_size(experiment))
-            write_json(place / "splits.json", data)
-            environment = describe_environment()
-            environment |= {"packages": environment["packages"] | versions, "stopped": None}
-            write_json(place / "environment.json", environment)
-            write_json(place / "experiment.json", to_dict(experiment))
-    with held(folder, already_training(folder)):
+    with held(folder, already_training(folder)) if resume else started(folder, begin, overwrite=overwrite):
         if not workspace.trained.is_dir():
             say("nnU-Net plans network, augmentation and optimiser, and prepares the images")
             _plan(workspace, options, device)

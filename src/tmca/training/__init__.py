@@ -12,14 +12,16 @@ import logging
 import signal
 import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from tmca.checkpoints import load_checkpoint
@@ -31,7 +33,7 @@ from tmca.data.manifest import Manifest
 from tmca.devices import keep_freed_memory, resolve_device, uses_bfloat16
 from tmca.environment import describe_environment
 from tmca.errors import CheckpointError, ConfigError, DataError, OutOfMemoryError, StorageError
-from tmca.files import held, replace_folder, write_json
+from tmca.files import held, real_path, refill_folder, storage_error, write_json
 from tmca.models import SegmentationModel, build_model
 from tmca.models.operations import channels_last
 from tmca.models.text import SentenceTokenizer
@@ -40,7 +42,7 @@ from tmca.presets import differences
 from tmca.progress import say, set_quiet, track
 from tmca.training.processes import ProcessLayout
 from tmca.training.task import SegmentationTask
-from tmca.training.writer import TRAINER_STATE, EpochProgress, Patience, RunWriter
+from tmca.training.writer import TRAINER_STATE, EpochProgress, Patience, RunWriter, finished_epochs
 
 LENGTH_FIELDS = {
     "trainer.max_epochs",
@@ -126,48 +128,49 @@ def fit(
     data = {"hash": manifest.content_hash(), "train": [r.id for r in training.records]}
     data |= {"val": [r.id for r in validation.records]}
     pl.seed_everything(experiment.seed, verbose=False)
-    if resume:
-        _check_resumed(experiment, folder, data)
-        model = load_checkpoint(last)
-        model.train()
-    else:
-        if layout.is_first:
-            check_folder(folder, overwrite=overwrite)
-        model = build_model(experiment.model, training.sentences)
-    model.experiment = experiment
-    _report_tokens(model, training, validation)
+    with ExitStack() as holding:
+        if resume:
+            # Held before anything is read of it: a training that ends meanwhile leaves another state.
+            if layout.is_first and folder.is_dir():
+                holding.enter_context(held(folder, already_training(folder)))
+            _check_resumed(experiment, folder, data)
+            model = load_checkpoint(last)
+            model.train()
+        else:
+            if layout.is_first:
+                check_folder(folder, overwrite=overwrite)
+            model = build_model(experiment.model, training.sentences)
+        model.experiment = experiment
+        _report_tokens(model, training, validation)
 
-    loaders = []
-    for split, name in ((training, "train"), (validation, "val")):
-        augmentation = experiment.augmentation if name == "train" else None
-        cached = DecodedCache(split, experiment.preprocessing.image_size, cache)
-        for _ in track(cached.fill(), f"Reading {name} images", len(cached)):
-            pass
-        _check_targets(cached, name)
-        dataset = SegmentationDataset(split, experiment.preprocessing, augmentation, seed=experiment.seed, cache=cached)
-        loader = make_loader(
-            dataset,
-            batch_sizes[name],
-            training=name == "train",
-            num_workers=experiment.trainer.num_workers,
-            shard=Shard(layout.rank, layout.processes),
-        )
-        loaders.append(loader)
-    if layout.is_first and not resume:
-        # Only now, when nothing can be wrong with weights and data any more, may an older run be given up; of another
-        # training that was started on this folder meanwhile, nothing.
-        check_folder(folder, overwrite=overwrite)
-        with replace_folder(folder) as fresh:
-            (fresh / "checkpoints").mkdir()
-        write_json(folder / "splits.json", data)
-        write_json(folder / "environment.json", describe_environment())
-    with held(folder, already_training(folder)) if layout.is_first else nullcontext():
-        if layout.is_first:
-            write_json(folder / "experiment.json", to_dict(experiment))  # a resumed run may have become longer
-            note_end(folder, None)
+        loaders = []
+        for split, name in ((training, "train"), (validation, "val")):
+            augmentation = experiment.augmentation if name == "train" else None
+            cached = DecodedCache(split, experiment.preprocessing.image_size, cache)
+            for _ in track(cached.fill(), f"Reading {name} images", len(cached)):
+                pass
+            _check_targets(cached, name)
+            dataset = SegmentationDataset(
+                split, experiment.preprocessing, augmentation, seed=experiment.seed, cache=cached
+            )
+            loader = make_loader(
+                dataset,
+                batch_sizes[name],
+                training=name == "train",
+                num_workers=experiment.trainer.num_workers,
+                shard=Shard(layout.rank, layout.processes),
+                epoch=finished_epochs(last / TRAINER_STATE) if resume else 0,
+            )
+            loaders.append(loader)
         task = SegmentationTask(channels_last(model), experiment)
         writer = RunWriter(task, folder)
         trainer = _make_trainer(experiment, writer, place, layout)
+        if layout.is_first:
+            if not resume:
+                # Only now, when nothing can be wrong with weights and data any more, may an older run be given up.
+                holding.enter_context(started(folder, partial(_begin, data), overwrite=overwrite))
+            write_json(folder / "experiment.json", to_dict(experiment))  # a resumed run may have become longer
+            note_end(folder, None)
         keep_freed_memory()
         with _readable_failures(trainer):
             state = last / TRAINER_STATE if resume else None
@@ -264,11 +267,20 @@ def check_folder(folder: Path, *, overwrite: bool) -> None:
     Raises:
         StorageError: It holds a run and ``overwrite`` is off, files that are no run, or a training that is at work.
     """
+    _check_content(folder, overwrite=overwrite)
+    if folder.is_dir():
+        with held(folder, already_training(folder)):
+            pass
+
+
+def _check_content(folder: Path, *, overwrite: bool) -> None:
     holds_run = (folder / "experiment.json").exists()
     if holds_run and not overwrite:
-        raise StorageError(
-            f"{folder} holds a training run already", hint="continue it with --resume last, or replace it: --overwrite"
-        )
+        message, hint = f"{folder} holds a training run already", "replace it: --overwrite"
+        checkpoints = folder / "checkpoints"  # a run of nnU-Net has none and can always be continued
+        if checkpoints.is_dir() and not (checkpoints / "last" / TRAINER_STATE).is_file():
+            raise StorageError(f"{message}, which has not finished an epoch", hint=hint)
+        raise StorageError(message, hint=f"continue it with --resume last, or {hint}")
     if folder.exists() and not folder.is_dir():
         raise StorageError(f"{folder} is a file", hint="choose another output folder")
     is_begun = holds_run or (folder / "checkpoints").is_dir()
@@ -276,9 +288,35 @@ def check_folder(folder: Path, *, overwrite: bool) -> None:
         raise StorageError(
             f"{folder} holds files that are no training run; they would be lost", hint="choose another output folder"
         )
-    if folder.is_dir():
-        with held(folder, already_training(folder)):
-            pass
+
+
+def _begin(data: dict[str, Any], fresh: Path) -> None:
+    (fresh / "checkpoints").mkdir()
+    write_json(fresh / "splits.json", data)
+    write_json(fresh / "environment.json", describe_environment())
+
+
+@contextmanager
+def started(folder: Path, fill: Callable[[Path], None], *, overwrite: bool) -> Iterator[None]:
+    """Hold a run folder while the block runs; it is made, or the run in it given up, by who holds it only.
+
+    Args:
+        folder: The run folder.
+        fill: Writes what a run begins with into a folder; an old run is there until that is done.
+        overwrite: Give up a run that is there.
+
+    Raises:
+        StorageError: As for :func:`check_folder`.
+    """
+    try:
+        real_path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(folder, error) from error
+    with held(folder, already_training(folder)):
+        _check_content(folder, overwrite=overwrite)
+        with refill_folder(folder) as fresh:
+            fill(fresh)
+        yield
 
 
 def _check_resumed(experiment: Experiment, folder: Path, data: dict[str, Any]) -> None:
@@ -325,10 +363,11 @@ def _make_trainer(experiment: Experiment, writer: RunWriter, place: torch.device
         torch.set_num_threads(max(1, torch.get_num_threads() // layout.devices))
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    return pl.Trainer(
+    trainer = pl.Trainer(
         accelerator="gpu" if place.type == "cuda" else place.type,
         devices=layout.devices if place.index is None else [place.index],
         num_nodes=layout.nodes,
+        plugins=None if several else LightningEnvironment(),  # one process asks no cluster
         strategy="ddp" if several else "auto",
         sync_batchnorm=several and place.type == "cuda",
         use_distributed_sampler=False,
@@ -344,6 +383,13 @@ def _make_trainer(experiment: Experiment, writer: RunWriter, place: torch.device
         enable_model_summary=False,
         default_root_dir=writer.folder,
     )
+    if (trainer.world_size, trainer.global_rank) != (layout.processes, layout.rank):
+        raise ConfigError(
+            f"This is process {layout.rank} of {layout.processes}, but Lightning takes it for {trainer.global_rank} "
+            f"of {trainer.world_size}",
+            hint="start the processes with --devices alone, torchrun, or srun",
+        )
+    return trainer
 
 
 @contextmanager

@@ -21,8 +21,11 @@ from tmca.losses import ALONE, Group
 
 Item = TypeVar("Item")
 
-LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
+SLURM_VARIABLES = ("SLURM_JOB_NAME", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE", "SLURM_NNODES", "SLURM_PROCID")
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "NODE_RANK", *SLURM_VARIABLES)
 """What torchrun, Slurm, and Lightning's own launcher tell a process about itself."""
+INTERACTIVE_JOBS = ("bash", "interactive")
+"""Names of Slurm jobs in whose shell Lightning's own launcher starts the processes."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class ProcessLayout:
         """Return the layout that torchrun or Slurm made, or Lightning's launcher will make.
 
         Raises:
-            ConfigError: A number is below one.
+            ConfigError: A number is below one, or Slurm has started other processes.
         """
         if devices < 1 or nodes < 1:
             raise ConfigError(f"{devices} devices on {nodes} nodes cannot train", hint="use 1 or more of each")
@@ -54,8 +57,10 @@ class ProcessLayout:
             return cls(known["RANK"], local, known["WORLD_SIZE"] // local)
         if devices * nodes == 1:
             return cls()
-        rank = known.get("NODE_RANK", 0) * devices + known.get("LOCAL_RANK", 0)
-        return cls(known.get("SLURM_PROCID", rank), devices, nodes)
+        if starts_by_slurm():
+            _check_slurm(devices, nodes)
+            return cls(known.get("SLURM_PROCID", 0), devices, nodes)
+        return cls(known.get("NODE_RANK", 0) * devices + known.get("LOCAL_RANK", 0), devices, nodes)
 
     @property
     def processes(self) -> int:
@@ -109,6 +114,26 @@ class ProcessLayout:
             raise ConfigError(
                 f"{validation_images} validation images cannot be shared out to {self.processes} processes",
                 hint=f"use --devices {max(1, validation_images // self.nodes)}, or more validation images",
+            )
+
+
+def starts_by_slurm() -> bool:
+    """Whether Lightning leaves it to Slurm to start the processes, and starts none itself."""
+    return "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in INTERACTIVE_JOBS
+
+
+def _check_slurm(devices: int, nodes: int) -> None:
+    """Refuse tasks of Slurm that are not the processes asked for: each would train on the share of one of these."""
+    expected = {"SLURM_NTASKS": devices * nodes, "SLURM_NTASKS_PER_NODE": devices}
+    if "SLURM_NNODES" in os.environ:
+        expected["SLURM_NNODES"] = nodes
+    for name, count in expected.items():
+        value = os.environ.get(name)
+        if value != str(count):
+            found = "not set" if value is None else value
+            raise ConfigError(
+                f"Slurm has not started {devices} processes on each of {nodes} nodes: {name} is {found}",
+                hint=f"start it with srun --nodes {nodes} --ntasks-per-node {devices} tmca train …",
             )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping
 from rich.progress import TaskID
 
@@ -22,6 +23,11 @@ Row = dict[str, float | int]
 """What a run's ``metrics.csv`` says of one epoch."""
 
 TRAINER_STATE = "trainer_state.ckpt"
+
+
+def finished_epochs(state: Path) -> int:
+    """Return how many epochs a run had finished when it wrote its trainer's state."""
+    return int(torch.load(state, map_location="meta", weights_only=True)["epoch"]) + 1
 
 
 class RunWriter(Checkpoint):
