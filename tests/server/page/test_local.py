@@ -153,10 +153,11 @@ def test_a_server_whose_page_is_open_stops_at_once(tmp_path: Path):
     with running_server(tmp_path) as running:
         reading = httpx2.stream("GET", f"{running.url}/gradio_api/heartbeat/abc", timeout=60)
         with reading as response, contextlib.suppress(httpx2.HTTPError):
+            beats = response.iter_raw()
+            next(beats)
             started = time.monotonic()
-            for _ in response.iter_raw():
-                running.process.terminate()
-                break
-            running.process.wait(20)
-        assert time.monotonic() - started < 15
+            running.process.terminate()
+            running.process.wait(60)
+            assert time.monotonic() - started < 15
+            beats.close()
         assert "Traceback" not in running.log.read_text()
