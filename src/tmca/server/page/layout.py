@@ -408,10 +408,10 @@ class _Page:
     def _headline(self, result: Result) -> str:
         found = any(prediction.regions for prediction in result.predictions)
         style = "found" if found else "nothing"
-        said = words.summary(result.predictions)
-        if len(result.predictions) > 1:  # else the image's name stands below its picture
-            said = f"{result.image.title}: {said}"
-        return f'<p class="{style}" data-image="{result.image.key}">{html.escape(said)}</p>'
+        said = html.escape(words.summary(result.predictions))
+        answer = f'<p class="{style}" data-image="{result.image.key}">{said}</p>'
+        many = len(result.predictions) > 1  # else the image's name stands below its picture
+        return answer + f'<p class="of">{html.escape(result.image.title)}</p>' * many
 
     def _conflicts(self, result: Result) -> str:
         many = len(result.predictions) > 1
