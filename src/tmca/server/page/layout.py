@@ -510,7 +510,7 @@ class _Page:
         choices = [
             (
                 f"{each.name}: {'; '.join(map(words.sentence, each.texts))}: {each.answer}"
-                + ", corrected by hand" * bool(each.corrections),
+                + " Corrected by hand." * bool(each.corrections),
                 index,
             )
             for index, each in enumerate(past)
