@@ -101,6 +101,11 @@ def _drawn(page: Page) -> np.ndarray:
     return _pixels(page.evaluate("JSON.parse(window.tmcaEditor.drawing(false)).drawn"))
 
 
+def _open_editor(page: Page) -> None:
+    page.get_by_role("tab", name="Correct").click()
+    expect(page.locator("#editor .stage.ready")).to_be_visible()
+
+
 def _stroke(page: Page) -> None:
     box = page.locator("#editor canvas").bounding_box()
     assert box is not None
@@ -170,8 +175,7 @@ def test_threshold_and_opacity_change_what_is_seen_at_once(page: Page):
 def test_a_mask_is_corrected_undone_and_saved_as_semi_automatic(page: Page, tmp_path: Path):
     _choose(page)
     _ask(page, LEFT)
-    page.get_by_role("tab", name="Correct").click()
-    expect(page.locator("#editor .stage.ready")).to_be_visible()
+    _open_editor(page)
     before = _drawn(page)
     assert np.array_equal(before, _mask(page))
     _stroke(page)
@@ -280,8 +284,7 @@ def test_what_was_drawn_is_kept_saved_and_found_again(page: Page, tmp_path: Path
     _choose(page)
     _ask(page, LEFT)
     original = _mask(page)
-    page.get_by_role("tab", name="Correct").click()
-    expect(page.locator("#editor .stage.ready")).to_be_visible()
+    _open_editor(page)
     _stroke(page)
     drawn = _drawn(page)
     page.get_by_role("tab", name="Mask").click()
@@ -309,8 +312,7 @@ def test_strokes_on_an_earlier_mask_are_not_saved_with_a_later_one(page: Page, t
     _choose(page)
     _ask(page, LEFT)
     left = _mask(page)
-    page.get_by_role("tab", name="Correct").click()
-    expect(page.locator("#editor .stage.ready")).to_be_visible()
+    _open_editor(page)
     _stroke(page)
     _ask(page, BOTTOM)
     wait_until(lambda: not np.array_equal(_mask(page), left), 10)
