@@ -16,6 +16,7 @@ from tmca.errors import CheckpointError
 from tmca.imaging import rle
 from tmca.imaging.frames import Frame, Geometry
 from tmca.prediction import ALL_EFFECTS, PredictionOptions
+from tmca.server.memory import Memory, Seen
 from tmca.server.messages import (
     Answered,
     Ask,
@@ -30,7 +31,8 @@ from tmca.server.messages import (
     WorkerSettings,
 )
 from tmca.server.problems import TooLargeError
-from tmca.server.worker import Memory, Turns, Worker, _check_values, _Seen
+from tmca.server.turns import Turns
+from tmca.server.worker import Worker, _check_values
 
 
 class Outbox(list[FromWorker]):
@@ -198,7 +200,7 @@ def test_memory_is_bounded_and_forgets_what_was_not_asked_for_longest(worker: Wo
 
     frame = next(iter(read_frames(IMAGE).only(None)))
     (encoded,) = predictor.encode([frame])
-    seen = _Seen(frame, encoded)
+    seen = Seen(frame, encoded)
     memory = Memory(3 * seen.nbytes)
     for key in "abc":
         memory.put((key,), seen)

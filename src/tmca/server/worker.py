@@ -13,8 +13,8 @@ import tempfile
 import threading
 import time
 import warnings
-from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
@@ -30,13 +30,14 @@ from tmca.imaging.dicom.results import INTENDED_USE
 from tmca.imaging.frames import Frame
 from tmca.imaging.overlay import draw_overlay
 from tmca.imaging.reading import join_frame, read_frames
-from tmca.inference import EncodedImage, ImageSource, Predictor, Question
+from tmca.inference import Predictor, Question
 from tmca.jobs import Job, make_jobs, read_jobs
 from tmca.journal import Journal
 from tmca.outputs import SEGMENTATION, CaseWriter, OutputOptions
 from tmca.prediction import Prediction
 from tmca.progress import set_quiet
 from tmca.reports.prompt import check_report, grammar_of_report, prompt_from_report
+from tmca.server.memory import Memory, Seen
 from tmca.server.messages import (
     MOST_MAPPED,
     Answered,
@@ -58,6 +59,7 @@ from tmca.server.messages import (
     failure_of,
 )
 from tmca.server.problems import TooLargeError
+from tmca.server.turns import JobCancelled, PatientPredictor, Turns
 
 READERS = 2
 WRITERS = 2
@@ -88,75 +90,6 @@ def run_worker(connection: Connection, settings: WorkerSettings) -> None:
     os._exit(0)  # whatever is being written is finished, or resumed, by the next worker
 
 
-class Turns:
-    """Who may compute: one at a time, requests before jobs."""
-
-    def __init__(self) -> None:
-        self._condition = threading.Condition()
-        self._busy = False
-        self._urgent = 0
-
-    @contextlib.contextmanager
-    def urgent(self) -> Iterator[None]:
-        """Compute as soon as whoever computes has finished."""
-        with self._condition:
-            self._urgent += 1
-            self._condition.wait_for(lambda: not self._busy)
-            self._urgent -= 1
-            self._busy = True
-        try:
-            yield
-        finally:
-            self._end()
-
-    @contextlib.contextmanager
-    def patient(self) -> Iterator[None]:
-        """Compute when nobody else wants to."""
-        with self._condition:
-            self._condition.wait_for(lambda: not self._busy and not self._urgent)
-            self._busy = True
-        try:
-            yield
-        finally:
-            self._end()
-
-    def _end(self) -> None:
-        with self._condition:
-            self._busy = False
-            self._condition.notify_all()
-
-
-class JobCancelled(BaseException):
-    """Ends a batch, which goes on after every other exception."""
-
-
-class _PatientPredictor(Predictor):
-    """The same models for a job: computes when no request waits, and ends when the job is cancelled."""
-
-    def __init__(self, predictor: Predictor, turns: Turns, cancelled: threading.Event) -> None:
-        self.__dict__.update(predictor.__dict__)
-        self.names = tuple(Path(name).name for name in predictor.names)
-        self._turns = turns
-        self._cancelled = cancelled
-
-    def encode(self, images: Sequence[ImageSource]) -> list[EncodedImage]:
-        """Encode in turn."""
-        with self._turn():
-            return super().encode(images)
-
-    def answer(self, questions: Sequence[Question]) -> list[Prediction]:
-        """Answer in turn."""
-        with self._turn():
-            return super().answer(questions)
-
-    @contextlib.contextmanager
-    def _turn(self) -> Iterator[None]:
-        with self._turns.patient():
-            if self._cancelled.is_set():
-                raise JobCancelled
-            yield
-
-
 @dataclass(frozen=True)
 class _Served:
     """A model that is being served, as it was loaded last."""
@@ -167,52 +100,12 @@ class _Served:
 
 
 @dataclass(frozen=True, eq=False)
-class _Seen:
-    """An image that may be asked again."""
-
-    frame: Frame
-    encoded: EncodedImage
-
-    @property
-    def nbytes(self) -> int:
-        return self.frame.pixels.nbytes + self.encoded.nbytes
-
-
-class Memory:
-    """The images that were asked last, up to a number of bytes."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._seen: OrderedDict[tuple[Any, ...], _Seen] = OrderedDict()
-        self._lock = threading.Lock()
-        self.nbytes = 0
-
-    def get(self, key: tuple[Any, ...]) -> _Seen | None:
-        """Return what is known of an image."""
-        with self._lock:
-            if key in self._seen:
-                self._seen.move_to_end(key)
-            return self._seen.get(key)
-
-    def put(self, key: tuple[Any, ...], seen: _Seen) -> None:
-        """Remember an image, and forget those that were not asked for longest."""
-        with self._lock:
-            if key in self._seen:
-                self.nbytes -= self._seen.pop(key).nbytes
-            self._seen[key] = seen
-            self.nbytes += seen.nbytes
-            while self.nbytes > self._limit and self._seen:
-                _, forgotten = self._seen.popitem(last=False)
-                self.nbytes -= forgotten.nbytes
-
-
-@dataclass(frozen=True, eq=False)
 class _Ready:
     """A request whose image is decoded, or known."""
 
     ask: Ask
     served: _Served
-    known: _Seen | None
+    known: Seen | None
     frame: Frame | None
 
     @property
@@ -400,14 +293,14 @@ class Worker:
             self._writers.submit(self._guarded, ready.ask.id, self._finish, finished)
             start = stop
 
-    def _computed(self, batch: Sequence[_Ready]) -> tuple[dict[Any, _Seen], list[Prediction], list[Any]]:
+    def _computed(self, batch: Sequence[_Ready]) -> tuple[dict[Any, Seen], list[Prediction], list[Any]]:
         started = time.perf_counter()
         predictor = batch[0].served.predictor
         seen = {ready.key: found for ready in batch if (found := ready.known or self.memory.get(ready.key))}
         new = {ready.key: ready.frame for ready in batch if ready.key not in seen and ready.frame is not None}
         remembered = len(seen)
         for (key, frame), encoded in zip(new.items(), predictor.encode(list(new.values())) if new else [], strict=True):
-            seen[key] = _Seen(frame, encoded)
+            seen[key] = Seen(frame, encoded)
             self.memory.put(key, seen[key])
         questions = [
             Question(seen[ready.key].encoded, text, ready.ask.options) for ready in batch for text in ready.ask.texts
@@ -421,7 +314,7 @@ class Worker:
         self.send(Measured(len(questions), len(new), remembered, time.perf_counter() - started))
         return seen, predictions, attention
 
-    def _finish(self, finished: tuple[_Ready, _Seen, list[Prediction], list[Any]]) -> None:
+    def _finish(self, finished: tuple[_Ready, Seen, list[Prediction], list[Any]]) -> None:
         ready, seen, predictions, attention = finished
         ask, source = ready.ask, ready.served.state.provenance
         if ask.form is Form.ARRAYS:
@@ -453,7 +346,7 @@ class Worker:
 
     def _work(self, work: Work) -> None:
         try:
-            predictor = _PatientPredictor(self._model(work.model).predictor, self.turns, self._jobs[work.id])
+            predictor = PatientPredictor(self._model(work.model).predictor, self.turns, self._jobs[work.id])
             jobs, options = _jobs_of(work), BatchOptions(work.prediction, work.outputs)
             # The folder is the job's own: what another model or version made of it is made again, the rest stays.
             Journal(work.folder, work.prediction, work.outputs, predictor.provenance(), "").replace_all(jobs)

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from tmca.data.audit.case_facts import CaseFacts, examine
-from tmca.data.audit.checks import CHECKS, SEVERITIES, Cases, Check, Copy, Severity
+from tmca.data.audit.cases import Cases, Copy
+from tmca.data.audit.checks import CHECKS, SEVERITIES, Check, Severity
 from tmca.data.audit.fingerprint import Fingerprint, fingerprint
 from tmca.data.audit.similarity import (
     SAME_DETAIL,

@@ -20,6 +20,9 @@ from tmca.imaging.reading import image_size, read_image, read_mask
 
 MaskArray = Bool[np.ndarray, "height width"]
 
+BLANK_CONTRAST = 1.0
+"""Standard deviation of the grey values, of 255, below which an image is blank."""
+
 SPECK_SHARE = 0.0001
 """Share of the image up to which a connected part of a mask may be a speck: 5 pixels of 224 × 224.
 
@@ -77,6 +80,11 @@ class CaseFacts:
     specks: tuple[int, ...] = ()
     contradictions: tuple[Contradiction, ...] = ()
     changed: tuple[str, ...] = ()
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether the image shows nothing."""
+        return self.contrast is not None and self.contrast < BLANK_CONTRAST
 
 
 def examine(manifest: Manifest, record: Record) -> CaseFacts:
