@@ -1,4 +1,4 @@
-"""Segment an image by a sentence with a bundle of `tmca export bundle`; needs NumPy and ONNX Runtime, and no torch.
+"""Segment an image by a sentence with a bundle of `tmca export bundle`; needs NumPy and ONNX Runtime 1.18, no torch.
 
     python tmca_run.py BUNDLE.tmca IMAGE -p "one small polyp, located in right of the image" -o mask.png
 
@@ -49,8 +49,10 @@ def read_bundle(path: Path | str) -> dict[str, bytes]:
             raise RefusedError(f"{path} holds a file that is compressed, too large or of an unusual name", BAD_BUNDLE)
         files = {name: archive.read(name) for name in names}
     manifest = json.loads(files.get("manifest.json", b"{}"))
-    if (manifest.get("format"), manifest.get("format_version")) != ("tmca-bundle", 1):
-        raise RefusedError(f"{path} is no bundle, or one of another version of tmca", BAD_BUNDLE)
+    if manifest.get("format") != "tmca-bundle":
+        raise RefusedError(f"{path} is no bundle", BAD_BUNDLE)
+    if manifest.get("format_version") != 1:
+        raise RefusedError(f"{path} is of another version of tmca: use the tmca_run.py that is in it", BAD_BUNDLE)
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items() if name != "manifest.json"}
     if hashes != manifest["files"] or len(names) != len(files):
         raise RefusedError(f"{path} does not hold the files it lists", BAD_BUNDLE)
@@ -91,8 +93,8 @@ def read_png(data: bytes) -> Array | None:
     chunks: list[tuple[bytes, bytes]] = []
     position = len(PNG)
     while position < len(data) and (not chunks or chunks[-1][0] != b"IEND"):
-        end = position + 8 + int.from_bytes(data[position : position + 4])
-        if zlib.crc32(data[position + 4 : end]) != int.from_bytes(data[end : end + 4]):
+        end = position + 8 + int.from_bytes(data[position : position + 4], "big")
+        if zlib.crc32(data[position + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
             raise ValueError("it is damaged")
         chunks.append((data[position + 4 : position + 8], data[position + 8 : end]))
         position = end + 4
@@ -290,7 +292,11 @@ def onnx_graph(model: bytes | str) -> Callable[[dict[str, Array]], dict[str, Arr
     """Return an ONNX graph as a function from named arrays to named arrays."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    except Exception as error:  # of a runtime that is older than the graph, or about a damaged one
+        version = onnxruntime.__version__
+        raise RefusedError(f"onnxruntime {version} cannot load the graph: {error}", BAD_BUNDLE) from error
     wanted, given = [value.name for value in session.get_outputs()], [value.name for value in session.get_inputs()]
     return lambda inputs: dict(zip(wanted, session.run(wanted, {name: inputs[name] for name in given}), strict=True))
 
@@ -304,8 +310,12 @@ def write_mask(path: Path | str, mask: Array) -> None:
         struct.pack(">I", len(part)) + kind + part + struct.pack(">I", zlib.crc32(kind + part)) for kind, part in chunks
     ]
     beside = Path(path).with_name(f".{Path(path).name}.tmp")
-    beside.write_bytes(PNG + b"".join(packed))
-    beside.replace(path)
+    try:
+        beside.write_bytes(PNG + b"".join(packed))
+        beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from tmca.checkpoints import (
     FORMAT_VERSION,
     MODEL_FILE,
     TEXT_ENCODER_FILE,
+    TOKENIZER_FILE,
     file_hashes,
     load_checkpoint,
     model_card,
@@ -209,6 +210,18 @@ def test_a_frozen_text_encoder_is_linked_not_copied(frozen: TMCA, tmp_path: Path
     assert torch.equal(_logits(load_checkpoint(second)), _logits(frozen))
 
 
+def test_a_damaged_text_encoder_is_not_linked_to(frozen: TMCA, tmp_path: Path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    save_checkpoint(frozen, frozen.experiment, first)
+    content = bytearray((first / TEXT_ENCODER_FILE).read_bytes())
+    content[-400:] = bytes(400)
+    (first / TEXT_ENCODER_FILE).write_bytes(content)
+    save_checkpoint(frozen, frozen.experiment, second, link_from=first)
+    assert torch.equal(_logits(load_checkpoint(second)), _logits(frozen))
+    with pytest.raises(CheckpointError, match="another SHA-256"):
+        load_checkpoint(first)
+
+
 def test_a_frozen_text_encoder_is_copied_where_links_are_impossible(
     frozen: TMCA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -357,6 +370,15 @@ def test_a_damaged_config_is_refused(copied: Path, content: bytes):
         load_checkpoint(copied)
 
 
+@pytest.mark.parametrize("name", [MODEL_FILE, TOKENIZER_FILE])
+def test_a_config_without_the_hash_of_a_file_is_refused(copied: Path, name: str):
+    hashes = file_hashes(copied)
+    del hashes[name]
+    _edit_config(copied, sha256=hashes)
+    with pytest.raises(CheckpointError, match=f"has no SHA-256 of {name}"):
+        load_checkpoint(copied)
+
+
 def test_a_newer_format_asks_for_an_upgrade(copied: Path):
     _edit_config(copied, format_version=FORMAT_VERSION + 1)
     with pytest.raises(CheckpointError, match="newer tmca") as caught:
@@ -386,6 +408,12 @@ def test_a_bundle_is_no_folder_of_a_model(tmp_path: Path):
     with pytest.raises(CheckpointError, match=r"model\.tmca is a file") as caught:
         load_checkpoint(tmp_path / "model.tmca")
     assert "tmca-run" in caught.value.hint
+
+
+def test_a_folder_of_a_user_who_does_not_exist_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TMCA_OFFLINE", "1")
+    with pytest.raises(CheckpointError, match="There is no folder '~nobody-of-this-name/model'"):
+        load_checkpoint("~nobody-of-this-name/model")
 
 
 def test_a_mistyped_run_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -37,7 +37,7 @@ def tokenizer() -> SentenceTokenizer:
 def words(tokenizer: SentenceTokenizer, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Return a folder with the tokenizer."""
     folder = tmp_path_factory.mktemp("words")
-    tokenizer.save(folder / "tokenizer.json")
+    tokenizer.tokenizer.save(str(folder / "tokenizer.json"))
     return str(folder)
 
 
@@ -279,9 +279,8 @@ def test_a_folder_that_is_there_is_kept(checkpoint: Path, words: str, tmp_path: 
 
 
 def test_another_tokenizer_is_refused(checkpoint: Path, tmp_path: Path):
-    SentenceTokenizer.learn(["other words"], vocabulary_size=90, max_tokens=MAX_TOKENS).save(
-        tmp_path / "tokenizer.json"
-    )
+    other = SentenceTokenizer.learn(["other words"], vocabulary_size=90, max_tokens=MAX_TOKENS)
+    other.tokenizer.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ConfigError, match="entries"):
         convert_ariadne(checkpoint, tmp_path / "model", str(tmp_path))
     with pytest.raises(TMCAError, match="absent"):

@@ -15,6 +15,7 @@ from tmca.files import (
     refill_folder,
     replace_file,
     replace_folder,
+    require_writable,
     sha256_of,
     write_bytes,
     write_json,
@@ -257,3 +258,28 @@ def test_a_replaced_file_is_the_new_one_or_the_old_one(tmp_path: Path):
     assert target.read_bytes() == b"first"
     with pytest.raises(StorageError), replace_file(target / "b.bin"):
         pass
+
+
+def test_a_place_that_can_be_written_is_left_as_it_is(tmp_path: Path):
+    require_writable(tmp_path / "deeper" / "x")
+    assert list((tmp_path / "deeper").iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="Cannot write"):
+        require_writable(tmp_path / "file" / "x")
+
+
+def test_of_two_that_replace_a_folder_one_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "x").mkdir()
+    rename = Path.rename
+
+    def late(path: Path, target: Path) -> Path:
+        if target == tmp_path / "x" and not target.exists():  # the other one is faster
+            target.mkdir()
+            (target / "theirs").touch()
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", late)
+    with pytest.raises(StorageError, match="Cannot write"), replace_folder(tmp_path / "x") as place:
+        (place / "ours").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    assert [path.name for path in (tmp_path / "x").iterdir()] == ["theirs"]

@@ -27,8 +27,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from tmca.config import Experiment, PreprocessingConfig, from_dict, to_dict
-from tmca.errors import CheckpointError, ConfigError, WeightsError
-from tmca.files import replace_folder, sha256_of, write_bytes, write_json, write_text
+from tmca.errors import CheckpointError, ConfigError, DataError, WeightsError
+from tmca.files import expanded, replace_folder, sha256_of, write_bytes, write_json, write_text
 from tmca.models import SegmentationModel, build_model
 from tmca.models.text import SentenceTokenizer
 from tmca.models.weights import load_tensors, locate
@@ -36,6 +36,7 @@ from tmca.models.weights import load_tensors, locate
 FORMAT_VERSION = 1
 MODEL_FILE = "model.safetensors"
 TEXT_ENCODER_FILE = "text_encoder.safetensors"
+TOKENIZER_FILE = "tokenizer.json"
 TEXT_ENCODER_PREFIX = "text_encoder.backbone."
 
 
@@ -54,7 +55,8 @@ def save_checkpoint(
         experiment: What it was trained with.
         folder: Where to.
         metrics: Scores for the model card, name → value in [0, 1].
-        link_from: Another checkpoint of the same run, whose frozen text encoder is hard-linked instead of written.
+        link_from: Another checkpoint of the same run, whose frozen text encoder, if it is still the file that was
+            written, is hard-linked instead of written.
 
     Raises:
         StorageError: The folder cannot be written, for example because the disk is full.
@@ -79,17 +81,17 @@ def write_checkpoint(
     _write_tensors(state, place / MODEL_FILE)
     hashes = {MODEL_FILE: sha256_of(place / MODEL_FILE)}
     if frozen:
-        source = link_from / TEXT_ENCODER_FILE if link_from is not None else None
-        if source is not None and source.is_file():
-            _link(source, place / TEXT_ENCODER_FILE)
+        source = link_from if link_from is not None and _is_as_written(link_from, TEXT_ENCODER_FILE) else None
+        if source is not None:
+            _link(source / TEXT_ENCODER_FILE, place / TEXT_ENCODER_FILE)
         else:
             _write_tensors(frozen, place / TEXT_ENCODER_FILE)
         hashes[TEXT_ENCODER_FILE] = sha256_of(place / TEXT_ENCODER_FILE)
     text_encoder = model.text_encoder
     if text_encoder is not None:
         text = text_encoder.tokenizer.tokenizer.to_str(pretty=True)
-        write_text(place / "tokenizer.json", text)
-        hashes["tokenizer.json"] = sha256_of(place / "tokenizer.json")
+        write_text(place / TOKENIZER_FILE, text)
+        hashes[TOKENIZER_FILE] = sha256_of(place / TOKENIZER_FILE)
     write_json(
         place / "config.json",
         {
@@ -139,7 +141,7 @@ def resolve_checkpoint(name: str | Path) -> Path:
         CheckpointError: There is a folder, but no checkpoint in it.
         WeightsError: There is neither a folder nor a model of that id.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_file():
         raise CheckpointError(
             f"{name} is a file, expected the folder of a model", hint="a bundle is run by `tmca-run BUNDLE IMAGE`"
@@ -252,6 +254,12 @@ decision about a patient. The licence of the training data may restrict the use 
 
 def _read_weights(folder: Path, hashes: dict[str, Any]) -> dict[str, Tensor]:
     """Return all weights, in memory of their own, after every file has proved to be the one that was written."""
+    for file in (MODEL_FILE, TEXT_ENCODER_FILE, TOKENIZER_FILE):
+        if file not in hashes and (file == MODEL_FILE or (folder / file).is_file()):
+            raise CheckpointError(
+                f"{folder / 'config.json'} has no SHA-256 of {file}",
+                hint="the folder was changed by hand: copy it again from where it was made",
+            )
     for file, expected in hashes.items():
         if not (folder / file).is_file():
             raise CheckpointError(f"{folder} lacks {file}", hint="copy the whole folder again")
@@ -335,6 +343,14 @@ def _stored(value: Tensor) -> Tensor:
 
 def _write_tensors(state: dict[str, Tensor], path: Path) -> None:
     write_bytes(path, save(state, metadata={"format": "pt"}))
+
+
+def _is_as_written(folder: Path, file: str) -> bool:
+    """Whether a file of a checkpoint is there, and is the one its configuration describes."""
+    try:
+        return sha256_of(folder / file) == file_hashes(folder).get(file)
+    except (DataError, CheckpointError):
+        return False
 
 
 def _link(source: Path, target: Path) -> None:

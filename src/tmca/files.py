@@ -67,6 +67,25 @@ def replace_file(path: Path | str) -> Iterator[Path]:
         raise storage_error(target, error) from error
 
 
+def require_writable(path: Path | str) -> None:
+    """Refuse a place where no file or folder can be made, before the work that takes long.
+
+    Args:
+        path: What will be written there; missing parent folders are created.
+
+    Raises:
+        StorageError: It could not be written.
+    """
+    target = Path(path)
+    probe = sibling(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise storage_error(target, error) from error
+
+
 def write_text(path: Path | str, text: str) -> None:
     """Write a UTF-8 text file in one step; line ends are written as they are. See :func:`write_bytes`."""
     write_bytes(path, text.encode("utf-8"))
@@ -201,6 +220,13 @@ def files_below(folder: Path | str, leave_out: Path | None = None) -> list[Path]
     return sorted(found)
 
 
+def expanded(path: Path | str) -> Path:
+    """Return a path that a user named, with ``~`` filled in where there is such a user."""
+    with contextlib.suppress(RuntimeError):
+        return Path(path).expanduser()
+    return Path(path)
+
+
 def real_path(path: Path | str) -> Path:
     """Return the absolute path without links; a link that leads to itself stays (``Path.resolve`` raises there)."""
     return Path(os.path.realpath(path))
@@ -260,7 +286,10 @@ def _exchange(new: Path, target: Path) -> None:
     try:
         new.rename(target)
     except BaseException:
-        aside.rename(target)
+        try:
+            aside.rename(target)
+        except OSError:  # another process was faster, and its folder is the new one
+            shutil.rmtree(aside, ignore_errors=True)
         raise
     shutil.rmtree(aside, ignore_errors=True)
 

@@ -162,7 +162,10 @@ def test_verify_says_what_a_bundle_is(bundle_file: Path):
 
 
 def test_verify_says_what_a_folder_is(checkpoint: Path, tmp_path: Path):
-    assert verify(checkpoint)[-1] == "unchanged, and it loads"
+    said = verify(checkpoint)
+    assert said[-1] == "weights and tokenizer are those that config.json lists, and it loads"
+    # Of what config.json itself says there is no list: its own SHA-256 is told, to be compared.
+    assert f"sha256 {hashlib.sha256((checkpoint / 'config.json').read_bytes()).hexdigest()} config.json" in said
     folder = Path(shutil.copytree(checkpoint, tmp_path / "model"))
     weights = folder / "model.safetensors"
     content = bytearray(weights.read_bytes())
@@ -172,6 +175,52 @@ def test_verify_says_what_a_folder_is(checkpoint: Path, tmp_path: Path):
         verify(folder)
     with pytest.raises(CheckpointError, match="There is no"):
         verify(tmp_path / "nothing.tmca")
+
+
+def test_verify_reads_the_calibration_of_a_folder(checkpoint: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "model"))
+    Calibration(temperature=2.0).write(folder)
+    assert any(line.endswith("calibration.json") for line in verify(folder))
+    (folder / "calibration.json").write_text('{"temperature": 2')
+    with pytest.raises(CheckpointError, match=r"calibration\.json is damaged"):
+        verify(folder)
+
+
+def test_a_bundle_of_another_version_is_no_damaged_one(bundle_file: Path, damaged: Path):
+    bundle = open_bundle(bundle_file)
+    files = {key: content for key, content in bundle.files.items() if key != "manifest.json"}
+    damaged.write_bytes(pack(bundle.manifest | {"format_version": 2}, files))
+    with pytest.raises(CheckpointError, match=r"another version of tmca: use the tmca_run\.py") as caught:
+        verify(damaged)
+    assert "upgrade" in caught.value.hint
+
+
+def test_a_place_that_cannot_be_written_is_told_before_the_work(tmp_path: Path):
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file" / "x.tmca", tmp_path):
+        with pytest.raises(StorageError) as caught:
+            export_bundle("no such model", output)
+        assert "model" not in caught.value.message
+    assert f"-o {tmp_path / 'NAME.tmca'}" in caught.value.hint
+    with pytest.raises(StorageError):
+        export_onnx("no such model", tmp_path / "file" / "onnx")
+
+
+def test_a_card_of_any_encoding_is_taken_along(checkpoint: Path, phantoms: Manifest, tmp_path: Path):
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "model"))
+    (folder / "README.md").write_bytes("für die Klinik".encode("latin-1"))
+    _, bundle = export_bundle(str(folder), tmp_path / "x.tmca", phantoms.root, images=1)
+    assert bundle.files["README.md"] == b"f\xfcr die Klinik"
+
+
+def test_what_is_not_of_an_export_is_not_replaced_with_it(checkpoint: Path, phantoms: Manifest, tmp_path: Path):
+    export_onnx(str(checkpoint), tmp_path / "onnx", phantoms.root, images=1)
+    (tmp_path / "onnx" / "notes.txt").write_text("mine")
+    with pytest.raises(StorageError, match=r"holds notes\.txt, which is not of an export"):
+        export_onnx(str(checkpoint), tmp_path / "onnx", phantoms.root, images=1, overwrite=True)
+    assert (tmp_path / "onnx" / "notes.txt").read_text() == "mine"
+    (tmp_path / "onnx" / "notes.txt").unlink()
+    export_onnx(str(checkpoint), tmp_path / "onnx", phantoms.root, images=1, overwrite=True)
 
 
 def test_nothing_is_replaced_unasked(bundle_file: Path, checkpoint: Path, phantoms: Manifest, tmp_path: Path):

@@ -7,6 +7,7 @@ import unicodedata
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from hypothesis import given, settings
@@ -190,6 +191,23 @@ def test_a_png_that_notes_an_orientation_in_a_text_is_left_to_pillow(tmp_path: P
     texts.add_text("Software", "a scanner")
     Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(tmp_path / "plain.png", pnginfo=texts)
     assert tmca_run.read_png((tmp_path / "plain.png").read_bytes()).shape == (20, 30, 3)
+
+
+def test_a_mask_that_cannot_be_written_leaves_nothing(bundle_file: Path, tmp_path: Path):
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "folder.png").mkdir()
+    for output in ("folder.png", "nowhere/mask.png"):
+        command = [sys.executable, "-m", "tmca_run", str(bundle_file), "a.png", "-o", output]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+        assert done.returncode == 1
+        assert done.stderr.startswith("error: ")
+        assert done.stderr.endswith(f": {output}\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "folder.png"]
+
+
+def test_a_graph_that_the_runtime_cannot_load_is_no_traceback():
+    with pytest.raises(tmca_run.RefusedError, match=rf"onnxruntime {onnxruntime.__version__} cannot load the graph"):
+        tmca_run.onnx_graph(b"of a newer version")
 
 
 def test_a_file_that_is_no_bundle_is_refused_in_a_line(tmp_path: Path):

@@ -62,6 +62,20 @@ def test_a_value_that_means_nothing_is_warned_of(name: str, value: str, monkeypa
     assert f"{name} is {value!r}" in warnings[0].message
 
 
+def test_a_home_that_does_not_exist_is_one_of_the_checks(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TMCA_HOME", "~nobody-of-this-name")
+    (check,) = examine("cpu")
+    assert (check.name, check.status) == ("TMCA_HOME", "problem")
+    assert "no such user" in check.message
+
+
+def test_half_a_model_is_warned_of(checks: Callable[..., dict[str, Check]], facts: dict[str, Any]):
+    name = next(iter(facts["weights"]))
+    broken = {"presets": [], "folder": "/models/x", "problem": "/models/x lacks config.json"}
+    found = checks("weights", name, value=broken)["weights"]  # the last of that name
+    assert (found.status, found.message) == ("warning", "/models/x lacks config.json")
+
+
 def test_nothing_is_wrong_here():
     found = list(examine("cpu"))
     assert {check.status for check in found} <= {"ok", "warning"}, found

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -156,6 +158,29 @@ def test_models_are_found_in_both_places(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert "kvasir-mobile" in weights["presets"]
     assert found["weights"]["facebook/convnext-tiny-224"]["folder"] is None
     assert not {"none", "scratch"} & set(found["weights"])
+
+
+def test_a_folder_that_is_no_whole_model_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("TMCA_HOME", str(tmp_path))
+    folder = tmp_path / "models" / "facebook" / "convnext-tiny-224"
+    folder.mkdir(parents=True)
+    name = "facebook/convnext-tiny-224"
+    assert describe_installation()["weights"][name]["problem"] == f"{folder} lacks config.json"
+    (folder / "config.json").write_text("{}")
+    said = describe_installation()["weights"][name]["problem"]
+    assert said == f"{folder} lacks model.safetensors or pytorch_model.bin"
+    (folder / "model.safetensors").touch()
+    assert describe_installation()["weights"][name] == {
+        "presets": describe_installation()["weights"][name]["presets"],
+        "folder": str(folder),
+        "problem": None,
+    }
+
+    def refuse(name: str) -> Path:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), name)
+
+    monkeypatch.setattr(installation, "find_local", refuse)
+    assert describe_installation()["weights"][name]["problem"] == f"{name} cannot be read: Permission denied"
 
 
 def test_a_container_has_its_own_limits(monkeypatch: pytest.MonkeyPatch):

@@ -242,6 +242,10 @@ def test_a_download_that_was_cut_short_is_finished(monkeypatch: pytest.MonkeyPat
     assert find_local("somebody/some-model") is None
     (snapshot / "text_encoder.safetensors").write_bytes(b"")
     assert find_local("somebody/some-model") == snapshot
+    unfinished = snapshot.parents[1] / "blobs" / "0a1b.incomplete"  # the tokenizer, say, which no file lists
+    unfinished.parent.mkdir()
+    unfinished.touch()
+    assert find_local("somebody/some-model") is None
 
 
 @pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation", "_attn_implementation_internal"])
@@ -323,6 +327,25 @@ def test_normalisation_of_the_encoder(convnext: tuple[ConvNextModel, Path]):
     assert encoder_normalisation(config) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     with pytest.raises(ConfigError, match="normalisation is 'encoder' but 'none'"):
         encoder_normalisation(_config("convnext"))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"image_mean": 0.5, "image_std": 0.5}',
+        '{"image_mean": [0.5], "image_std": [0.5]}',
+        '{"image_mean": [0, 0, 0], "image_std": [1, 1, 0]}',
+        '{"image_mean": [0, 0, "x"], "image_std": [1, 1, 1]}',
+    ],
+)
+def test_a_file_that_tells_no_normalisation_is_named(convnext: tuple[ConvNextModel, Path], content: str):
+    (convnext[1] / "preprocessor_config.json").write_text(content)
+    with pytest.raises(WeightsError, match=r"preprocessor_config\.json") as caught:
+        encoder_normalisation(ImageEncoderConfig(weights=str(convnext[1])))
+    assert "preprocessing.normalisation" in caught.value.hint
 
 
 def test_published_mobilenet(shared: Path):

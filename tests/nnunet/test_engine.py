@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from tmca.errors import ConfigError, OutOfMemoryError, TMCAError, WeightsError
+from tmca.errors import ConfigError, OutOfMemoryError, StorageError, TMCAError, WeightsError
+from tmca.files import held
 from tmca.nnunet import engine
 from tmca.nnunet.engine import PINNED, REQUIRED, install, require, run, status
 
@@ -39,6 +40,18 @@ def test_torch_is_shared_and_neither_it_nor_what_needs_it_twice_is_asked_for(ins
     assert "--no-deps" in first
     assert set(REQUIRED) <= set(second)
     assert not {"torch", "torchvision", "timm"} & {package.partition("=")[0] for package in first + second}
+
+
+def test_two_installations_at_once_do_not_disturb_each_other(program: Any):
+    engines = status().folder.parent
+    engines.mkdir(parents=True)
+    with (
+        held(engines, StorageError("held")),
+        pytest.raises(StorageError, match="is being installed by another process"),
+    ):
+        install()
+    assert not program.calls
+    assert install() is True
 
 
 def test_offline_nothing_is_tried(program: Any, monkeypatch: pytest.MonkeyPatch):

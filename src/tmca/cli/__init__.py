@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import sys
+import tempfile
 import traceback
 from collections.abc import Sequence
 from dataclasses import replace
@@ -142,7 +143,8 @@ def _explain(error: Exception) -> tuple[str, int]:
         extra = next((extra for extra, packages in EXTRAS.items() if package in packages), "train")
         return f"This verb needs the package {error.name!r} (pip install 'tmca[{extra}]')", TMCAError.exit_code
     if isinstance(error, OSError):
-        what = f"{error.strerror or error}: {error.filename or ''}"
+        where = error.filename or f"where it is written, or in {tempfile.gettempdir()} (TMPDIR names another folder)"
+        what = f"{error.strerror or error}: {where}"
         return f"{what} (check the path, its permissions and the free space)", TMCAError.exit_code
     message = (str(error).splitlines() or [""])[0]
     return f"{type(error).__name__}: {message} (this is a fault of tmca; --debug shows where)", TMCAError.exit_code

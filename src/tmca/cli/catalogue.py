@@ -78,7 +78,7 @@ class ModelsConvert:
 
 @dataclass(frozen=True)
 class ModelsVerify:
-    """Check that a bundle or model folder is complete and unchanged, and say what it is: `tmca models verify PATH`."""
+    """Check that a bundle or model folder is complete and undamaged, and say what it is: `tmca models verify PATH`."""
 
     path: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="BUNDLE|FOLDER")]]
     """A bundle of `tmca export bundle`, or a run or checkpoint folder."""

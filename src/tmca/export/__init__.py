@@ -37,12 +37,12 @@ from tmca.export.parity import (
     require_parity,
 )
 from tmca.export.quantise import is_quantised, quantise
-from tmca.files import replace_file, replace_folder, write_bytes, write_json
+from tmca.files import replace_file, replace_folder, require_writable, write_bytes, write_json
 from tmca.inference import Predictor
 from tmca_run import Segmenter, WordPieces, onnx_graph
 
 FOLDER_FORMAT = "tmca-export"
-MANIFEST = "manifest.json"
+MANIFEST, GRAPHS = "manifest.json", "graphs"
 ODD_SENTENCES = (
     "",
     " Two\tlarge,white polyps -- (left/right)? ",
@@ -97,12 +97,12 @@ class _Source:
         predictor = Predictor.from_pretrained(checkpoint, "cpu", "32")
         return cls(checkpoint, predictor, cut_graphs(predictor.model))
 
-    def card(self) -> str:
+    def card(self) -> bytes:
         """Return the model card: that of the checkpoint, or of one without, written anew."""
         path = self.checkpoint / "README.md"
         if path.is_file():
-            return path.read_text("utf-8")
-        return model_card(self.predictor.model, self.predictor.experiment, {})
+            return path.read_bytes()
+        return model_card(self.predictor.model, self.predictor.experiment, {}).encode()
 
     def manifest(self, graphs: Iterable[Graph], suffix: str) -> dict[str, Any]:
         return describe_export(self.predictor, self.checkpoint, graphs, suffix)
@@ -182,7 +182,7 @@ def export_openvino(
         }
         parity = measure_parity(source.predictor, _forms(manifest, functions, source.tokenize()), cases)
     require_parity(parity, LEAST_DICE)
-    named = {f"graphs/{name}": content for name, content in files.items()}
+    named = {f"{GRAPHS}/{name}": content for name, content in files.items()}
     _write_folder(output, manifest, parity, named | source.tokenizer_file())
     return Exported(output, parity)
 
@@ -211,8 +211,11 @@ def export_bundle(
         ConfigError: The method cannot be exported, or its tokenizer is none that the runner knows.
         StorageError: There is a file already, or it cannot be written.
     """
-    if output.is_dir() or (output.exists() and not overwrite):
+    if output.is_dir():
+        raise StorageError(f"{output} is a folder, expected a file", hint=f"name a file: -o {output / 'NAME.tmca'}")
+    if output.exists() and not overwrite:
         raise StorageError(f"{output} exists already", hint="name another file, or replace it: --overwrite")
+    require_writable(output)
     source = _Source.load(name)
     chosen = [graph for graph in source.graphs if graph.name != WHOLE]
     with open_cases(data, images) as cases:
@@ -220,17 +223,25 @@ def export_bundle(
         manifest = source.manifest(chosen, ".onnx")
         graphs = {graph.name: to_onnx(graph) for graph in chosen}
         graphs, parity = _checked_onnx(source, manifest, graphs, cases, tokenize, int8=int8)
-    files = {manifest["graphs"][name]["file"]: content for name, content in graphs.items()} | source.tokenizer_file()
-    files["README.md"] = source.card().encode()
-    files["licences/README.md"] = describe_licences(source.predictor.experiment, versions((*MAKERS, *RUNNERS))).encode()
-    files["licences/Apache-2.0.txt"] = tmca_licence().encode()
-    files["tmca_run.py"] = Path(tmca_run.__file__).read_bytes()
+    files = {manifest["graphs"][name]["file"]: content for name, content in graphs.items()}
+    files |= source.tokenizer_file() | _papers(source)
     manifest["parity"] = {form: figures.as_dict() for form, figures in parity.items()}
     files["sbom.cdx.json"] = bill_of_materials(manifest, files).encode()
     with replace_file(output) as temporary:
         temporary.write_bytes(pack(manifest, files))
         bundle = open_bundle(temporary)
     return Exported(output, parity), Bundle(output, bundle.sha256, bundle.manifest, bundle.files)
+
+
+def _papers(source: _Source) -> dict[str, bytes]:
+    """Return what a bundle holds besides the model: card, licences, runner."""
+    licences = describe_licences(source.predictor.experiment, versions((*MAKERS, *RUNNERS)))
+    return {
+        "README.md": source.card(),
+        "licences/README.md": licences.encode(),
+        "licences/Apache-2.0.txt": tmca_licence().encode(),
+        "tmca_run.py": Path(tmca_run.__file__).read_bytes(),
+    }
 
 
 def _checked_onnx(
@@ -286,8 +297,9 @@ def _require_free_folder(output: Path, *, overwrite: bool) -> None:
     """Refuse to write over anything but an earlier export, and over that only when asked.
 
     Raises:
-        StorageError: Something is there.
+        StorageError: Something is there, or nothing can be written there.
     """
+    require_writable(output)
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     try:
@@ -296,6 +308,10 @@ def _require_free_folder(output: Path, *, overwrite: bool) -> None:
         ours = False
     if not ours:
         raise StorageError(f"{output} exists and is no export", hint="name another folder")
+    strange = sorted(each.name for each in output.iterdir() if each.name not in {MANIFEST, TOKENIZER, GRAPHS})
+    if strange:
+        hint = "name another folder, or move the file away: an export replaces the whole folder"
+        raise StorageError(f"{output} holds {strange[0]}, which is not of an export", hint=hint)
     if not overwrite:
         raise StorageError(f"{output} holds an export already", hint="name another folder, or replace it: --overwrite")
 

@@ -84,7 +84,8 @@ def open_bundle(path: Path) -> Bundle:
         needed = [*ALWAYS, *(graph["file"] for graph in manifest["graphs"].values())]
         needed += [TOKENIZER] if manifest["text"] is not None else []
     except RefusedError as error:
-        raise CheckpointError(str(error.args[0]), hint="copy it again from where it was made") from error
+        hint = "copy it again from where it was made; if it is newer than this tmca, upgrade that"
+        raise CheckpointError(str(error.args[0]), hint=hint) from error
     except Exception as error:  # whatever zipfile and json make of bytes that were made to look like a bundle
         raise CheckpointError(f"{path} is no bundle: {error}", hint="copy it again from where it was made") from error
     missing = [name for name in needed if name not in files]

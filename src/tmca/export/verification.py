@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
+from tmca.calibration import CALIBRATION_FILE, read_calibration
 from tmca.checkpoints import file_hashes, load_checkpoint, resolve_checkpoint
 from tmca.errors import CheckpointError
 from tmca.export.bundle import Bundle, open_bundle
+from tmca.files import sha256_of
 from tmca_run import Segmenter
 
 
@@ -28,12 +30,16 @@ def verify(path: Path) -> list[str]:
 def _verify_folder(path: Path) -> list[str]:
     folder = resolve_checkpoint(path)
     model = load_checkpoint(folder)
+    read_calibration(folder)
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    hashes = file_hashes(folder) | {
+        file: sha256_of(folder / file) for file in ("config.json", CALIBRATION_FILE) if (folder / file).is_file()
+    }
     name = "" if model.experiment is None else model.experiment.name
     return [
         f"{folder} is a model folder of tmca: {name}, {parameters:,} parameters",
-        *(f"sha256 {digest} {file}" for file, digest in file_hashes(folder).items()),
-        "unchanged, and it loads",
+        *(f"sha256 {digest} {file}" for file, digest in hashes.items()),
+        "weights and tokenizer are those that config.json lists, and it loads",
     ]
 
 

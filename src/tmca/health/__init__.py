@@ -68,11 +68,15 @@ def examine(device: str = "auto") -> Iterator[Check]:
     Args:
         device: Where the self-test computes.
     """
-    facts = describe_installation()
+    try:
+        facts = describe_installation()
+    except TMCAError as error:
+        yield Check("TMCA_HOME", "problem", error.message, error.hint)
+        return
     yield from _check_packages(facts)
     yield from _check_extras(facts)
     yield from _check_devices(facts)
-    yield _check_weights(facts)
+    yield from _check_weights(facts)
     yield from (_check_folder(name, facts["folders"][key]) for name, key in _FOLDERS.items())
     yield from _check_environment(facts)
     yield from _check_conflicts()
@@ -168,14 +172,17 @@ def _precision_of(device: dict[str, Any]) -> str:
     return "computes bfloat16" if device["bfloat16"] else "no bfloat16 of its own"
 
 
-def _check_weights(facts: dict[str, Any]) -> Check:
-    here = [name for name, weights in facts["weights"].items() if weights["folder"]]
+def _check_weights(facts: dict[str, Any]) -> Iterator[Check]:
+    here = [name for name, weights in facts["weights"].items() if weights["folder"] and not weights["problem"]]
     total = sum(model["bytes"] for model in facts["models"])
     said = f"{len(here)} of the {len(facts['weights'])} pretrained models that presets start from are on this machine"
     said += f" ({', '.join(here)})" if here else ""
     said += f"; {len(facts['models'])} models in all, {decimal(total)}" if facts["models"] else ""
     network = "offline mode is on: nothing is downloaded" if facts["offline"] else "others are downloaded when named"
-    return Check("weights", "ok", f"{said}; {network}", "tmca info lists them")
+    yield Check("weights", "ok", f"{said}; {network}", "tmca info lists them")
+    for weights in facts["weights"].values():
+        if weights["problem"]:
+            yield Check("weights", "warning", weights["problem"], "copy the whole folder of the model there again")
 
 
 def _check_folder(name: str, folder: dict[str, Any]) -> Check:

@@ -26,7 +26,7 @@ from tmca.devices import computes_bfloat16, resolve_device
 from tmca.environment import describe_hardware, source_commit
 from tmca.errors import TMCAError
 from tmca.files import home
-from tmca.models.weights import find_local, is_offline
+from tmca.models.weights import WEIGHT_FILES, find_local, is_offline
 from tmca.nnunet import engine
 from tmca.presets import PRESETS, get_preset
 
@@ -230,7 +230,7 @@ def _memory() -> tuple[int | None, int | None]:
 
 
 def _weights() -> dict[str, dict[str, Any]]:
-    """Return for each pretrained model that a preset starts from: which presets, and where it lies."""
+    """Return for each pretrained model that a preset starts from: which presets, where it lies, what is wrong there."""
     users: dict[str, list[str]] = {}
     for name in PRESETS:
         model = get_preset(name).model
@@ -238,8 +238,20 @@ def _weights() -> dict[str, dict[str, Any]]:
         for weights in encoders:
             if weights not in ("none", "scratch"):
                 users.setdefault(weights, []).append(name)
-    found = {name: find_local(name) for name in users}
-    return {name: {"presets": users[name], "folder": str(path) if path else None} for name, path in found.items()}
+    return {name: {"presets": presets, **_place(name)} for name, presets in users.items()}
+
+
+def _place(name: str) -> dict[str, str | None]:
+    try:
+        folder = find_local(name)
+        if folder is None:
+            return {"folder": None, "problem": None}
+        lacks = "" if (folder / "config.json").is_file() else "config.json"
+        if not lacks and not any((folder / file).is_file() for file in WEIGHT_FILES):
+            lacks = " or ".join(WEIGHT_FILES)
+        return {"folder": str(folder), "problem": f"{folder} lacks {lacks}" if lacks else None}
+    except OSError as error:
+        return {"folder": None, "problem": f"{error.filename} cannot be read: {error.strerror}"}
 
 
 def _models() -> list[dict[str, Any]]:

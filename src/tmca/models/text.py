@@ -79,10 +79,6 @@ class SentenceTokenizer:
             attention_mask[row, : len(ids)] = True
         return TextTokens(input_ids, attention_mask, tuple(counts))
 
-    def save(self, path: Path) -> None:
-        """Write ``tokenizer.json``."""
-        self.tokenizer.save(str(path))
-
     @classmethod
     def read(cls, folder: Path, max_tokens: int) -> SentenceTokenizer:
         """Read ``tokenizer.json``, a BERT ``vocab.txt`` or a CLIP ``vocab.json`` and ``merges.txt`` from a folder.

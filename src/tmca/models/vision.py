@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -157,21 +158,40 @@ ENCODERS = ("convnext", "convnextv2", "mobilenet_v2", "resnet", "swin", "focalne
 """Architectures known to have the four strides; others of transformers may work too."""
 
 
+_OWN_NORMALISATION = "download it again, or set preprocessing.normalisation to fixed with mean and std"
+
+
 def encoder_normalisation(config: ImageEncoderConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return mean and standard deviation an encoder was trained with, for images scaled to [0, 1].
 
     Raises:
         ConfigError: There is no ``preprocessor_config.json`` to tell.
+        WeightsError: The file does not tell.
     """
     if config.weights != "none":
         path = locate(config.weights) / "preprocessor_config.json"
         if path.is_file():
-            values = json.loads(path.read_text("utf-8"))
-            return tuple(values["image_mean"]), tuple(values["image_std"])
+            return _read_normalisation(path)
     raise ConfigError(
         f"normalisation is 'encoder' but {config.weights!r} has no preprocessor_config.json",
         hint="set preprocessing.normalisation to per_image, or to fixed with mean and std",
     )
+
+
+def _read_normalisation(path: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    try:
+        values = json.loads(path.read_text("utf-8"))
+        mean, std = (tuple(float(value) for value in values[key]) for key in ("image_mean", "image_std"))
+    except (ValueError, LookupError, TypeError) as error:
+        raise WeightsError(
+            f"{path} does not tell mean and standard deviation: {error!r}", hint=_OWN_NORMALISATION
+        ) from error
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise WeightsError(
+            f"{path} has the means {mean} and standard deviations {std}, expected three of each, above 0",
+            hint=_OWN_NORMALISATION,
+        )
+    return mean, std
 
 
 def load_backbone(backbone: nn.Module, state: dict[str, Tensor], name: str) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tmca.errors import WeightsError
-from tmca.files import home
+from tmca.files import expanded, home
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 FILE_PATTERNS = ["*.json", "*.txt", "model.safetensors", "text_encoder.safetensors", "pytorch_model.bin"]
@@ -61,7 +61,7 @@ def locate(name: str) -> Path:
 
 def find_local(name: str) -> Path | None:
     """Return the folder of a model whose files are on this machine, without asking the hub; see :func:`locate`."""
-    for folder in (Path(name).expanduser(), home() / "models" / name):
+    for folder in (expanded(name), home() / "models" / name):
         if folder.is_dir():
             return folder
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
@@ -81,7 +81,8 @@ def _is_complete(folder: Path) -> bool:
     """Whether no file is left to download: files come side by side, and the small ones need not be first."""
     try:
         hashes = json.loads((folder / "config.json").read_text("utf-8")).get("sha256", {})  # a model of ours lists them
-        return all((folder / name).is_file() for name in hashes)
+        unfinished = any((folder.parents[1] / "blobs").glob("*.incomplete"))
+        return not unfinished and all((folder / name).is_file() for name in hashes)
     except (OSError, ValueError, AttributeError, TypeError):
         return False
 

@@ -22,8 +22,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tmca.errors import ConfigError, OutOfMemoryError, TMCAError, WeightsError
-from tmca.files import home, storage_error, write_json, write_text
+from tmca.errors import ConfigError, OutOfMemoryError, StorageError, TMCAError, WeightsError
+from tmca.files import held, home, storage_error, write_json, write_text
 from tmca.models.weights import is_offline
 from tmca.progress import say
 
@@ -119,6 +119,7 @@ def install(wheels: Path | None = None) -> bool:
 
     Raises:
         ConfigError: There is no such folder.
+        StorageError: Another process installs it, or it cannot be written.
         WeightsError: Offline, or a package cannot be had; says what to do.
         TMCAError: Python cannot make environments here.
     """
@@ -132,20 +133,29 @@ def install(wheels: Path | None = None) -> bool:
             "nnU-Net is not installed and offline mode is on",
             hint="install it while connected, or bring its packages over: tmca models install nnunet --wheels FOLDER",
         )
-    say(f"Installing nnU-Net {VERSION} into {found.folder}; it takes a few minutes and 600 MB")
-    log = found.folder.with_name("nnunet-install.log")
+    engines = found.folder.parent
     try:
-        shutil.rmtree(found.folder, ignore_errors=True)
-        found.folder.parent.mkdir(parents=True, exist_ok=True)
+        engines.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(engines, error) from error
+    with held(engines, StorageError("nnU-Net is being installed by another process", hint="wait for it to end")):
+        say(f"Installing nnU-Net {VERSION} into {found.folder}; it takes a few minutes and 600 MB")
+        _install(found.folder, wheels)
+    return True
+
+
+def _install(folder: Path, wheels: Path | None) -> None:
+    log = folder.with_name("nnunet-install.log")
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
         log.unlink(missing_ok=True)
     except OSError as error:
-        raise storage_error(found.folder, error) from error
+        raise storage_error(folder, error) from error
     try:
-        _build(found.folder, log, wheels)
+        _build(folder, log, wheels)
     except BaseException:
-        shutil.rmtree(found.folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         raise
-    return True
 
 
 def require() -> EngineStatus:

@@ -25,6 +25,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from tmca.data.grammar import Grammar
 from tmca.errors import ConfigError
+from tmca.files import expanded
 from tmca.reports.findings import Mention, find_mentions, names_other
 from tmca.reports.places import Span
 from tmca.reports.prompt import DEFAULT_SIDES, ReportPrompt, Sides, check_report, prompt_from_report, state
@@ -207,7 +208,7 @@ def open_language_model(name: str, *, seconds: float = SECONDS) -> LanguageModel
     """
     if "://" in name:
         return _endpoint(name, seconds)
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if not (folder / "config.json").is_file():
         raise ConfigError(
             f"{name!r} is neither an http address nor the folder of a model (it has no config.json)",

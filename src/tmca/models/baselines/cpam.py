@@ -7,7 +7,6 @@ The authors' code is not public. What the paper and its figure say is followed; 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from tmca.config import ModelConfig
 from tmca.errors import ConfigError, WeightsError
+from tmca.files import expanded
 from tmca.models.base import Parts, SegmentationModel, nobody, read_options
 from tmca.models.baselines.unet import convolutions, decoder_channels
 from tmca.models.text import TextEncoder
@@ -228,7 +228,7 @@ def load_vgg(encoder: VGGEncoder, name: str) -> None:
     Raises:
         WeightsError: The weights cannot be found or read, or do not fit.
     """
-    file = Path(name).expanduser()
+    file = expanded(name)
     state = load_tensors(file) if file.is_file() else load_state_dict(locate(name))
     wanted = encoder.state_dict()
     missing = [key for key in wanted if not key.endswith("num_batches_tracked") and key not in state]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tmca.config import ModelConfig
 from tmca.errors import ConfigError, WeightsError
+from tmca.files import expanded
 from tmca.models.base import Parts, SegmentationModel, nobody, read_options
 from tmca.models.vision import ImageEncoder, build_image_encoder, check_images, describe_architecture
 from tmca.models.weights import load_tensors
@@ -306,7 +307,7 @@ def read_word_vectors(path: Path) -> Float[Tensor, "words word_dim"]:
     Raises:
         WeightsError: The file cannot be read, or does not hold one vector of 300 numbers a word.
     """
-    path = path.expanduser()
+    path = expanded(path)
     if path.suffix == ".npy":
         try:
             tensors = [torch.from_numpy(np.load(path, allow_pickle=False))]
