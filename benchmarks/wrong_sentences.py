@@ -25,19 +25,6 @@ from tmca.data.manifest import Manifest
 from tmca.evaluation.reading import ScoredRun, read_runs
 from tmca.imaging.reading import read_mask
 
-BY_ID = {"mobilenet-v2-imagenet": "google/mobilenet_v2_1.0_224"}
-"""Folder from which a run took its weights → the id by which others name the same ones."""
-
-
-def weights_by_id(run: ScoredRun) -> ScoredRun:
-    """Return a run whose experiment names its image encoder's weights by their id, so that its seeds are joined."""
-    if run.experiment is None:
-        return run
-    model = run.experiment["model"]
-    encoder = model["image_encoder"]
-    encoder = encoder | {"weights": BY_ID.get(encoder["weights"], encoder["weights"])}
-    return replace(run, experiment=run.experiment | {"model": model | {"image_encoder": encoder}})
-
 
 def wrong_cases(manifest: Manifest) -> set[str]:
     """Return the cases whose sentence contradicts the mask."""
@@ -66,7 +53,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("results", type=Path, nargs="+")
     arguments = parser.parse_args()
-    runs = [weights_by_id(run) for run in read_runs(arguments.results)]
+    runs = read_runs(arguments.results)
     manifest = open_dataset(arguments.data).split(runs[0].protocol.split)
     wrong = wrong_cases(manifest)
     right = {record.id for record in manifest.records} - wrong

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from tmca.comparison import RESAMPLES, Comparison, compare, holm, signed_rank_p
+from tmca.comparison import RESAMPLES, Comparison, apart_by_weights, compare, holm, signed_rank_p
 from tmca.comparison_report import in_words, write_comparison
 from tmca.config import to_dict
 from tmca.errors import ConfigError, DataError
@@ -292,7 +293,7 @@ def test_a_model_without_scores_is_told_how_to_get_them(tmp_path: Path, name: st
 @pytest.mark.parametrize("name", ["absent", "absent.json", "folder"])
 def test_what_is_no_run_is_refused(tmp_path: Path, name: str):
     (tmp_path / "folder").mkdir()
-    with pytest.raises(DataError, match=f"{name} (is no run folder|holds no scores)"):
+    with pytest.raises(DataError, match=f"({name} (is no run folder|holds no scores)|There is no .*{name})"):
         read_scores(tmp_path / name)
 
 
@@ -382,6 +383,30 @@ def test_seeds_of_one_experiment_are_averaged(tmp_path: Path):
     assert both.pooled("dice") == pytest.approx(np.mean(pooled[:2]))
     assert both.pooled_by_seed("dice") == pytest.approx(pooled[:2])
     assert len(compare(runs).columns) == 3
+
+
+def test_the_average_is_called_as_its_runs_are(tmp_path: Path):
+    names = ("large-seed1", "large-seed2", "small", "small-seed2")
+    presets = ("tiny", "tiny", "image-only", "image-only")
+    folders = [
+        _write(tmp_path / name, _random(number), seed=number % 2, preset=preset)
+        for number, (name, preset) in enumerate(zip(names, presets, strict=True))
+    ]
+    comparison = compare(read_runs(folders), group_seeds=True)
+    assert [column.name for column in comparison.columns] == ["large (2 seeds)", "small (2 seeds)"]
+
+
+def test_runs_apart_by_the_name_of_their_weights_are_told(tmp_path: Path):
+    folders = [_write(tmp_path / f"seed-{seed}", _random(seed), seed=seed) for seed in (1, 2, 3)]
+    path = folders[2] / "summary.json"
+    values = json.loads(path.read_text("utf-8"))
+    values["experiment"]["model"]["image_encoder"]["weights"] = "my/folder"
+    write_json(path, values)
+    comparison = compare(read_runs(folders), group_seeds=True)
+    (note,) = apart_by_weights(comparison.columns)
+    assert note.startswith("tiny (2 seeds) and seed-3 are the same but for the name of their pretrained weights")
+    assert str(path) in note
+    assert apart_by_weights(comparison.columns[:1]) == []
 
 
 def test_a_seed_that_leaves_a_case_out_does_not_hide_the_others(tmp_path: Path):

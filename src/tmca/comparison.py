@@ -8,6 +8,7 @@ patient's difference. See ``docs/how-to/compare-models.md``.
 from __future__ import annotations
 
 import itertools
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,9 @@ from tmca.errors import DataError
 from tmca.evaluation.joining import experiment_of, joined, kind_of, seed_of
 from tmca.evaluation.reading import ScoredRun, align, described
 from tmca.metrics import COUNTS, interval, overlap_scores, pooled_scores, resampled_sums
+
+_SEED_IN_NAME = re.compile(r"[-_. ]?seed[-_. ]?\d+", re.IGNORECASE)
+_DETAILS_IN_NAME = re.compile(r" \([^()]*\)$")
 
 TIE = 0.001
 """Difference of Dice up to which neither run is better on a case."""
@@ -250,14 +254,37 @@ def group_by_experiment(runs: Sequence[ScoredRun]) -> list[Column]:
             if len(seeds) < len(group):
                 named = " and ".join(run.name for run in group)
                 raise DataError(f"{named} hold a seed of one experiment twice", hint="name each seed once")
-            name = described((first.experiment or {})["name"], (f"{len(group)} seeds", *first.details))
-            column = replace(column, name=name)
+            column = replace(column, name=described(_name_of_all(group), (f"{len(group)} seeds", *first.details)))
         columns.append(column)
     names = Counter(column.name for column in columns)
     return [
         column if names[column.name] == 1 else replace(column, name=" + ".join(run.name for run in column.runs))
         for column in columns
     ]
+
+
+def apart_by_weights(columns: Sequence[Column]) -> list[str]:
+    """Return a note for each two columns that differ in nothing but what their pretrained weights are called."""
+    notes = []
+    for one, other in itertools.combinations(columns, 2):
+        first, second = one.runs[0], other.runs[0]
+        if first.experiment is None or second.experiment is None or {*one.seeds} & {*other.seeds}:
+            continue
+        if kind_of(first, experiment_of(first, any_seed=True, any_weights=True)) == kind_of(
+            second, experiment_of(second, any_seed=True, any_weights=True)
+        ):
+            notes.append(
+                f"{one.name} and {other.name} are the same but for the name of their pretrained weights, and are "
+                f"therefore not averaged; if the weights are the same, write one name into "
+                f"{' and '.join(str(run.sources[0]) for run in (first, second))}"
+            )
+    return notes
+
+
+def _name_of_all(group: Sequence[ScoredRun]) -> str:
+    """Return what the names of the runs have in common besides their seed, or else the name of their experiment."""
+    names = {_SEED_IN_NAME.sub("", _DETAILS_IN_NAME.sub("", run.name)) for run in group}
+    return names.pop() if len(names) == 1 and "" not in names else str((group[0].experiment or {})["name"])
 
 
 def _resampled(

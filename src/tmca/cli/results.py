@@ -32,7 +32,7 @@ class Compare:
 
     def run(self) -> None:
         """Compare and print the tables."""
-        from tmca.comparison import compare
+        from tmca.comparison import apart_by_weights, compare
         from tmca.comparison_report import (
             case_list,
             in_words,
@@ -49,6 +49,8 @@ class Compare:
         show(run_table(comparison))
         show(pair_table(comparison))
         show(method_in_words(comparison))
+        for note in apart_by_weights(comparison.columns) if self.group_seeds else ():
+            show(f"Note: {note}.")
         if self.cases > 0:
             show(case_list(comparison, self.cases))
         if self.output is not None:

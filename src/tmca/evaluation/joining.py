@@ -83,8 +83,8 @@ def _end_to_end(folds: Sequence[ScoredRun]) -> ScoredRun:
     return _named(run, *run.details)
 
 
-def experiment_of(run: ScoredRun, *, any_seed: bool = False) -> str:
-    """Return the hash of what a run was trained with, or of all but its seed."""
+def experiment_of(run: ScoredRun, *, any_seed: bool = False, any_weights: bool = False) -> str:
+    """Return the hash of what a run was trained with, or of all but its seed and the names of pretrained weights."""
     if run.experiment is None:
         raise DataError(
             f"{run.sources[0]} does not tell with what the run was trained, so it cannot be joined with others",
@@ -92,7 +92,16 @@ def experiment_of(run: ScoredRun, *, any_seed: bool = False) -> str:
         )
     try:
         experiment = from_dict(Experiment, run.experiment)
-        return config_hash(replace(experiment, seed=0) if any_seed else experiment)
+        if any_seed:
+            experiment = replace(experiment, seed=0)
+        if any_weights:
+            model = experiment.model
+            image_encoder = replace(model.image_encoder, weights="pretrained")
+            text_encoder = replace(model.text_encoder, weights="pretrained", tokenizer="")
+            experiment = replace(
+                experiment, model=replace(model, image_encoder=image_encoder, text_encoder=text_encoder)
+            )
+        return config_hash(experiment)
     except TMCAError as error:
         raise DataError(f"{run.sources[0]}: {error.message}", hint=error.hint) from error
 

@@ -127,6 +127,8 @@ def read_scores(source: Path, split: str = "test") -> ScoredRun:
         DataError: There are no scores, or they cannot be read.
     """
     path, table = _files(source, split)
+    if not path.is_file():
+        raise DataError(f"There is no {path}", hint="name what `tmca train` or `tmca evaluate` wrote")
     hint = "it may be damaged or of an older version: score the run again with tmca evaluate"
     try:
         values = json.loads(path.read_text("utf-8"))
