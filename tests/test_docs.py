@@ -506,7 +506,7 @@ def test_a_stale_table_is_found_and_rewritten(tables: ModuleType, tmp_path: Path
     assert tables.main(["--check"]) == 1
     assert tables.main([]) == 0
     assert tables.main(["--check"]) == 0
-    blocks = {found[2]: found[0] for found in tables.BLOCK.finditer((tmp_path / "docs/index.md").read_text("utf-8"))}
+    blocks = {found[2]: found[0] for found in tables.BLOCK.finditer((tmp_path / "docs/findings.md").read_text("utf-8"))}
     rows = _rows(blocks["runs"])
     assert [row[-1] for row in rows[2:]] == ["0.922", "0.893", "n/a"]
     assert rows[2][:4] == ["kvasir-mobile", "kvasir_polyp, test (100)", "800", "40"]

@@ -149,7 +149,7 @@ def score_table(evaluation: Evaluation, title: str) -> Table:
     """Return the scores under each sentence as a terminal table."""
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("sentence", no_wrap=True)
-    for heading in ("pooled Dice", "per-case Dice", "Jaccard", "accuracy", "cases"):
+    for heading in ("pooled Dice", "per-case Dice", "pooled Jaccard", "accuracy", "cases"):
         table.add_column(heading, justify="right")
     for row in score_rows(evaluation):
         values = (row["pooled"]["dice"], row["per_case"]["dice"], row["pooled"]["jaccard"], row["pooled"]["accuracy"])

@@ -78,6 +78,36 @@ def test_the_estimate_is_judged_where_there_is_one():
     assert row["Dice estimate off by"] == row["the mean off by"] == "–"
 
 
+def test_what_speaks_against_a_calibration_is_told():
+    rng = np.random.default_rng(1)
+    truth = rng.random((60, 100)) < 0.3
+    logits = np.where(truth, 2.0, -2.0) + rng.normal(0, 2, truth.shape) * rng.random((60, 1))
+    counts = LogitCounts.of(logits, truth)
+    good = fit_calibration(counts, split="val")
+    assert CalibrationReport(good, {"val": counts}).warnings() == []
+    few = fit_calibration(LogitCounts.of(logits[:10], truth[:10]), split="val")
+    assert "it was fitted on 10 cases only" in CalibrationReport(few, {"test": counts}).warnings()
+    bad = Calibration(temperature=9.0, dice_intercept=1.0, dice_slope=-1.0, cases=60, split="val")
+    assert CalibrationReport(bad, {"test": counts}).warnings() == [
+        "on test the probabilities were better without it",
+        "on test the estimated Dice says less than the mean of all cases does",
+    ]
+
+
+def test_on_the_split_it_was_fitted_on_each_case_is_left_out_in_turn():
+    rng = np.random.default_rng(2)
+    truth = rng.random((6, 100)) < 0.3
+    logits = np.where(truth, 2.0, -2.0) + rng.normal(0, 2, truth.shape)
+    counts = LogitCounts.of(logits, truth)
+    calibration = fit_calibration(counts, split="val")
+    row, other = CalibrationReport(calibration, {"val": counts, "test": counts}).rows()
+    assert row["Dice estimate off by"] == f"{calibration.dice_error:.3f}"
+    assert float(row["Dice estimate off by"]) > float(other["Dice estimate off by"])
+    dice = counts.dice()
+    left_out = [abs(dice[case] - np.delete(dice, case).mean()) for case in range(len(dice))]
+    assert row["the mean off by"] == f"{np.mean(left_out):.3f}"
+
+
 def test_a_damaged_calibration_is_not_used(folder: Path):
     (folder / "calibration.json").write_text("{")
     with pytest.raises(CheckpointError, match="damaged"):

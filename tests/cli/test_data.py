@@ -193,6 +193,21 @@ def test_masks_become_sentences(tmca: Callable[..., Outcome], phantoms: Manifest
     assert {record.text_provenance for record in described.records} == {"from_mask"}
 
 
+def test_where_nothing_was_described_nothing_is_written(
+    tmca: Callable[..., Outcome], phantoms: Manifest, tmp_path: Path
+):
+    data = Path(shutil.copytree(phantoms.root, tmp_path / "data"))
+    bare = Manifest.read(data / "manifest.csv")
+    human = [replace(record, text_provenance="human") for record in bare.records]
+    bare.with_records(human).write(data / "manifest.csv")
+    outcome = tmca("describe", data, "-o", tmp_path / "d.csv", "--grammar", "phantom")
+    assert outcome.code == 3
+    assert f"{len(human)} keep the sentence they had (--replace-sentences replaces it)" in outcome.err
+    assert "holds nothing to describe, and nothing was written" in outcome.err
+    assert outcome.out == ""
+    assert not (tmp_path / "d.csv").exists()
+
+
 def test_wrong_sentences_are_corrected(tmca: Callable[..., Outcome], tmp_path: Path):
     sizes = {"size": 64, "seed": 3, "no_lesion_share": 0.0, "absent_share": 0.0}
     write_phantoms(tmp_path / "data", {"train": 4, "test": 2}, **sizes)

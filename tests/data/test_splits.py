@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tmca.data.manifest import Manifest, Record
@@ -134,6 +134,9 @@ def test_one_split_can_be_divided_further():
     with pytest.raises(DataError, match="has no split 'tset'") as caught:
         manifest.split("tset")
     assert caught.value.hint == "did you mean 'test'?"
+    with pytest.raises(DataError) as caught:
+        manifest.with_records(replace(r, split=f"{r.split}ing") for r in manifest.records).split("train")
+    assert caught.value.hint.startswith("name the cases 'train' in the column split")
     with pytest.raises(DataError, match="has no split 'val'"):
         split_manifest(manifest, {"val": 1.0}, within="val")
 
@@ -186,6 +189,7 @@ def test_every_case_is_tested_in_one_fold_and_patients_stay_together(
     sizes: list[int], singles: int, count: int, seed: int
 ):
     manifest = _manifest(sizes, singles)
+    assume(sum(sizes) + singles > 4 * max(sizes))  # or one patient may be all that a fold leaves
     folds = cross_validation_folds(manifest, count, seed)
     assert len(folds) == count
     tested = [record.id for fold in folds for record in fold.split("test").records]
@@ -212,6 +216,13 @@ def test_folds_that_cannot_be_are_refused(split_cases: Manifest):
         cross_validation_folds(unsplit, 2, val=0.5)
     with pytest.raises(DataError, match="20 patients for 21 splits"):
         cross_validation_folds(unsplit, 21)
+    uneven = _manifest([9, 1, 1, 1, 1, 1, 1, 1, 1, 1], singles=0)
+    with pytest.raises(
+        DataError, match=r"Without fold \d of toy 1 patient is left to train and to validate on"
+    ) as caught:
+        cross_validation_folds(uneven, 2)
+    assert "--val 0" in caught.value.hint
+    assert len(cross_validation_folds(uneven, 2, val=0.0)) == 2
     with pytest.raises(DataError, match="split already"):
         cross_validation_folds(split_cases)
     assert len(cross_validation_folds(split_cases, 3, overwrite=True)) == 3

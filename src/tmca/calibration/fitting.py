@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from tmca.models.operations import channels_last
 from tmca.progress import track
 
 DIAGRAM_FILE = "reliability.png"
+FEW_CASES = 50
 
 
 @dataclass(frozen=True)
@@ -38,25 +40,49 @@ class CalibrationReport:
     def rows(self) -> list[dict[str, str]]:
         """Return a row a split: calibration error before and after, and how far the estimated Dice is off.
 
-        The Dice is estimated where something is marked, and only those cases count there.
+        The Dice is estimated where something is marked, and only those cases count there. On the split that was fitted
+        on each case is left out in turn.
         """
         found = []
         for split, counts in self.counts.items():
-            errors = dice_errors(counts, self.calibration)
+            off, spread = self._dice_off(split)
             marked = counts.marked()
-            errors, dice = errors[marked], counts.dice()[marked]
-            off, spread = np.abs(errors), np.abs(dice - dice.mean()) if len(dice) else dice
             found.append(
                 {
                     "split": split,
                     "cases": str(len(marked)),
                     "ECE before": f"{reliability(counts).error:.4f}",
                     "ECE after": f"{reliability(counts, self.calibration.temperature).error:.4f}",
-                    "Dice estimate off by": f"{off.mean():.3f}" if len(off) else "–",
-                    "the mean off by": f"{spread.mean():.3f}" if len(off) else "–",
+                    "Dice estimate off by": "–" if math.isnan(off) else f"{off:.3f}",
+                    "the mean off by": "–" if math.isnan(spread) else f"{spread:.3f}",
                 }
             )
         return found
+
+    def warnings(self) -> list[str]:
+        """Return what speaks against this calibration, a sentence each."""
+        found = []
+        if self.calibration.cases < FEW_CASES:
+            found.append(f"it was fitted on {self.calibration.cases} cases only")
+        for split, counts in self.counts.items():
+            if reliability(counts, self.calibration.temperature).error > reliability(counts).error:
+                found.append(f"on {split} the probabilities were better without it")
+            off, spread = self._dice_off(split)
+            if off > spread:
+                found.append(f"on {split} the estimated Dice says less than the mean of all cases does")
+        return found
+
+    def _dice_off(self, split: str) -> tuple[float, float]:
+        """Return how far the estimated Dice, and the mean, is off on average; NaN where nothing is marked."""
+        counts = self.counts[split]
+        marked = counts.marked()
+        dice = counts.dice()[marked]
+        if not len(dice):
+            return math.nan, math.nan
+        spread = float(np.abs(dice - dice.mean()).mean())
+        if split == self.calibration.split and len(dice) > 1:
+            return self.calibration.dice_error, spread * len(dice) / (len(dice) - 1)  # each left out in turn
+        return float(np.abs(dice_errors(counts, self.calibration)[marked]).mean()), spread
 
 
 def calibrate_model(

@@ -178,8 +178,11 @@ class DataDescribe:
             seed=self.seed,
             overwrite=self.replace_sentences,
         )
+        written = [record for record in described.records if record.text_provenance == "from_mask"]
+        if not written:
+            raise DataError(f"{manifest.name} holds nothing to describe, and nothing was written")
         described.write(self.output)
-        example = next((record for record in described.records if record.text), None)
+        example = next((record for record in written if record.text), None)
         if example is not None:
             show(f"{example.id}: {example.text}")
         show(f"{len(described.sentences)} distinct sentences → {self.output}")

@@ -91,6 +91,8 @@ class Calibrate:
         for row in rows:
             table.add_row(*row.values())
         show(table)
+        for warning in report.warnings():
+            show(f"Careful: {warning}.")
         show(f"Written to {folder}; said against true probabilities: {folder / DIAGRAM_FILE}")
 
 

@@ -163,7 +163,9 @@ class Manifest:
         if not chosen:
             known = ", ".join(f"{split or '(none)'} ({count})" for split, count in self.splits.items())
             nearest = difflib.get_close_matches(name, self.splits, n=1)
-            hint = f"did you mean {nearest[0]!r}?" if nearest else "fill the column split"
+            hint = f"did you mean {nearest[0]!r}?" if nearest else "fill the column split, or run tmca data split"
+            if name in ("train", "val"):  # which training looks for, and nobody has typed
+                hint = f"name the cases {name!r} in the column split, or run tmca data split"
             raise DataError(f"{self.name} has no split {name!r}; it has {known or 'no cases'}", hint=hint)
         return self.with_records(chosen)
 

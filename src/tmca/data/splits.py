@@ -112,6 +112,12 @@ def cross_validation_folds(
         tested = dealt.with_records(
             replace(record, split="test" if record.split == name else "rest") for record in dealt.records
         )
+        patients = len(_groups(record for record in tested.records if record.split == "rest"))
+        if val and patients < 2:
+            raise DataError(
+                f"Without {name} of {manifest.name} {patients} patient is left to train and to validate on",
+                hint="make another number of folds, or none for validation: --val 0",
+            )
         folds.append(split_manifest(tested, shares, seed, within="rest"))
     return folds
 

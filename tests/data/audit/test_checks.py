@@ -369,6 +369,14 @@ def test_phantoms_of_several_splits_are_silent(tmp_path: Path):
     assert _of(audit(drawn), "split_shift") == []
 
 
+def test_a_split_of_another_name_is_told(data: Manifest):
+    renamed = [replace(r, split={"train": "training"}.get(r.split, r.split)) for r in data.records]
+    (found,) = _of(audit(data.with_records(renamed)), "unknown_split")
+    assert found.severity == "warning"
+    assert "in a split called 'training'" in found.message
+    assert len(found.cases) == sum(record.split == "train" for record in data.records)
+
+
 def test_splits_need_no_names(data: Manifest):
     assert audit(data.with_records(replace(record, split="") for record in data.records)).findings == ()
 

@@ -35,6 +35,9 @@ FEWEST_SENTENCES = 4.0
 FOREIGN_SHARE = 0.5
 """Share of the distinct sentences from which words that are not known mean that the grammar is not."""
 
+SPLITS = ("train", "val", "test")
+"""What splits are called."""
+
 SHIFT_DISTANCE = 0.3
 """Distance of two distributions from which a split counts as different from the training split."""
 
@@ -136,6 +139,16 @@ def _patient_across_splits(cases: Cases) -> Iterator[Hit]:
             spread = ", ".join(f"{count} in {split}" for split, count in counts.items())
             message = f"{kind} {name} has images in several splits: {spread}"
             yield cases.hit(message, records, patient=name, splits=counts)
+
+
+def _unknown_split(cases: Cases) -> Iterator[Hit]:
+    strange: dict[str, list[Record]] = defaultdict(list)
+    for record in cases.manifest.records:
+        if record.split not in ("", *SPLITS):
+            strange[record.split].append(record)
+    for split, records in strange.items():
+        message = f"{len(records)} of {len(cases.facts)} cases are in a split called {split!r}"
+        yield cases.hit(message, records, split=split)
 
 
 def _contradicted(kind: str, cases: Cases) -> Iterator[Hit]:
@@ -398,6 +411,14 @@ _ALL = (
         "the model learns sizes that mean nothing",
         "correct the sentence: tmca data correct",
         partial(_contradicted, "size"),
+    ),
+    Check(
+        "unknown_split",
+        "warning",
+        "a split that is not called train, val or test",
+        "training does not find its cases, and scoring only if it is told the name",
+        "rename it in the column split, unless it is one of your own",
+        _unknown_split,
     ),
     Check(
         "same_image_within_split",
