@@ -242,6 +242,20 @@ def test_a_cut_sentence_is_warned_of(tmca: Callable[..., Outcome], model_folder:
     assert "is cut to the model's 24" in outcome.err
 
 
+def test_words_that_no_training_sentence_had_are_warned_of(
+    tmca: Callable[..., Outcome], tiny_model: Callable[..., TMCA], image: Path, tmp_path: Path
+):
+    tiny_model(sentences=(PROMPT,)).save_pretrained(tmp_path / "model")
+    arguments = ("predict", "-m", tmp_path / "model", "-i", image, "-o")
+    outcome = tmca(*arguments, tmp_path / "out", "-p", "kein lesion zyx")
+    assert outcome.code == 0
+    assert "no sentence that this model was trained with has the words 'kein', 'zyx'" in outcome.err
+    report = json.loads((tmp_path / "out" / "run_report.json").read_text("utf-8"))
+    assert report["cases"][0]["unknown_words"] == ["kein", "zyx"]
+    again = tmca(*arguments, tmp_path / "other", "-p", PROMPT)
+    assert "no sentence that this model" not in again.err
+
+
 def test_a_model_without_sentences_says_that_it_ignores_them(
     tmca: Callable[..., Outcome], tiny_model: Callable[..., TMCA], image: Path, tmp_path: Path
 ):

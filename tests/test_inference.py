@@ -3,6 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -215,6 +216,23 @@ def test_a_blank_sentence_is_none(predictor: Predictor, blank: str):
     predictor.set_image(_noise())
     np.testing.assert_array_equal(predictor.probability(blank), predictor.probability(None))
     np.testing.assert_array_equal(predictor.predict(blank), predictor.predict())
+
+
+def test_words_that_no_training_sentence_had_are_told(tiny_model: Callable[..., TMCA]):
+    model = tiny_model(sentences=(FIRST, SECOND)).eval()
+    text_encoder = model.experiment.model.text_encoder
+    full = replace(text_encoder, vocabulary_size=model.text_encoder.tokenizer.vocabulary_size)
+    predictor = Predictor(model, "cpu")
+    text = "Zyx lesion, ZYX kein\ttop-left \u0441\u043b\u0435\u0432\u0430 \ud800"
+    unknown = ("zyx", "kein", "\u0441\u043b\u0435\u0432\u0430")
+    assert predictor.unknown_words(text)[:3] == unknown
+    predictor.set_image(_noise())
+    (answer,) = predictor.ask_all([text])
+    assert answer.as_dict()["unknown_words"][:3] == list(unknown)
+    assert predictor.unknown_words(None) == predictor.unknown_words(" ") == predictor.unknown_words(FIRST) == ()
+    for other in (replace(text_encoder, tokenizer="a/folder"), full):  # of neither can it be told
+        model.experiment = replace(model.experiment, model=replace(model.experiment.model, text_encoder=other))
+        assert Predictor(model, "cpu").unknown_words(text) == ()
 
 
 def test_tokens_are_counted_before_they_are_cut(predictor: Predictor):

@@ -446,7 +446,7 @@ def _summary(entries: Sequence[dict[str, Any]], voxel_volume: float | None) -> d
     pixels = sum(entry["pixels"] for entry in entries)
     size = sum(math.prod(entry["shape"]) for entry in entries)
     found = {str(number): entry["pixels"] for number, entry in enumerate(entries) if entry["region_found"]}
-    same = ("prompt", "setting", "threshold", "tokens", "truncated", "spacing", "spacing_from")
+    same = ("prompt", "setting", "threshold", "tokens", "truncated", "unknown_words", "spacing", "spacing_from")
     return {name: entries[0][name] for name in same} | {
         "shape": [len(entries), *entries[0]["shape"]],
         "answer": f"regions in {len(found)} of {len(entries)} slices" if found else "no region found",

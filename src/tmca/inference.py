@@ -34,6 +34,7 @@ from tmca.metrics import check_threshold
 from tmca.mirrored import MirrorAveraged
 from tmca.models import SegmentationModel
 from tmca.models.preparation import prepare_for_prediction
+from tmca.models.text import SCRATCH, SentenceTokenizer
 from tmca.prediction import (
     Prediction,
     PredictionOptions,
@@ -60,6 +61,16 @@ class _Member:
     network: SegmentationModel
     preprocessing: PreprocessingConfig
     calibration: Calibration = field(default_factory=Calibration)
+
+    @property
+    def own_tokenizer(self) -> SentenceTokenizer | None:
+        """The tokenizer whose vocabulary is all words of the training sentences, if it is of that kind."""
+        encoder, experiment = self.network.text_encoder, self.network.experiment
+        if encoder is None or experiment is None:
+            return None
+        config = experiment.model.text_encoder
+        learned = config.weights == SCRATCH and not config.tokenizer
+        return encoder.tokenizer if learned and encoder.tokenizer.vocabulary_size < config.vocabulary_size else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -298,6 +309,7 @@ class Predictor:
                     geometry=image.geometry,
                     tokens=tokens,
                     truncated=truncated,
+                    unknown_words=self.unknown_words(text),
                     effects={name: differences.get(name) for name in options.effects} if is_guided else {},
                     conflicts=find_conflicts(text, mask) if is_guided else (),
                     expected_dice=self._expected_dice(probability, mask, options),
@@ -401,6 +413,16 @@ class Predictor:
         counts = [(found.truncated[0], found.token_counts[0]) for found in tokens]
         truncated, count = max(counts, default=(False, 0))
         return count, truncated
+
+    def unknown_words(self, text: str | None) -> tuple[str, ...]:
+        """Return the words of a sentence that no training sentence had, as far as that can be told, in lower case.
+
+        It can where the vocabulary was learned from the training sentences and holds all of their words. Of several
+        models the words that any of them does not know.
+        """
+        tokenizers = [member.own_tokenizer for member in self._members]
+        broken = [tokenizer.broken_words(text) for tokenizer in tokenizers if tokenizer is not None and text]
+        return tuple(dict.fromkeys(word for words in broken for word in words))
 
     def _expected_dice(self, probability: Probability, mask: Mask, options: PredictionOptions) -> float | None:
         """Return the mean of the models' estimates; they were fitted for masks of something at the threshold 0.5."""

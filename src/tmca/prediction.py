@@ -92,6 +92,8 @@ class Prediction:
         geometry: How the array lies in the file and in millimetres.
         tokens: Of the sentence.
         truncated: Whether the model has not read the end of the sentence.
+        unknown_words: Words that no training sentence had, as far as that can be told; see
+            :meth:`tmca.inference.Predictor.unknown_words`.
         effects: Wrong sentence → 1 − Dice of its mask and this one: 0 where the mask is the same, 1 where they share
             nothing; ``None`` where there is no such sentence.
         conflicts: What the sentence states and the mask denies.
@@ -109,6 +111,7 @@ class Prediction:
     geometry: Geometry
     tokens: int = 0
     truncated: bool = False
+    unknown_words: tuple[str, ...] = ()
     effects: dict[str, float | None] = field(default_factory=dict)
     conflicts: tuple[Contradiction, ...] = ()
     expected_dice: float | None = None
@@ -145,6 +148,7 @@ class Prediction:
             "threshold": self.threshold,
             "tokens": self.tokens,
             "truncated": self.truncated,
+            "unknown_words": list(self.unknown_words),
             "prompt_effect": {name: _rounded(value) for name, value in self.effects.items()},
             "conflicts": [asdict(conflict) for conflict in self.conflicts],
             "expected_dice": _rounded(self.expected_dice),

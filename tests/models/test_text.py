@@ -441,7 +441,7 @@ def test_the_case_setting_of_the_folder_is_followed(folder: Path, lowercase: boo
 
 def test_a_saved_tokenizer_reads_the_same(tmp_path: Path):
     tokenizer = SentenceTokenizer.learn(TEXTS, vocabulary_size=200, max_tokens=MAX_TOKENS)
-    tokenizer.save(tmp_path / "tokenizer.json")
+    tokenizer.tokenizer.save(str(tmp_path / "tokenizer.json"))
     again = SentenceTokenizer.read(tmp_path, MAX_TOKENS)
     texts = [*TEXTS, "Zebra ünd 42?", *ODD_TEXTS, None]
     assert torch.equal(again(texts).input_ids, tokenizer(texts).input_ids)

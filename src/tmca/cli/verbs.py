@@ -340,6 +340,12 @@ def _warn_of_prompt(predictor: Predictor, texts: Sequence[str | None]) -> None:
             limit = predictor.experiment.model.text_encoder.max_tokens
             shown = text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
             say(f"warning: this sentence has {count} tokens and is cut to the model's {limit}: {shown!r}")
+    unknown = dict.fromkeys(word for text in dict.fromkeys(texts) for word in predictor.unknown_words(text))
+    if unknown:
+        named = ", ".join(repr(word) for word in list(unknown)[:MOST_WORDS])
+        more = f" and {len(unknown) - MOST_WORDS} more" * (len(unknown) > MOST_WORDS)
+        say(f"warning: no sentence that this model was trained with has the words {named}{more}; they tell it nothing")
 
 
 LONGEST_SHOWN = 200
+MOST_WORDS = 8

@@ -79,6 +79,18 @@ class SentenceTokenizer:
             attention_mask[row, : len(ids)] = True
         return TextTokens(input_ids, attention_mask, tuple(counts))
 
+    def broken_words(self, text: str) -> tuple[str, ...]:
+        """Return the words that the vocabulary does not hold whole, in lower case and order, each once."""
+        text = text.encode(errors="replace").decode()
+        encoding = self.tokenizer.encode(text)
+        pieces: dict[int, list[str]] = {}
+        for number, piece in zip(encoding.word_ids, encoding.tokens, strict=True):
+            if number is not None:
+                pieces.setdefault(number, []).append(piece)
+        broken = [number for number, held in pieces.items() if len(held) > 1 or held == ["[UNK]"]]
+        spans = [span for number in broken if (span := encoding.word_to_chars(number)) is not None]
+        return tuple(dict.fromkeys(text[start:end].lower() for start, end in spans))
+
     @classmethod
     def read(cls, folder: Path, max_tokens: int) -> SentenceTokenizer:
         """Read ``tokenizer.json``, a BERT ``vocab.txt`` or a CLIP ``vocab.json`` and ``merges.txt`` from a folder.

@@ -121,3 +121,9 @@ def test_problem_and_sentence():
 )
 def test_percent(share: float, said: str):
     assert words.percent(share) == f"{said}\N{NO-BREAK SPACE}%"
+
+
+def test_words_that_tell_the_model_nothing_are_named():
+    assert words.unknown(_prediction(1)) == ""
+    said = words.unknown(replace(_prediction(1), unknown_words=("kein", "zyx")))
+    assert said == " No sentence that the model was trained with has the words “kein”, “zyx”: they tell it nothing."

@@ -433,6 +433,7 @@ class _Page:
             said = "This mask was corrected by hand." if by_hand else words.effect(prediction, result.asked.threshold)
             line = (f"{words.sentence(prediction.text)}: " if many else "") + f"{said} {words.reliability(prediction)}"
             line += " The model has not read the end of the sentence." * prediction.truncated
+            line += words.unknown(prediction)
             lines.append(html.escape(line.strip()))
         return f"<p>{lines[0]}</p>" if not many else f"<ul>{''.join(f'<li>{line}</li>' for line in lines)}</ul>"
 

@@ -78,6 +78,14 @@ def sentence(text: str | None) -> str:
     return f"“{text}”" if text else "no sentence"
 
 
+def unknown(prediction: Prediction) -> str:
+    """Return which words the model was not trained with; empty where there are none."""
+    if not prediction.unknown_words:
+        return ""
+    named = ", ".join(f"“{word}”" for word in prediction.unknown_words)
+    return f" No sentence that the model was trained with has the words {named}: they tell it nothing."
+
+
 def token_count(counts: Sequence[tuple[int, bool, int]]) -> str:
     """Return how long sentences are for the model.
 
