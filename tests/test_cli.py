@@ -249,11 +249,11 @@ def test_words_that_no_training_sentence_had_are_warned_of(
     arguments = ("predict", "-m", tmp_path / "model", "-i", image, "-o")
     outcome = tmca(*arguments, tmp_path / "out", "-p", "kein lesion zyx")
     assert outcome.code == 0
-    assert "no sentence that this model was trained with has the words 'kein', 'zyx'" in outcome.err
+    assert "this model was never shown the words 'kein', 'zyx'" in outcome.err
     report = json.loads((tmp_path / "out" / "run_report.json").read_text("utf-8"))
     assert report["cases"][0]["unknown_words"] == ["kein", "zyx"]
     again = tmca(*arguments, tmp_path / "other", "-p", PROMPT)
-    assert "no sentence that this model" not in again.err
+    assert "never shown" not in again.err
 
 
 def test_a_model_without_sentences_says_that_it_ignores_them(

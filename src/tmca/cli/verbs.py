@@ -344,7 +344,7 @@ def _warn_of_prompt(predictor: Predictor, texts: Sequence[str | None]) -> None:
     if unknown:
         named = ", ".join(repr(word) for word in list(unknown)[:MOST_WORDS])
         more = f" and {len(unknown) - MOST_WORDS} more" * (len(unknown) > MOST_WORDS)
-        say(f"warning: no sentence that this model was trained with has the words {named}{more}; they tell it nothing")
+        say(f"warning: this model was never shown the word{'s' * (len(unknown) > 1)} {named}{more}")
 
 
 LONGEST_SHOWN = 200

@@ -123,7 +123,13 @@ def test_percent(share: float, said: str):
     assert words.percent(share) == f"{said}\N{NO-BREAK SPACE}%"
 
 
-def test_words_that_tell_the_model_nothing_are_named():
-    assert words.unknown(_prediction(1)) == ""
-    said = words.unknown(replace(_prediction(1), unknown_words=("kein", "zyx")))
-    assert said == " No sentence that the model was trained with has the words “kein”, “zyx”: they tell it nothing."
+def test_what_to_check_is_told_in_one_place():
+    assert words.doubts(_prediction(1)) == []
+    conflict = Contradiction("side", "left", "right")
+    found = replace(_prediction(1), unknown_words=("kein", "zyx"), truncated=True, conflicts=(conflict,))
+    assert words.doubts(found) == [
+        "The model was never shown the words “kein”, “zyx”.",
+        "The model has not read the end of the sentence.",
+        words.conflict(conflict),
+    ]
+    assert words.doubts(replace(found, unknown_words=("kein",)))[0] == "The model was never shown the word “kein”."

@@ -416,9 +416,9 @@ class _Page:
     def _conflicts(self, result: Result) -> str:
         many = len(result.predictions) > 1
         lines = [
-            (f"{words.sentence(prediction.text)}: " if many else "") + words.conflict(found)
+            (f"{words.sentence(prediction.text)}: " if many else "") + doubt
             for prediction in result.predictions
-            for found in prediction.conflicts
+            for doubt in words.doubts(prediction)
         ]
         items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
         return f'<div class="conflicts"><strong>Check the sentence and the mask</strong><ul>{items}</ul></div>' * bool(
@@ -432,8 +432,6 @@ class _Page:
             by_hand = number in result.corrected
             said = "This mask was corrected by hand." if by_hand else words.effect(prediction, result.asked.threshold)
             line = (f"{words.sentence(prediction.text)}: " if many else "") + f"{said} {words.reliability(prediction)}"
-            line += " The model has not read the end of the sentence." * prediction.truncated
-            line += words.unknown(prediction)
             lines.append(html.escape(line.strip()))
         return f"<p>{lines[0]}</p>" if not many else f"<ul>{''.join(f'<li>{line}</li>' for line in lines)}</ul>"
 

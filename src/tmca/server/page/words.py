@@ -66,6 +66,17 @@ def conflict(found: Contradiction) -> str:
     return _CONFLICTS[found.kind].format(said=found.said or _NOTHING, seen=found.seen or _NOTHING)
 
 
+def doubts(prediction: Prediction) -> list[str]:
+    """Return what to check: words that the model does not know, an end that it has not read, what the mask denies."""
+    lines = []
+    if prediction.unknown_words:
+        named = ", ".join(f"“{word}”" for word in prediction.unknown_words)
+        lines.append(f"The model was never shown the word{'s' * (len(prediction.unknown_words) > 1)} {named}.")
+    if prediction.truncated:
+        lines.append("The model has not read the end of the sentence.")
+    return lines + [conflict(found) for found in prediction.conflicts]
+
+
 def reliability(prediction: Prediction) -> str:
     """Return how far the mask can be trusted, where the model is calibrated; else nothing."""
     if prediction.expected_dice is None:
@@ -76,14 +87,6 @@ def reliability(prediction: Prediction) -> str:
 def sentence(text: str | None) -> str:
     """Return a sentence in quotation marks, or that there is none."""
     return f"“{text}”" if text else "no sentence"
-
-
-def unknown(prediction: Prediction) -> str:
-    """Return which words the model was not trained with; empty where there are none."""
-    if not prediction.unknown_words:
-        return ""
-    named = ", ".join(f"“{word}”" for word in prediction.unknown_words)
-    return f" No sentence that the model was trained with has the words {named}: they tell it nothing."
 
 
 def token_count(counts: Sequence[tuple[int, bool, int]]) -> str:
