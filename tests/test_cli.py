@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -236,6 +237,21 @@ def test_a_wrong_flag_is_a_usage_error(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("number", "told"), [(errno.ENOSPC, True), (errno.ECONNREFUSED, False)])
+def test_a_full_disk_names_the_folder_of_temporary_files(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int, told: bool
+):
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setenv("TMPDIR", "/a/full/disk")
+    monkeypatch.setattr(cli, "_execute", fail)
+    assert cli.run(["presets", "list"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {os.strerror(number)}")
+    assert ("/a/full/disk" in said) is told
+
+
 def test_a_cut_sentence_is_warned_of(tmca: Callable[..., Outcome], model_folder: Path, image: Path, tmp_path: Path):
     outcome = tmca("predict", "-i", image, "-o", tmp_path / "out", "-m", model_folder, "-p", "lesion " * 40)
     assert outcome.code == 0
@@ -249,11 +265,11 @@ def test_words_that_no_training_sentence_had_are_warned_of(
     arguments = ("predict", "-m", tmp_path / "model", "-i", image, "-o")
     outcome = tmca(*arguments, tmp_path / "out", "-p", "kein lesion zyx")
     assert outcome.code == 0
-    assert "this model was never shown the words 'kein', 'zyx'" in outcome.err
+    assert "not in the model's vocabulary, and spelled letter by letter: “kein”, “zyx”" in outcome.err
     report = json.loads((tmp_path / "out" / "run_report.json").read_text("utf-8"))
     assert report["cases"][0]["unknown_words"] == ["kein", "zyx"]
     again = tmca(*arguments, tmp_path / "other", "-p", PROMPT)
-    assert "never shown" not in again.err
+    assert "vocabulary" not in again.err
 
 
 def test_a_model_without_sentences_says_that_it_ignores_them(

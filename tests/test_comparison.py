@@ -402,6 +402,11 @@ def test_runs_apart_by_the_name_of_their_weights_are_told(tmp_path: Path):
     values = json.loads(path.read_text("utf-8"))
     values["experiment"]["model"]["image_encoder"]["weights"] = "my/folder"
     write_json(path, values)
+    assert apart_by_weights(compare(read_runs(folders), group_seeds=True).columns) == []  # the others start at random
+    for folder in folders[:2]:
+        values = json.loads((folder / "summary.json").read_text("utf-8"))
+        values["experiment"]["model"]["image_encoder"]["weights"] = "the/hub"
+        write_json(folder / "summary.json", values)
     comparison = compare(read_runs(folders), group_seeds=True)
     (note,) = apart_by_weights(comparison.columns)
     assert note.startswith("tiny (2 seeds) and seed-3 are the same but for the name of their pretrained weights")

@@ -283,3 +283,20 @@ def test_of_two_that_replace_a_folder_one_wins(tmp_path: Path, monkeypatch: pyte
         (place / "ours").touch()
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
     assert [path.name for path in (tmp_path / "x").iterdir()] == ["theirs"]
+
+
+def test_a_folder_that_cannot_be_put_back_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "precious").touch()
+    rename, calls = Path.rename, []
+
+    def once(path: Path, target: Path) -> Path:
+        calls.append(target)
+        if len(calls) > 1:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", once)
+    with pytest.raises(StorageError, match="Cannot write"), replace_folder(tmp_path / "x"):
+        pass
+    assert len(list(tmp_path.rglob("precious"))) == 1

@@ -288,8 +288,9 @@ def _exchange(new: Path, target: Path) -> None:
     except BaseException:
         try:
             aside.rename(target)
-        except OSError:  # another process was faster, and its folder is the new one
-            shutil.rmtree(aside, ignore_errors=True)
+        except OSError:
+            if target.exists():  # another process was faster, and its folder is the new one
+                shutil.rmtree(aside, ignore_errors=True)
         raise
     shutil.rmtree(aside, ignore_errors=True)
 

@@ -415,9 +415,9 @@ class Predictor:
         return count, truncated
 
     def unknown_words(self, text: str | None) -> tuple[str, ...]:
-        """Return the words of a sentence that no training sentence had, as far as that can be told, in lower case.
+        """Return the words of a sentence that are not in the model's vocabulary, and are spelled, in lower case.
 
-        It can where the vocabulary was learned from the training sentences and holds all of their words. Of several
+        Empty unless the vocabulary was learned from the training sentences and holds all of their words. Of several
         models the words that any of them does not know.
         """
         tokenizers = [member.own_tokenizer for member in self._members]

@@ -77,6 +77,16 @@ class Region:
     probability: float
 
 
+MOST_WORDS = 8
+"""How many unknown words are named."""
+
+
+def shortened(words: Sequence[str]) -> str:
+    """Return words in quotation marks, those beyond the first :data:`MOST_WORDS` as their number."""
+    named = ", ".join(f"“{word}”" for word in words[:MOST_WORDS])
+    return named + f" and {len(words) - MOST_WORDS} more" * (len(words) > MOST_WORDS)
+
+
 @dataclass(frozen=True, eq=False)
 class Prediction:
     """The answer to a sentence about one image, at the image's own size.
@@ -92,7 +102,7 @@ class Prediction:
         geometry: How the array lies in the file and in millimetres.
         tokens: Of the sentence.
         truncated: Whether the model has not read the end of the sentence.
-        unknown_words: Words that no training sentence had, as far as that can be told; see
+        unknown_words: Words that are not in the model's vocabulary; see
             :meth:`tmca.inference.Predictor.unknown_words`.
         effects: Wrong sentence → 1 − Dice of its mask and this one: 0 where the mask is the same, 1 where they share
             nothing; ``None`` where there is no such sentence.

@@ -242,10 +242,10 @@ def test_a_download_that_was_cut_short_is_finished(monkeypatch: pytest.MonkeyPat
     assert find_local("somebody/some-model") is None
     (snapshot / "text_encoder.safetensors").write_bytes(b"")
     assert find_local("somebody/some-model") == snapshot
-    unfinished = snapshot.parents[1] / "blobs" / "0a1b.incomplete"  # the tokenizer, say, which no file lists
-    unfinished.parent.mkdir()
-    unfinished.touch()
+    (snapshot / "config.json").write_text('{"model_type": "bert", "vocab_size": 30522}')
     assert find_local("somebody/some-model") is None
+    (snapshot / "vocab.txt").write_text("[PAD]")
+    assert find_local("somebody/some-model") == snapshot
 
 
 @pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation", "_attn_implementation_internal"])

@@ -65,10 +65,11 @@ class CalibrationReport:
         if self.calibration.cases < FEW_CASES:
             found.append(f"it was fitted on {self.calibration.cases} cases only")
         for split, counts in self.counts.items():
-            if reliability(counts, self.calibration.temperature).error > reliability(counts).error:
+            before, after = (reliability(counts, by).error for by in (1.0, self.calibration.temperature))
+            if round(after, 4) > round(before, 4):
                 found.append(f"on {split} the probabilities were better without it")
             off, spread = self._dice_off(split)
-            if off > spread:
+            if round(off, 3) > round(spread, 3):
                 found.append(f"on {split} the estimated Dice says less than the mean of all cases does")
         return found
 

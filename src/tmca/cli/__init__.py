@@ -5,12 +5,12 @@ Heavy libraries are imported inside the verbs, so that ``tmca --help`` answers a
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import logging
 import os
 import sys
-import tempfile
 import traceback
 from collections.abc import Sequence
 from dataclasses import replace
@@ -143,7 +143,9 @@ def _explain(error: Exception) -> tuple[str, int]:
         extra = next((extra for extra, packages in EXTRAS.items() if package in packages), "train")
         return f"This verb needs the package {error.name!r} (pip install 'tmca[{extra}]')", TMCAError.exit_code
     if isinstance(error, OSError):
-        where = error.filename or f"where it is written, or in {tempfile.gettempdir()} (TMPDIR names another folder)"
+        where = error.filename or ""
+        if not where and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f"where it is written, or in {os.environ.get('TMPDIR', '/tmp')} (TMPDIR names another folder)"
         what = f"{error.strerror or error}: {where}"
         return f"{what} (check the path, its permissions and the free space)", TMCAError.exit_code
     message = (str(error).splitlines() or [""])[0]

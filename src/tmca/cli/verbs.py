@@ -332,6 +332,8 @@ class Predict:
 
 
 def _warn_of_prompt(predictor: Predictor, texts: Sequence[str | None]) -> None:
+    from tmca.prediction import shortened
+
     if not predictor.reads_text and any(texts):
         say("warning: this model was trained without sentences and ignores the prompt")
     for text in dict.fromkeys(text for text in texts if text):
@@ -340,12 +342,9 @@ def _warn_of_prompt(predictor: Predictor, texts: Sequence[str | None]) -> None:
             limit = predictor.experiment.model.text_encoder.max_tokens
             shown = text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
             say(f"warning: this sentence has {count} tokens and is cut to the model's {limit}: {shown!r}")
-    unknown = dict.fromkeys(word for text in dict.fromkeys(texts) for word in predictor.unknown_words(text))
+    unknown = list(dict.fromkeys(word for text in dict.fromkeys(texts) for word in predictor.unknown_words(text)))
     if unknown:
-        named = ", ".join(repr(word) for word in list(unknown)[:MOST_WORDS])
-        more = f" and {len(unknown) - MOST_WORDS} more" * (len(unknown) > MOST_WORDS)
-        say(f"warning: this model was never shown the word{'s' * (len(unknown) > 1)} {named}{more}")
+        say(f"warning: not in the model's vocabulary, and spelled letter by letter: {shortened(unknown)}")
 
 
 LONGEST_SHOWN = 200
-MOST_WORDS = 8

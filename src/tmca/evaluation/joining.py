@@ -96,14 +96,18 @@ def experiment_of(run: ScoredRun, *, any_seed: bool = False, any_weights: bool =
             experiment = replace(experiment, seed=0)
         if any_weights:
             model = experiment.model
-            image_encoder = replace(model.image_encoder, weights="pretrained")
-            text_encoder = replace(model.text_encoder, weights="pretrained", tokenizer="")
+            image_encoder = replace(model.image_encoder, weights=_any_name(model.image_encoder.weights))
+            text_encoder = replace(model.text_encoder, weights=_any_name(model.text_encoder.weights))
             experiment = replace(
                 experiment, model=replace(model, image_encoder=image_encoder, text_encoder=text_encoder)
             )
         return config_hash(experiment)
     except TMCAError as error:
         raise DataError(f"{run.sources[0]}: {error.message}", hint=error.hint) from error
+
+
+def _any_name(weights: str) -> str:
+    return weights if weights in ("none", "scratch") else "pretrained"
 
 
 def _named(run: ScoredRun, *details: str) -> ScoredRun:

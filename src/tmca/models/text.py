@@ -83,13 +83,16 @@ class SentenceTokenizer:
         """Return the words that the vocabulary does not hold whole, in lower case and order, each once."""
         text = text.encode(errors="replace").decode()
         encoding = self.tokenizer.encode(text)
-        pieces: dict[int, list[str]] = {}
-        for number, piece in zip(encoding.word_ids, encoding.tokens, strict=True):
-            if number is not None:
-                pieces.setdefault(number, []).append(piece)
-        broken = [number for number, held in pieces.items() if len(held) > 1 or held == ["[UNK]"]]
-        spans = [span for number in broken if (span := encoding.word_to_chars(number)) is not None]
-        return tuple(dict.fromkeys(text[start:end].lower() for start, end in spans))
+        spans: dict[int, tuple[int, int]] = {}
+        broken = set()
+        for number, piece, (start, end) in zip(encoding.word_ids, encoding.tokens, encoding.offsets, strict=True):
+            if number is None:  # [CLS], [SEP]
+                continue
+            if number in spans or piece == "[UNK]":
+                broken.add(number)
+            spans[number] = (spans.get(number, (start, end))[0], end)
+        words = (text[slice(*span)].lower() for number, span in spans.items() if number in broken)
+        return tuple(dict.fromkeys(word for word in words if any(map(str.isalnum, word))))
 
     @classmethod
     def read(cls, folder: Path, max_tokens: int) -> SentenceTokenizer:

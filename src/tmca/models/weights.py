@@ -80,9 +80,11 @@ def find_local(name: str) -> Path | None:
 def _is_complete(folder: Path) -> bool:
     """Whether no file is left to download: files come side by side, and the small ones need not be first."""
     try:
-        hashes = json.loads((folder / "config.json").read_text("utf-8")).get("sha256", {})  # a model of ours lists them
-        unfinished = any((folder.parents[1] / "blobs").glob("*.incomplete"))
-        return not unfinished and all((folder / name).is_file() for name in hashes)
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        hashes = config.get("sha256", {})  # a model of ours lists them
+        reads_text = "vocab_size" in config
+        has_words = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json"))
+        return all((folder / name).is_file() for name in hashes) and (has_words or not reads_text)
     except (OSError, ValueError, AttributeError, TypeError):
         return False
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from tmca.data.contradictions import Contradiction
 from tmca.errors import TMCAError
-from tmca.prediction import NO_SENTENCE, Prediction
+from tmca.prediction import NO_SENTENCE, Prediction, shortened
 
 _CONFLICTS = {
     "presence": "The sentence says there is {said}, the mask shows {seen}.",
@@ -70,8 +70,7 @@ def doubts(prediction: Prediction) -> list[str]:
     """Return what to check: words that the model does not know, an end that it has not read, what the mask denies."""
     lines = []
     if prediction.unknown_words:
-        named = ", ".join(f"“{word}”" for word in prediction.unknown_words)
-        lines.append(f"The model was never shown the word{'s' * (len(prediction.unknown_words) > 1)} {named}.")
+        lines.append(f"Not in the model’s vocabulary: {shortened(prediction.unknown_words)}.")
     if prediction.truncated:
         lines.append("The model has not read the end of the sentence.")
     return lines + [conflict(found) for found in prediction.conflicts]
