@@ -33,7 +33,7 @@ from transformers import BertConfig, MobileNetV2Config
 from tmca.config import Experiment
 from tmca.data.layouts import open_dataset
 from tmca.data.manifest import Manifest
-from tmca.models.text import SentenceTokenizer
+from tmca.models.tokenizer import SentenceTokenizer
 from tmca.presets import kvasir_mobile
 from tmca.training import fit
 

@@ -36,7 +36,7 @@ from tmca.devices import keep_freed_memory, uses_bfloat16
 from tmca.losses import objective
 from tmca.models import SegmentationModel, build_model
 from tmca.models.operations import channels_last
-from tmca.models.text import SentenceTokenizer
+from tmca.models.tokenizer import SentenceTokenizer
 from tmca.presets import NO_ALIGNMENT, NO_ENHANCEMENT, ariadne_published, change, tmca
 
 SIZE, TOKENS = 224, 24

@@ -20,7 +20,7 @@ from tmca.config import Experiment, ImageEncoderConfig
 from tmca.data.manifest import Manifest
 from tmca.data.phantom import write_phantoms
 from tmca.models import _METHODS, SegmentationModel, build_model
-from tmca.models.text import build_tokenizer
+from tmca.models.tokenizer import build_tokenizer
 from tmca.presets import NO_ALIGNMENT, NO_ENHANCEMENT, PRESETS, get_preset
 from tmca.reproduction.tables import TABLES
 

@@ -21,7 +21,7 @@ from tmca.conversion import convert_ariadne, describe_ariadne, translate_ariadne
 from tmca.errors import CheckpointError, ConfigError, StorageError, TMCAError
 from tmca.inference import Predictor
 from tmca.models import build_model
-from tmca.models.text import SentenceTokenizer
+from tmca.models.tokenizer import SentenceTokenizer
 from tmca.presets import get_preset
 
 SENTENCES = ("two infected areas, upper left lung", "one lesion", "bilateral pulmonary infection, all lung")

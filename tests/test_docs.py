@@ -36,7 +36,7 @@ from tmca.evaluation.writing import write_ledger
 from tmca.inference import Predictor
 from tmca.jobs import find_images, make_jobs
 from tmca.models import build_model
-from tmca.models.text import SentenceTokenizer
+from tmca.models.tokenizer import SentenceTokenizer
 from tmca.presets import PRESETS, get_preset
 from tmca.reproduction import Data, plan
 from tmca.reproduction.ledger import Ledger

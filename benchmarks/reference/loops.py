@@ -25,7 +25,7 @@ from torch import Tensor
 
 from reference.network import Ariadne
 from tmca.data.manifest import Manifest
-from tmca.models.text import SentenceTokenizer
+from tmca.models.tokenizer import SentenceTokenizer
 
 KEYS = ("image", "mask")
 

@@ -30,7 +30,7 @@ from tmca.config import Experiment, PreprocessingConfig, from_dict, to_dict
 from tmca.errors import CheckpointError, ConfigError, DataError, WeightsError
 from tmca.files import expanded, replace_folder, sha256_of, write_bytes, write_json, write_text
 from tmca.models import SegmentationModel, build_model
-from tmca.models.text import SentenceTokenizer
+from tmca.models.tokenizer import SentenceTokenizer
 from tmca.models.weights import load_tensors, locate
 
 FORMAT_VERSION = 1

@@ -159,6 +159,11 @@ class TextEncoderConfig:
         if self.weights == "scratch" and self.freeze:
             raise ConfigError("A scratch text encoder cannot be frozen", hint="set text_encoder.freeze to False")
 
+    @property
+    def learns_vocabulary(self) -> bool:
+        """Whether the vocabulary is learned from the training sentences."""
+        return self.weights == "scratch" and not self.tokenizer
+
 
 @dataclass(frozen=True)
 class AlignmentConfig:

@@ -21,7 +21,7 @@ from tmca.config import Experiment, ImageEncoderConfig
 from tmca.errors import CheckpointError, ConfigError, StorageError
 from tmca.files import replace_folder, sha256_of, write_text
 from tmca.models import SegmentationModel, build_model
-from tmca.models.text import SentenceTokenizer
+from tmca.models.tokenizer import SentenceTokenizer
 from tmca.models.weights import locate
 from tmca.presets import get_preset
 

@@ -34,7 +34,7 @@ from tmca.metrics import check_threshold
 from tmca.mirrored import MirrorAveraged
 from tmca.models import SegmentationModel
 from tmca.models.preparation import prepare_for_prediction
-from tmca.models.text import SCRATCH, SentenceTokenizer
+from tmca.models.tokenizer import SentenceTokenizer
 from tmca.prediction import (
     Prediction,
     PredictionOptions,
@@ -69,8 +69,8 @@ class _Member:
         if encoder is None or experiment is None:
             return None
         config = experiment.model.text_encoder
-        learned = config.weights == SCRATCH and not config.tokenizer
-        return encoder.tokenizer if learned and encoder.tokenizer.vocabulary_size < config.vocabulary_size else None
+        whole = config.learns_vocabulary and encoder.tokenizer.vocabulary_size < config.vocabulary_size
+        return encoder.tokenizer if whole else None
 
 
 @dataclass(frozen=True, eq=False)

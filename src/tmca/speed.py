@@ -35,7 +35,8 @@ from tmca.losses import objective
 from tmca.models import SegmentationModel, build_model
 from tmca.models.operations import channels_last
 from tmca.models.preparation import prepare_for_prediction
-from tmca.models.text import CLIP_TEXT, SCRATCH, SentenceTokenizer
+from tmca.models.text import CLIP_TEXT
+from tmca.models.tokenizer import SCRATCH, SentenceTokenizer
 from tmca.runs import NNUNET
 
 MATRIX = 2048

@@ -19,7 +19,7 @@ import tmca_run
 from tmca.config import PreprocessingConfig
 from tmca.data.preprocessing import normalise, resize_image, restore
 from tmca.export import ODD_SENTENCES
-from tmca.models.text import SentenceTokenizer
+from tmca.models.tokenizer import SentenceTokenizer
 
 WORDS = ["one two large small white round polyp", "located in top left of the image", "größer naïve ½ $5"]
 

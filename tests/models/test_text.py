@@ -34,14 +34,8 @@ from transformers import (
 from tmca.config import TextEncoderConfig
 from tmca.errors import ConfigError, WeightsError
 from tmca.models.preparation import prepare_for_prediction
-from tmca.models.text import (
-    SentenceTokenizer,
-    TextEncoder,
-    bert_weights,
-    build_text_encoder,
-    build_tokenizer,
-    scratch_bert_config,
-)
+from tmca.models.text import TextEncoder, bert_weights, build_text_encoder, scratch_bert_config
+from tmca.models.tokenizer import SentenceTokenizer, build_tokenizer
 
 WORDS = (
     "one two three small large lesion lesions infected area areas left right upper lower lung of the image located in"

@@ -20,7 +20,7 @@ from tmca.config import (
 from tmca.errors import ConfigError
 from tmca.losses import objective
 from tmca.models import TMCA, build_model
-from tmca.models.text import SentenceTokenizer
+from tmca.models.tokenizer import SentenceTokenizer
 from tmca.presets import NO_ALIGNMENT, NO_ENHANCEMENT, get_preset
 
 TEXTS = ("one small bright lesion", "two dark lesions, located in left of the image")

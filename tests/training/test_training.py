@@ -39,7 +39,7 @@ from tmca.evaluation import evaluate
 from tmca.files import held
 from tmca.losses import objective
 from tmca.models import TMCA, build_model
-from tmca.models.text import SentenceTokenizer
+from tmca.models.tokenizer import SentenceTokenizer
 from tmca.models.vision import build_image_encoder
 from tmca.presets import NO_ALIGNMENT, NO_ENHANCEMENT, change
 from tmca.training import already_training, fit, resolve, task, writer

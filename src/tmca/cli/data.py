@@ -326,7 +326,7 @@ def _token_counter(
     preset: str | None, tokenizer: str | None, manifest: Manifest
 ) -> tuple[Callable[[list[str]], list[int]] | None, int | None]:
     """Return a function that counts tokens as a text encoder would, and the encoder's limit."""
-    from tmca.models.text import SCRATCH, build_tokenizer
+    from tmca.models.tokenizer import SCRATCH, build_tokenizer
 
     config = TextEncoderConfig(weights=SCRATCH, freeze=False)
     if preset is not None:
@@ -334,7 +334,7 @@ def _token_counter(
     if tokenizer is not None:
         config = replace(config, tokenizer=tokenizer)
     training = [record.text for record in manifest.records if record.text and record.split in ("train", "")]
-    if config.weights == SCRATCH and not config.tokenizer and not training:
+    if config.learns_vocabulary and not training:
         return None, None
     built = build_tokenizer(config, training)
     return lambda texts: list(built(texts).token_counts), config.max_tokens

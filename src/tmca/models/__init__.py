@@ -11,8 +11,8 @@ from tmca.models import tmca
 from tmca.models.base import Builder, Parts, SegmentationModel
 from tmca.models.baselines import cpam, lga, lvit, tganet, unet
 from tmca.models.operations import avoid_faults
-from tmca.models.text import SentenceTokenizer
 from tmca.models.tmca import TMCA
+from tmca.models.tokenizer import SentenceTokenizer
 
 __all__ = ["TMCA", "SegmentationModel", "build_model", "list_models", "register_model"]
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from tmca.config import Experiment, ImageEncoderConfig, ModelConfig, TextEncoderConfig, from_dict
 from tmca.errors import ConfigError
-from tmca.models.text import SentenceTokenizer, TextEncoder, build_text_encoder, build_tokenizer
+from tmca.models.text import TextEncoder, build_text_encoder
+from tmca.models.tokenizer import SentenceTokenizer, build_tokenizer
 from tmca.types import ImageFeatures, ModelOutput, TextFeatures, TextTokens
 
 

@@ -36,7 +36,7 @@ from tmca.errors import CheckpointError, ConfigError, DataError, OutOfMemoryErro
 from tmca.files import held, real_path, refill_folder, storage_error, write_json
 from tmca.models import SegmentationModel, build_model
 from tmca.models.operations import channels_last
-from tmca.models.text import SentenceTokenizer
+from tmca.models.tokenizer import SentenceTokenizer
 from tmca.models.vision import encoder_normalisation
 from tmca.presets import differences
 from tmca.progress import say, set_quiet, track

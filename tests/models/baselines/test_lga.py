@@ -16,7 +16,7 @@ from tmca.config import ImageEncoderConfig
 from tmca.errors import ConfigError, WeightsError
 from tmca.models import SegmentationModel, build_model
 from tmca.models.baselines.lga import LGA, Extractor, Injector, LGAOptions, build_sam
-from tmca.models.text import SentenceTokenizer
+from tmca.models.tokenizer import SentenceTokenizer
 from tmca.presets import NO_ALIGNMENT, NO_ENHANCEMENT, get_preset
 
 TEXTS = ("one small bright round lesion, located in upper left of the image", "two large dark lesions")
