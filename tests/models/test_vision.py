@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import huggingface_hub
 import pytest
@@ -426,6 +427,24 @@ def test_mobilenet_features_equal_those_of_transformers(tmp_path: Path):
     _randomise(model)
     model.save_pretrained(tmp_path)
     _assert_same_features(_from(tmp_path), model, {32: -1})
+
+
+@pytest.mark.parametrize("size", [(64, 96), (65, 97)], ids="{0[0]}x{0[1]}".format)
+@pytest.mark.parametrize(("strides", "more"), [((4, 8, 16, 32), {}), ((4, 8, 16), {"output_stride": 16})])
+def test_mobilenet_pads_in_its_convolutions_and_nothing_else_changes(
+    size: tuple[int, int], strides: tuple[int, ...], more: dict[str, int]
+):
+    model = MobileNetV2Model(MobileNetV2Config(**OPTIONS["mobilenet_v2"], **more)).eval()
+    _randomise(model)
+    encoder = ImageEncoder(copy.deepcopy(model), strides=strides).eval()
+    images = torch.randn(2, 3, *size)
+    with mock.patch.object(nn.functional, "pad", wraps=nn.functional.pad) as pad, torch.no_grad():
+        found = encoder.backbone(pixel_values=images, output_hidden_states=True).hidden_states
+        assert pad.call_count == len(strides) + 1  # those with a stride
+        expected = model(pixel_values=images, output_hidden_states=True).hidden_states
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert encoder.backbone.config.tf_padding
 
 
 def test_half_precision_weights_load_as_float32(convnext: tuple[ConvNextModel, Path], tmp_path: Path):

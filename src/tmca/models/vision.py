@@ -6,6 +6,7 @@ MobileNetV2, ResNet, Swin, … Which hidden state holds which stride is found by
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from pathlib import Path
@@ -53,6 +54,7 @@ class ImageEncoder(nn.Module):
         self.strides = strides
         _fit_to_strides(backbone, strides)
         _use_running_statistics(backbone)
+        _pad_in_convolutions(backbone)
         speed_up_depthwise(backbone)
         # In evaluation mode, so that looking does not change the statistics of BatchNorm.
         was_training = backbone.training
@@ -278,6 +280,25 @@ def _use_running_statistics(backbone: nn.Module) -> None:
     for module in backbone.modules():
         if isinstance(module, nn.BatchNorm2d) and (module.momentum or 0) > 0.5:
             module.momentum = USUAL_BATCHNORM_MOMENTUM
+
+
+def _pad_in_convolutions(backbone: Any) -> None:  # noqa: ANN401
+    """Let convolutions pad by themselves where transformers copies every map to pad it as TensorFlow does.
+
+    At stride one that padding is the same at all sides, and nothing for a 1 × 1 kernel: no value changes.
+    """
+    if not getattr(backbone.config, "tf_padding", False):
+        return
+    without = copy.copy(backbone.config)
+    without.tf_padding = False
+    for layer in backbone.modules():
+        convolution = getattr(layer, "convolution", None)
+        if not isinstance(convolution, nn.Conv2d) or max(convolution.stride) > 1:
+            continue
+        if all(side % 2 for side in convolution.kernel_size):
+            sides = zip(convolution.kernel_size, convolution.dilation, strict=True)
+            convolution.padding = tuple(side // 2 * step for side, step in sides)
+            layer.config = without
 
 
 @torch.enable_grad()
