@@ -6,10 +6,12 @@ every step; ours is the step of ``tmca train``: alignment at four levels, enhanc
 the two are shown to compute the same function where they can: equal weights, equal logits. What alignment and
 enhancement cost is the difference to the same step without them. Each has a process of its own;
 they take turns. How many operations forward and backward pass ask for is counted, too: each is a launch on a GPU.
+Compiled is ``trainer.compile``; recorded is that as one CUDA graph, which ``tmca train`` does not use. On a GPU the
+steps are profiled as well: how much of the time it computes, how many kernels a step launches, and the longest.
 
     python benchmarks/training_step.py [--batch 8] [--rounds 9] [--device cpu] [--compiled]
 
-Prints a table and writes ``benchmarks/results/training_step.json`` (``-cuda`` on a GPU).
+Prints tables and writes ``benchmarks/results/training_step.json`` (``-cuda`` on a GPU).
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import re
+import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -33,11 +37,12 @@ from transformers import BertConfig, ConvNextConfig
 from tmca.config import Experiment
 from tmca.conversion import translate_ariadne
 from tmca.devices import keep_freed_memory, uses_bfloat16
-from tmca.losses import objective
 from tmca.models import SegmentationModel, build_model
 from tmca.models.operations import channels_last
 from tmca.models.tokenizer import SentenceTokenizer
 from tmca.presets import NO_ALIGNMENT, NO_ENHANCEMENT, ariadne_published, change, tmca
+from tmca.training.compiling import Compiled
+from tmca.training.task import compute_losses
 
 SIZE, TOKENS = 224, 24
 SHAPES = ("round", "flat", "large round", "small flat")
@@ -45,7 +50,9 @@ PLACES = ("top left", "top right", "bottom left", "centre, bottom right")
 TEXTS = [f"one white {shape} polyp, located in {place} of the image" for shape in SHAPES for place in PLACES] * 2
 REFERENCE = "reference, float32"
 OURS = "TMCA"
-COMPILED = "TMCA, compiled"
+COMPILED, RECORDED = "TMCA, compiled", "TMCA, recorded"
+PROFILED = 10
+"""Steps of which a profile is taken."""
 OPERATIONS_AT = 64
 """Pixels a side at which operations are counted: there are as many at any size."""
 COMPUTES_NOTHING = re.compile(
@@ -109,7 +116,7 @@ def operations(name: str) -> int:
         step = reference_step(2, device, OPERATIONS_AT)
     else:
         experiment = change(tmca(), "x", model=WITHOUT.get(name, {}))
-        step = our_step(experiment, 2, device, half=not name.endswith("float32"), compiled=False, size=OPERATIONS_AT)
+        step = our_step(experiment, 2, device, half=not name.endswith("float32"), size=OPERATIONS_AT)
     with mock.patch.object(torch.optim.AdamW, "step"):
         step()
         with OperationCounter() as counter:
@@ -128,13 +135,16 @@ def reference_step(batch: int, device: torch.device, size: int = SIZE) -> Callab
 
 
 def our_step(
-    experiment: Experiment, batch: int, device: torch.device, *, half: bool, compiled: bool, size: int = SIZE
+    experiment: Experiment,
+    batch: int,
+    device: torch.device,
+    *,
+    half: bool,
+    compute: Callable[..., Any] = compute_losses,
+    size: int = SIZE,
 ) -> Callable[[], object]:
     """Return a training step as ``tmca train`` takes it."""
     model = channels_last(model_of(experiment)).to(device).train()
-    encode, segment = model.encode_image, model.segment
-    if compiled:
-        encode, segment = torch.compile(encode), torch.compile(segment)
     images = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
     masks = torch.rand(batch, 1, size, size, device=device) > 0.8
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -142,8 +152,9 @@ def our_step(
 
     def step() -> float:
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            output = segment(encode(images), model.encode_text(TEXTS[:batch]))
-            loss = objective(output, masks, experiment.objective)["loss"]
+            text = model.encode_text(TEXTS[:batch])
+            losses, _ = compute(model, images, text, masks, experiment.objective)
+        loss = losses["loss"]
         loss.backward()
         optimiser.step()
         optimiser.zero_grad()
@@ -159,7 +170,33 @@ def build(name: str, batch: int, device: torch.device) -> Callable[[], object]:
     keep_freed_memory()
     half = not name.endswith("float32") and uses_bfloat16("auto", device)
     experiment = change(tmca(), "x", model=WITHOUT.get(name, {}))
-    return _synchronised(our_step(experiment, batch, device, half=half, compiled=name == COMPILED))
+    return _synchronised(our_step(experiment, batch, device, half=half, compute=computation(name)))
+
+
+def computation(name: str) -> Callable[..., Any]:
+    """Return what computes the losses in a step by its name in the table."""
+    if name == RECORDED:
+        return torch.compile(compute_losses, dynamic=False, mode="reduce-overhead")
+    return Compiled(compute_losses) if name == COMPILED else compute_losses
+
+
+def profile(step: Callable[[], object]) -> dict[str, Any]:
+    """Return how much of the time a GPU computes, the kernels of a step, and the milliseconds of the longest ones."""
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        started = time.perf_counter()
+        for _ in range(PROFILED):
+            step()
+        wall = time.perf_counter() - started
+    times: Counter[str] = Counter()
+    kernels = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    for event in kernels:
+        times[event.name] += event.time_range.elapsed_us() / 1e3 / PROFILED
+    return {
+        "busy": sum(times.values()) * PROFILED / 1e3 / wall,
+        "kernels": len(kernels) / PROFILED,
+        "longest": dict(times.most_common(12)),
+    }
 
 
 def main() -> None:
@@ -172,11 +209,15 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     difference = check_equality()
-    names = (REFERENCE, OURS, f"{OURS}, float32", *WITHOUT, *[COMPILED] * arguments.compiled)
+    compiled = [COMPILED, *[RECORDED] * (device.type == "cuda")] if arguments.compiled else []
+    names = (REFERENCE, OURS, f"{OURS}, float32", *WITHOUT, *compiled)
     builds = {name: partial(build, name, arguments.batch, device) for name in names}
     seconds, memory = isolated(builds, arguments.rounds, together=device.type == "cuda")
     middle, gains = medians(seconds), ratios(seconds, REFERENCE)
-    asked = {name: operations(name) for name in names if name != COMPILED}
+    asked = {name: operations(name) for name in names if name not in compiled}
+    profiles = {}
+    if device.type == "cuda":
+        profiles = {name: profile(build(name, arguments.batch, device)) for name in (REFERENCE, OURS, *compiled)}
     costs = {name: 1 - 1 / ratios(seconds, OURS)[name] for name in WITHOUT}
     rows = [
         {
@@ -201,7 +242,12 @@ def main() -> None:
         peak_gigabytes=memory,
         operations=asked,
         share_of_the_step=costs,
+        profiles=profiles,
     )
+    for name, found in profiles.items():
+        print(f"{name}: the GPU computes {found['busy']:.0%} of the time, {found['kernels']:.0f} kernels a step")
+        for kernel, milliseconds in found["longest"].items():
+            print(f"  {milliseconds:8.3f} ms  {kernel[:100]}")
 
 
 def _synchronised(work: Callable[[], object]) -> Callable[[], object]:

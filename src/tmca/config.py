@@ -363,6 +363,8 @@ class TrainerConfig:
     """What chooses the best epoch and stops training: the validation segmentation loss or the per-case Dice."""
     precision: Literal["auto", "32", "bf16"] = "auto"
     """auto: bf16 mixed precision where the device computes it natively, else float32."""
+    compile: bool = False
+    """Compile the training step with torch.compile, which takes minutes before the first one; meant for GPUs."""
     num_workers: int = 0
     """Processes that load data; 0 loads in the training process, which is fastest on a CPU with a warm cache."""
     train_fraction: float = 1.0

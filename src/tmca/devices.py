@@ -65,6 +65,6 @@ def keep_freed_memory() -> None:
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(_TRIM_THRESHOLD, -1)  # never
         mallopt(_MMAP_THRESHOLD, 2**30)
         mallopt(_MMAP_MAX, 0)

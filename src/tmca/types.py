@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -127,16 +127,16 @@ class TextFeatures:
             ``text_encoder.mask_padding`` is off.
         attention_mask: True at real tokens; a row of false stands for "no sentence".
         sentence_embedding: Mean of the real tokens' vectors (or the first or last token's, by config).
+        present: Which images have a sentence.
     """
 
     word_features: Float[Tensor, "batch tokens text_dim"]
     attention_mask: Bool[Tensor, "batch tokens"]
     sentence_embedding: Float[Tensor, "batch sentence_dim"]
+    present: Bool[Tensor, " batch"] = field(init=False)
 
-    @cached_property
-    def present(self) -> Bool[Tensor, " batch"]:
-        """Which images have a sentence."""
-        return self.attention_mask.any(dim=1)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "present", self.attention_mask.any(dim=1))
 
 
 @dataclass(frozen=True)

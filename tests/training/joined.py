@@ -50,8 +50,9 @@ class Network(nn.Module):
         return ModelOutput(logits, levels, present, side_logits=(logits.sin(),), class_logits=classes)
 
 
-def compute(rank: int, processes: int) -> dict[str, dict[str, torch.Tensor]]:
+def compute(rank: int, processes: int, *, compiled: bool = False) -> dict[str, dict[str, torch.Tensor]]:
     """Return case → losses and gradients, each the mean over the processes."""
+    compute_losses = torch.compile(objective, dynamic=False, backend="aot_eager") if compiled else objective
     found = {}
     for name, (config, sentences) in CASES.items():
         generator = torch.Generator().manual_seed(1)
@@ -61,7 +62,7 @@ def compute(rank: int, processes: int) -> dict[str, dict[str, torch.Tensor]]:
         network = Network()
         mine = slice(rank * BATCH // processes, (rank + 1) * BATCH // processes)
         output = network(inputs[mine], torch.tensor(sentences)[mine])
-        losses = objective(output, masks[mine], config, current_group())
+        losses = compute_losses(output, masks[mine], config, current_group())
         losses["loss"].backward()
         values = {key: value.detach() for key, value in losses.items()}
         for key, value in network.named_parameters():
@@ -79,7 +80,8 @@ def main() -> None:
     rank, processes, store, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=processes)
     assert join_objects([rank] * rank) == [other for other in range(processes) for _ in range(other)]
-    torch.save(compute(rank, processes), out / f"{rank}.pt")
+    for compiled in (False, True):
+        torch.save(compute(rank, processes, compiled=compiled), out / f"{rank}-{compiled}.pt")
     distributed.destroy_process_group()
 
 

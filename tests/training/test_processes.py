@@ -47,7 +47,7 @@ def script() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def joined(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, torch.Tensor]]]:
-    """Return what each of two processes found."""
+    """Return what each of two processes found, as it is and compiled."""
     folder = tmp_path_factory.mktemp("joined")
     command = [sys.executable, str(JOINED)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -56,7 +56,7 @@ def joined(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str,
         for rank in range(2)
     ]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    return [torch.load(path, weights_only=True) for path in sorted(folder.glob("*.pt"))]
 
 
 @pytest.mark.parametrize(
@@ -75,6 +75,7 @@ def test_two_processes_have_the_loss_and_the_gradients_of_one(
 ):
     alone = script.compute(0, 1)[case]
     assert bool(alone["alignment_loss"] > 0) == (case != "one sentence")
+    assert len(joined) == 4
     for found in joined:
         assert found[case].keys() == alone.keys()
         for name, value in alone.items():

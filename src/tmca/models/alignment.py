@@ -83,7 +83,9 @@ class AlignmentHeads(nn.Module):
             if self.pooling == "attended":
                 weighted = feature_map * target_attention(feature_map, text, self.attention_temperature)
             masked = feature_map if self.pooling == "mask" else None
-            embeddings[level] = LevelEmbeddings(weighted.mean((2, 3)), text, masked)
+            # Averaged with the channels last: so lies the gradient that it is added to, which is fast.
+            pooled = weighted.permute(0, 2, 3, 1).flatten(1, 2).mean(1)
+            embeddings[level] = LevelEmbeddings(pooled, text, masked)
         return embeddings
 
     def _image_side(self, features: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch._dynamo.exc import TorchDynamoException
 
 from tmca.checkpoints import load_checkpoint
 from tmca.config import Experiment, TrainerConfig, from_dict, to_dict
@@ -32,7 +33,7 @@ from tmca.data.loading import SegmentationDataset, Shard, make_loader
 from tmca.data.manifest import Manifest
 from tmca.devices import keep_freed_memory, resolve_device, uses_bfloat16
 from tmca.environment import describe_environment
-from tmca.errors import CheckpointError, ConfigError, DataError, OutOfMemoryError, StorageError
+from tmca.errors import CheckpointError, ConfigError, DataError, OutOfMemoryError, StorageError, TMCAError
 from tmca.files import held, real_path, refill_folder, storage_error, write_json
 from tmca.models import SegmentationModel, build_model
 from tmca.models.operations import channels_last
@@ -40,6 +41,7 @@ from tmca.models.tokenizer import SentenceTokenizer
 from tmca.models.vision import encoder_normalisation
 from tmca.presets import differences
 from tmca.progress import say, set_quiet, track
+from tmca.training.compiling import reason_of
 from tmca.training.processes import ProcessLayout
 from tmca.training.task import SegmentationTask
 from tmca.training.writer import TRAINER_STATE, EpochProgress, Patience, RunWriter, finished_epochs
@@ -411,6 +413,9 @@ def _readable_failures(trainer: pl.Trainer) -> Iterator[None]:
             raise
         except torch.cuda.OutOfMemoryError as error:
             raise OutOfMemoryError("The device ran out of memory", hint="lower trainer.batch_size") from error
+        except TorchDynamoException as error:  # of the backward pass; forward, the step runs as it is
+            message = f"The training step cannot be compiled: {reason_of(error)}"
+            raise TMCAError(message, hint="set trainer.compile=false") from error
         finally:
             # Lightning leaves Ctrl-C switched off behind it.
             if threading.current_thread() is threading.main_thread():

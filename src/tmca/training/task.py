@@ -9,21 +9,36 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tmca.config import Experiment
+from tmca.config import Experiment, ObjectiveConfig
 from tmca.errors import TMCAError
 from tmca.losses import ALONE, Group, objective
 from tmca.metrics import Counts, confusion_counts, per_case_mean, pooled_scores
 from tmca.models import SegmentationModel
+from tmca.training.compiling import Compiled
 from tmca.training.processes import current_group, join_objects
-from tmca.types import Batch
+from tmca.types import Batch, TextFeatures
 
 MONITORS: dict[str, tuple[str, Literal["min", "max"]]] = {
     "loss": ("val_segmentation_loss", "min"),
     "dice": ("val_per_case_dice", "max"),
 }
 """``trainer.monitor`` → the column of a run's ``metrics.csv`` that chooses the best epoch, and which end is best."""
+
+
+def compute_losses(
+    model: SegmentationModel,
+    images: Float[Tensor, "batch 3 height width"],
+    text: TextFeatures | None,
+    masks: Bool[Tensor, "batch 1 height width"],
+    config: ObjectiveConfig,
+    group: Group = ALONE,
+) -> tuple[dict[str, Tensor], Float[Tensor, "batch 1 height width"]]:
+    """Return the losses by name and the mask logits of a batch whose sentences are encoded: what may be compiled."""
+    output = model.segment(model.encode_image(images), text)
+    return objective(output, masks, config, group), output.mask_logits
 
 
 class LossCheck:
@@ -58,6 +73,7 @@ class SegmentationTask(pl.LightningModule):
         self.average = averaged_copy(model) if experiment.optimiser.average_decay is not None else None
         self._counts: list[Counts] = []
         self._last_loss: LossCheck | None = None
+        self._compute_training_losses = Compiled(compute_losses) if experiment.trainer.compile else compute_losses
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:  # noqa: ARG002
         """Copy a batch to a GPU while it computes; Lightning by itself waits for what is no bare tensor."""
@@ -75,10 +91,10 @@ class SegmentationTask(pl.LightningModule):
         images = batch.images.contiguous(memory_format=torch.channels_last)
         # Encoded even if no image of this process has a sentence: every process must take part in the same operations.
         text = None if model.text_encoder is None else model.text_encoder.encode(batch.texts)
-        output = model.segment(model.encode_image(images), text)
-        losses = objective(output, batch.masks, self.experiment.objective, group)
+        compute = self._compute_training_losses if model.training else compute_losses
+        losses, mask_logits = compute(model, images, text, batch.masks, self.experiment.objective, group)
         self._check_last_loss(LossCheck(losses["loss"].detach()))
-        return losses, output.mask_logits
+        return losses, mask_logits
 
     def _check_last_loss(self, check: LossCheck | None = None) -> None:
         """Stop if the loss of the step before was no number: a step late, so that nobody waits for a GPU's last one."""
