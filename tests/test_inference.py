@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from PIL import ExifTags, Image
 from tmca.data.manifest import Manifest
 from tmca.errors import CheckpointError, ConfigError, DataError
 from tmca.imaging.raster import read_image
+from tmca.imaging.reading import read_frames
 from tmca.inference import Predictor, Question
 from tmca.models import TMCA
 from tmca.prediction import ALL_EFFECTS, PredictionOptions, difference
@@ -422,6 +425,33 @@ def test_several_images_are_segmented_together_and_the_set_one_remains(predictor
     np.testing.assert_array_equal(predictor.probability(SECOND), kept)
     for (_, text), image, probability in zip(pairs, images, probabilities, strict=False):
         np.testing.assert_allclose(probability, _probability(predictor, image, text), atol=5e-3)
+
+
+def test_files_are_read_by_several_threads_in_their_order(predictor: Predictor, tmp_path: Path):
+    paths = [tmp_path / f"{number}.png" for number in range(6)]
+    for number, path in enumerate(paths):
+        Image.fromarray(_noise(40 + number, 50, number)).save(path)
+    pairs = [(path, FIRST) for path in paths]
+    alone, read_by = list(predictor.segment(pairs, batch_size=6)), set()
+
+    def read(*arguments: object) -> object:
+        read_by.add(threading.current_thread().name)
+        return read_frames(*arguments)
+
+    torch.set_num_threads(2)
+    try:
+        with mock.patch("tmca.inference.read_frames", read):
+            together = list(predictor.segment(pairs, batch_size=6))
+            assert [one.geometry.size[0] for one in predictor.encode(paths)] == [40, 41, 42, 43, 44, 45]
+        assert read_by
+        assert all(name.startswith("read") for name in read_by)
+        for one, other in zip(alone, together, strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-4)
+        paths[3].write_bytes(b"no image")
+        with pytest.raises(DataError, match=r"3\.png is not an image"):
+            list(predictor.segment(pairs, batch_size=6))
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_bfloat16_gives_the_masks_of_float32(model: TMCA):

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -49,6 +50,9 @@ from tmca.types import ImageFeatures
 Mask = NDArray[np.bool_]
 Probability = NDArray[np.float32]
 ImageSource = str | Path | NDArray[np.generic] | Image.Image | Frame
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 BATCH_SIZE = 8
 DEFAULTS = PredictionOptions()
@@ -243,7 +247,7 @@ class Predictor:
         if not images:
             return []
         started = time.perf_counter()
-        frames = [_frame(image) for image in images]
+        frames = _by_threads(_frame, images)
         read = time.perf_counter()
         with self._computing():
             encoded = self._encode([frame.pixels for frame in frames])
@@ -400,7 +404,7 @@ class Predictor:
         remaining = iter(pairs)
         while batch := list(islice(remaining, batch_size)):
             _check_texts([text for _, text in batch])
-            arrays = [_frame(image).pixels for image, _ in batch]
+            arrays = [frame.pixels for frame in _by_threads(_frame, [image for image, _ in batch])]
             sizes = [(array.shape[0], array.shape[1]) for array in arrays]
             with self._computing():
                 found = self._decode(self._encode(arrays), [text for _, text in batch], sizes)
@@ -455,7 +459,7 @@ class Predictor:
     def _encode(self, arrays: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> list[ImageFeatures]:
         features = []
         for member in self._members:
-            prepared = torch.stack([prepare_image(array, member.preprocessing) for array in arrays])
+            prepared = torch.stack(_by_threads(partial(prepare_image, config=member.preprocessing), arrays))
             images = prepared.to(self.device, memory_format=torch.channels_last)
             features.append(member.network.encode_image(images))
         return features
@@ -502,6 +506,15 @@ def _check_texts(texts: Sequence[object]) -> None:
 def _check_batch_size(batch_size: int) -> None:
     if batch_size < 1:
         raise ConfigError(f"The batch size is {batch_size}, expected at least 1", hint=f"leave it out for {BATCH_SIZE}")
+
+
+def _by_threads(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """Return what is made of each item, by as many threads as compute: decoding and resizing hold no lock of Python."""
+    threads = min(len(items), torch.get_num_threads())
+    if threads == 1:
+        return [work(item) for item in items]
+    with ThreadPoolExecutor(threads, "read") as pool:
+        return list(pool.map(work, items))
 
 
 def _frame(image: ImageSource) -> Frame:

@@ -196,6 +196,22 @@ def test_orientation_is_applied_and_known_from_the_header(
     np.testing.assert_array_equal(read_mask(path), turned > 127)
 
 
+@pytest.mark.parametrize("place", ["before the pixels", "behind them"])
+def test_the_orientation_of_a_png_may_come_last(tmp_path: Path, place: str):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = _saved(tmp_path / "a.png", np.random.default_rng(0).integers(0, 255, (100, 300, 3), np.uint8), exif=exif)
+    content = path.read_bytes()
+    start = content.index(b"eXIf") - 4
+    stop = start + 12 + int.from_bytes(content[start : start + 4], "big")
+    assert content.count(b"IDAT") > 1
+    if place == "behind them":
+        path.write_bytes(content[:start] + content[stop:-12] + content[start:stop] + content[-12:])
+    assert image_size(path) == read_image(path).shape[:2] == (300, 100)
+    path.write_bytes(content[:start] + content[stop:])
+    assert image_size(path) == read_image(path).shape[:2] == (100, 300)
+
+
 # Files that cannot be used ---------------------------------------------------------------------------------------
 
 

@@ -304,8 +304,15 @@ def _is_turned(path: Path, image: Image.Image) -> bool:
 
 def _may_hold_exif(path: Path, image: Image.Image) -> bool:
     # For a PNG, getexif() decodes the image, as the chunk may come last: look first whether there is any such chunk.
-    chunks = (b"eXIf", b"iTXt", b"zTXt", b"tEXt")
-    return image.format != "PNG" or any(chunk in path.read_bytes() for chunk in chunks)
+    if image.format != "PNG":
+        return True
+    with path.open("rb") as stream:
+        stream.seek(8)  # behind the signature
+        while len(header := stream.read(8)) == 8:
+            if header[4:] in (b"eXIf", b"iTXt", b"zTXt", b"tEXt"):
+                return True
+            stream.seek(int.from_bytes(header[:4], "big") + 4, io.SEEK_CUR)  # data and checksum
+    return False
 
 
 def _is_wide(image: Image.Image) -> bool:
