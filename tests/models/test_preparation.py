@@ -9,7 +9,7 @@ from torch import nn
 
 from tmca.config import ImageEncoderConfig
 from tmca.models import TMCA
-from tmca.models.preparation import InFloat32, prepare_for_prediction
+from tmca.models.preparation import InFloat32, InPlaceGELU, prepare_for_prediction
 
 TEXTS = ["one small bright lesion, located in top left of the image", "two dark lesions"]
 
@@ -54,6 +54,26 @@ def test_transformers_convolutions_are_folded(mobilenet: TMCA):
     network = prepare_for_prediction(mobilenet, torch.device("cpu"), half=False)
     torch.testing.assert_close(_logits(network, images), _logits(mobilenet, images), rtol=1e-3, atol=1e-3)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+
+
+@pytest.mark.parametrize("architecture", ["convnext", "convnextv2"])
+def test_layer_scales_are_folded_and_activations_work_in_place(tiny_model: Callable[..., TMCA], architecture: str):
+    options = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1]}
+    encoder = ImageEncoderConfig(weights="none", architecture=architecture, options=options)
+    model = tiny_model(image_encoder=encoder).eval()
+    scales = [value for name, value in model.named_parameters() if name.endswith("layer_scale_parameter")]
+    assert len(scales) == (5 if architecture == "convnext" else 0)
+    for scale in scales:
+        nn.init.normal_(scale)
+    images = torch.randn(2, 3, 64, 64)
+    network = prepare_for_prediction(model, torch.device("cpu"), half=False)
+    for _ in range(2):
+        torch.testing.assert_close(_logits(network, images), _logits(model, images), rtol=1e-4, atol=1e-4)
+    assert not any(name.endswith("layer_scale_parameter") for name, _ in network.named_parameters())
+    assert sum(isinstance(module, InPlaceGELU) for module in network.modules()) == 5
+    assert len([value for name, value in model.named_parameters() if name.endswith("layer_scale_parameter")]) == len(
+        scales
+    )
 
 
 @pytest.mark.parametrize("half", [False, True])

@@ -1,7 +1,8 @@
 """A trained network made fast for prediction; its masks stay what they were.
 
-Normalisation with fixed statistics is multiplied into the convolution before it, and where bfloat16 is asked for, the
-weights of what runs in it are stored so. Not everything does: ``benchmarks/prediction.py`` measures what masks lose.
+Normalisation with fixed statistics is multiplied into the convolution before it, a ConvNeXt's layer scale into the
+linear layer before it, and where bfloat16 is asked for, the weights of what runs in it are stored so. Not everything
+does: ``benchmarks/prediction.py`` measures what masks lose.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import itertools
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from tmca.models.base import SegmentationModel
@@ -38,6 +39,15 @@ class InFloat32(nn.Module):
             return self.network(*inputs)
 
 
+class InPlaceGELU(nn.Module):
+    """GELU that overwrites what it reads, for predictions: less memory is moved."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Return the values, changed."""
+        changed: Tensor = torch.ops.aten.gelu_(values)
+        return changed
+
+
 def prepare_for_prediction(model: SegmentationModel, device: torch.device, *, half: bool) -> SegmentationModel:
     """Return a copy of a model for prediction; what need not change is shared with the model.
 
@@ -49,6 +59,7 @@ def prepare_for_prediction(model: SegmentationModel, device: torch.device, *, ha
     shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
     network = copy.deepcopy(channels_last(model).eval(), shared)
     _fold_normalisations(network)
+    _fold_layer_scales(network)
     if half:
         for name in network.exact_parts or ():
             setattr(network, name, InFloat32(network.get_submodule(name), device.type))
@@ -76,6 +87,23 @@ def _fold_normalisations(network: nn.Module) -> None:
             if isinstance(convolution, nn.Conv2d) and isinstance(normalisation, nn.BatchNorm2d):
                 children[before] = fuse_conv_bn_eval(convolution, normalisation)
                 children[after] = nn.Identity()
+
+
+def _fold_layer_scales(network: nn.Module) -> None:
+    """Multiply a ConvNeXt's layer scales into the linear layers before them, and let its activations work in place."""
+    for layer in network.modules():
+        parts = layer._modules
+        second, scale = parts.get("pwconv2"), getattr(layer, "layer_scale_parameter", None)
+        if not isinstance(second, nn.Linear):
+            continue
+        if getattr(parts.get("act"), "act", None) is nn.functional.gelu:
+            parts["act"] = InPlaceGELU()
+        if isinstance(scale, nn.Parameter):
+            for key, parameter in second._parameters.items():
+                if parameter is not None:  # a new one, for the old is shared
+                    scaled = scale.view(-1, *[1] * (parameter.ndim - 1)) * parameter
+                    second._parameters[key] = nn.Parameter(scaled.detach(), requires_grad=False)
+            layer.register_parameter("layer_scale_parameter", None)
 
 
 def _halve(network: nn.Module, name: str = "") -> None:
