@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -163,14 +164,23 @@ def test_a_frozen_kernel_gets_no_gradient_and_images_still_do():
 
 
 @pytest.mark.parametrize("explicit", [True, False])
-@pytest.mark.parametrize("heads", [1, 4])
-def test_attention_is_that_of_the_layer(heads: int, explicit: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(operations, "EXPLICIT_SCORES", 2 * heads * 5 * 3 if explicit else 0)
-    attention = nn.MultiheadAttention(8, heads, batch_first=True)
-    nn.init.normal_(attention.in_proj_bias)
-    queries, keys, values = torch.randn(2, 5, 8), torch.randn(2, 3, 8), torch.randn(2, 3, 8)
-    expected, _ = attention(queries, keys, values, need_weights=False)
-    torch.testing.assert_close(attend(attention, queries, keys, values), expected)
+@pytest.mark.parametrize(("heads", "tokens", "few"), [(1, 3, True), (4, 3, True), (4, 4, False), (1, 16, False)])
+def test_attention_is_that_of_the_layer(
+    heads: int, tokens: int, few: bool, explicit: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(operations, "EXPLICIT_SCORES", 2 * heads * 18 * tokens if explicit else 0)
+    attention = nn.MultiheadAttention(16, heads, batch_first=True)
+    for bias in (attention.in_proj_bias, attention.out_proj.bias):
+        nn.init.normal_(bias)
+    inputs = [torch.randn(2, length, 16, requires_grad=True) for length in (18, tokens, tokens)]
+    with mock.patch.object(operations, "_attend_to_few", wraps=operations._attend_to_few) as of_few:
+        found = attend(attention, *inputs)
+    assert of_few.called == (few and explicit)
+    expected, _ = attention(*inputs, need_weights=False)
+    torch.testing.assert_close(found, expected)
+    wanted = [*inputs, *attention.parameters()]
+    gradients = [torch.autograd.grad(output.square().sum(), wanted) for output in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("side", [1, 2, 4])

@@ -191,8 +191,9 @@ def attend(
     """Return what an attention layer returns, without weights of its dropout and without masks.
 
     On a CPU a moderate number of scores is written out: PyTorch's fused kernel is made for long sequences, and takes
-    two to six times as long, gradients included, where images attend to the few tokens of a sentence. In an export,
-    where their number is not known yet, they always are.
+    two to six times as long, gradients included, where images attend to the few tokens of a sentence. There, besides,
+    the projections of the queries and of what is read are multiplied into the tokens. In an export, where the number of
+    scores is not known yet, they always are written out.
 
     Args:
         attention: The layer, ``batch_first``.
@@ -200,17 +201,44 @@ def attend(
         keys: What is compared with.
         values: What is returned, weighted.
     """
+    exporting = torch.compiler.is_exporting()
+    scores = queries.shape[0] * attention.num_heads * queries.shape[1] * keys.shape[1]
+    explicit = queries.device.type == "cpu" and (exporting or scores <= EXPLICIT_SCORES)
+    if explicit and not exporting and attention.num_heads * keys.shape[1] < min(queries.shape[1:]):
+        return _attend_to_few(attention, queries, keys, values)
     weights, biases = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
     query, key, value = (
         nn.functional.linear(tokens, weight, bias).view(*tokens.shape[:2], attention.num_heads, -1).transpose(1, 2)
         for tokens, weight, bias in zip((queries, keys, values), weights, biases, strict=True)
     )
-    scores = query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
-    if query.device.type == "cpu" and (torch.compiler.is_exporting() or scores <= EXPLICIT_SCORES):
+    if explicit:
         attended = (query @ key.transpose(2, 3) * query.shape[3] ** -0.5).softmax(dim=3).to(value.dtype) @ value
     else:
         attended = nn.functional.scaled_dot_product_attention(query, key, value)
     read: Tensor = attention.out_proj(attended.transpose(1, 2).flatten(2))
+    return read
+
+
+def _attend_to_few(attention: nn.MultiheadAttention, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Attend to fewer tokens, over all heads, than there are queries and channels.
+
+    What projects the many queries, and what is read for them, is linear: a token's key of each head is multiplied by
+    the projection of the queries, its value by that of the output, and the queries themselves are never projected.
+    """
+    heads, channels = attention.num_heads, queries.shape[2]
+    batch, tokens = keys.shape[:2]
+    (of_queries, of_keys, of_values), biases = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
+    key, value = (
+        nn.functional.linear(rows, weight, bias).view(batch, tokens, heads, -1).transpose(1, 2)
+        for rows, weight, bias in ((keys, of_keys, biases[1]), (values, of_values, biases[2]))
+    )
+    key = key * key.shape[3] ** -0.5
+    asked = (key @ of_queries.view(heads, -1, channels)).reshape(batch, heads * tokens, channels)
+    offsets = (key @ biases[0].view(heads, -1, 1)).view(batch, 1, heads, tokens)
+    scores = (queries @ asked.transpose(1, 2)).view(batch, -1, heads, tokens) + offsets
+    by_head = attention.out_proj.weight.view(channels, heads, -1).permute(1, 2, 0)
+    given = (value @ by_head).reshape(batch, heads * tokens, channels)
+    read: Tensor = scores.softmax(dim=3).to(given.dtype).flatten(2) @ given + attention.out_proj.bias
     return read
 
 
