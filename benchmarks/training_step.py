@@ -41,7 +41,6 @@ from tmca.models import SegmentationModel, build_model
 from tmca.models.operations import channels_last
 from tmca.models.tokenizer import SentenceTokenizer
 from tmca.presets import NO_ALIGNMENT, NO_ENHANCEMENT, ariadne_published, change, tmca
-from tmca.training.compiling import Compiled
 from tmca.training.task import compute_losses
 
 SIZE, TOKENS = 224, 24
@@ -175,9 +174,10 @@ def build(name: str, batch: int, device: torch.device) -> Callable[[], object]:
 
 def computation(name: str) -> Callable[..., Any]:
     """Return what computes the losses in a step by its name in the table."""
-    if name == RECORDED:
-        return torch.compile(compute_losses, dynamic=False, mode="reduce-overhead")
-    return Compiled(compute_losses) if name == COMPILED else compute_losses
+    if name not in (COMPILED, RECORDED):
+        return compute_losses
+    mode = "reduce-overhead" if name == RECORDED else None
+    return torch.compile(compute_losses, dynamic=False, fullgraph=True, mode=mode)
 
 
 def profile(step: Callable[[], object]) -> dict[str, Any]:

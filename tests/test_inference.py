@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
+import nibabel
 import numpy as np
 import pytest
 import torch
@@ -427,7 +428,13 @@ def test_several_images_are_segmented_together_and_the_set_one_remains(predictor
         np.testing.assert_allclose(probability, _probability(predictor, image, text), atol=5e-3)
 
 
-def test_files_are_read_by_several_threads_in_their_order(predictor: Predictor, tmp_path: Path):
+def _volume(folder: Path) -> Path:
+    path = folder / "volume.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(np.random.default_rng(0).random((16, 16, 3), np.float32), np.eye(4)), path)
+    return path
+
+
+def test_picture_files_are_read_by_several_threads_and_all_keep_their_order(predictor: Predictor, tmp_path: Path):
     paths = [tmp_path / f"{number}.png" for number in range(6)]
     for number, path in enumerate(paths):
         Image.fromarray(_noise(40 + number, 50, number)).save(path)
@@ -444,9 +451,17 @@ def test_files_are_read_by_several_threads_in_their_order(predictor: Predictor, 
             together = list(predictor.segment(pairs, batch_size=6))
             assert [one.geometry.size[0] for one in predictor.encode(paths)] == [40, 41, 42, 43, 44, 45]
         assert read_by
-        assert all(name.startswith("read") for name in read_by)
+        assert all(name.startswith("work") for name in read_by)
         for one, other in zip(alone, together, strict=True):
             np.testing.assert_allclose(one, other, atol=1e-4)
+        with Image.open(paths[0]) as opened:  # not decoded yet
+            twice = list(predictor.segment([(opened, FIRST), (opened, SECOND)] * 4, batch_size=8))
+        np.testing.assert_allclose(twice[0], alone[0], atol=1e-4)
+        read_by.clear()
+        with mock.patch("tmca.inference.read_frames", read):
+            volume = [f"{_volume(tmp_path)}#{number}" for number in range(3)]
+            assert len(predictor.encode([*volume, paths[1]])) == 4
+        assert threading.current_thread().name in read_by
         paths[3].write_bytes(b"no image")
         with pytest.raises(DataError, match=r"3\.png is not an image"):
             list(predictor.segment(pairs, batch_size=6))

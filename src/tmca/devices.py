@@ -1,15 +1,20 @@
-"""Where to compute: the device a user names, whether it computes bfloat16 natively, and how memory is kept."""
+"""Where to compute: the device a user names, whether it computes bfloat16 natively, how memory is kept, and threads."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import sys
-from typing import Literal
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal, TypeVar
 
 import torch
 
 from tmca.errors import ConfigError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 Precision = Literal["auto", "32", "bf16"]
 """auto: bfloat16 for what is mostly multiplication where the device computes it natively, else float32."""
@@ -68,3 +73,12 @@ def keep_freed_memory() -> None:
         mallopt(_TRIM_THRESHOLD, -1)  # never
         mallopt(_MMAP_THRESHOLD, 2**30)
         mallopt(_MMAP_MAX, 0)
+
+
+def by_threads(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """Return what is made of each item, by as many threads as compute: decoding and resizing hold no lock of Python."""
+    threads = min(len(items), torch.get_num_threads())
+    if threads <= 1:
+        return [work(item) for item in items]
+    with ThreadPoolExecutor(threads, "work") as pool:
+        return list(pool.map(work, items))

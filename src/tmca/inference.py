@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,10 +25,10 @@ from tmca.calibration import Calibration, read_calibration
 from tmca.checkpoints import MODEL_FILE, file_hashes, load_checkpoint, resolve_checkpoint
 from tmca.config import PreprocessingConfig
 from tmca.data.preprocessing import ImageArray, prepare_image, restore
-from tmca.devices import Precision, resolve_device, uses_bfloat16
+from tmca.devices import Precision, by_threads, resolve_device, uses_bfloat16
 from tmca.errors import ConfigError, DataError, OutOfMemoryError
 from tmca.imaging.frames import Frame, Geometry
-from tmca.imaging.raster import rgb_from_array, rgb_from_picture
+from tmca.imaging.raster import IMAGE_SUFFIXES, rgb_from_array, rgb_from_picture
 from tmca.imaging.reading import read_frames
 from tmca.metrics import check_threshold
 from tmca.mirrored import MirrorAveraged
@@ -50,9 +49,6 @@ from tmca.types import ImageFeatures
 Mask = NDArray[np.bool_]
 Probability = NDArray[np.float32]
 ImageSource = str | Path | NDArray[np.generic] | Image.Image | Frame
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 BATCH_SIZE = 8
 DEFAULTS = PredictionOptions()
@@ -247,7 +243,7 @@ class Predictor:
         if not images:
             return []
         started = time.perf_counter()
-        frames = _by_threads(_frame, images)
+        frames = _frames(images)
         read = time.perf_counter()
         with self._computing():
             encoded = self._encode([frame.pixels for frame in frames])
@@ -404,7 +400,7 @@ class Predictor:
         remaining = iter(pairs)
         while batch := list(islice(remaining, batch_size)):
             _check_texts([text for _, text in batch])
-            arrays = [frame.pixels for frame in _by_threads(_frame, [image for image, _ in batch])]
+            arrays = [frame.pixels for frame in _frames([image for image, _ in batch])]
             sizes = [(array.shape[0], array.shape[1]) for array in arrays]
             with self._computing():
                 found = self._decode(self._encode(arrays), [text for _, text in batch], sizes)
@@ -459,7 +455,7 @@ class Predictor:
     def _encode(self, arrays: Sequence[UInt8[np.ndarray, "_ _ 3"]]) -> list[ImageFeatures]:
         features = []
         for member in self._members:
-            prepared = torch.stack(_by_threads(partial(prepare_image, config=member.preprocessing), arrays))
+            prepared = torch.stack(by_threads(partial(prepare_image, config=member.preprocessing), arrays))
             images = prepared.to(self.device, memory_format=torch.channels_last)
             features.append(member.network.encode_image(images))
         return features
@@ -508,13 +504,18 @@ def _check_batch_size(batch_size: int) -> None:
         raise ConfigError(f"The batch size is {batch_size}, expected at least 1", hint=f"leave it out for {BATCH_SIZE}")
 
 
-def _by_threads(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-    """Return what is made of each item, by as many threads as compute: decoding and resizing hold no lock of Python."""
-    threads = min(len(items), torch.get_num_threads())
-    if threads == 1:
-        return [work(item) for item in items]
-    with ThreadPoolExecutor(threads, "read") as pool:
-        return list(pool.map(work, items))
+def _frames(images: Sequence[ImageSource]) -> list[Frame]:
+    """Return images as frames, picture files read by several threads.
+
+    Not so the others: an image of Pillow may be there twice, and the images of a volume come from one decoding.
+    """
+    files = [number for number, image in enumerate(images) if _is_picture_file(image)]
+    read = dict(zip(files, by_threads(_frame, [images[number] for number in files]), strict=True))
+    return [read[number] if number in read else _frame(image) for number, image in enumerate(images)]
+
+
+def _is_picture_file(image: ImageSource) -> bool:
+    return isinstance(image, str | Path) and Path(image).suffix.lower() in IMAGE_SUFFIXES
 
 
 def _frame(image: ImageSource) -> Frame:

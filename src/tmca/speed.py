@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from tmca.data.loading import SegmentationDataset
 from tmca.data.manifest import Manifest
 from tmca.data.phantom import write_phantoms
 from tmca.data.preprocessing import prepare_image, restore
-from tmca.devices import keep_freed_memory, resolve_device, uses_bfloat16
+from tmca.devices import by_threads, keep_freed_memory, resolve_device, uses_bfloat16
 from tmca.environment import describe_environment
 from tmca.errors import ConfigError
 from tmca.files import write_json
@@ -236,7 +237,8 @@ class _Bench:
         paths = [self.manifest.image_path(record) for record in records]
 
         def load() -> Tensor:
-            prepared = [prepare_image(read_image(path), self.experiment.preprocessing) for path in paths]
+            prepare = partial(prepare_image, config=self.experiment.preprocessing)
+            prepared = by_threads(prepare, by_threads(read_image, paths))  # as Predictor does
             return torch.stack(prepared).to(self.device, memory_format=torch.channels_last)
 
         def write(mask: Tensor) -> None:

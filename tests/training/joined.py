@@ -6,10 +6,12 @@ python joined.py RANK PROCESSES STORE OUT
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import distributed, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from tmca.config import ObjectiveConfig
 from tmca.losses import objective
@@ -50,9 +52,12 @@ class Network(nn.Module):
         return ModelOutput(logits, levels, present, side_logits=(logits.sin(),), class_logits=classes)
 
 
-def compute(rank: int, processes: int, *, compiled: bool = False) -> dict[str, dict[str, torch.Tensor]]:
-    """Return case → losses and gradients, each the mean over the processes."""
-    compute_losses = torch.compile(objective, dynamic=False, backend="aot_eager") if compiled else objective
+def compute(
+    rank: int, processes: int, *, classes: bool = True, compiled: bool = False
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Return case → losses and gradients, each the mean over the processes; classes are not told in a graph."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compute_losses = torch.compile(objective, dynamic=False, fullgraph=True, backend=counter) if compiled else objective
     found = {}
     for name, (config, sentences) in CASES.items():
         generator = torch.Generator().manual_seed(1)
@@ -62,6 +67,7 @@ def compute(rank: int, processes: int, *, compiled: bool = False) -> dict[str, d
         network = Network()
         mine = slice(rank * BATCH // processes, (rank + 1) * BATCH // processes)
         output = network(inputs[mine], torch.tensor(sentences)[mine])
+        output = output if classes else replace(output, class_logits={})
         losses = compute_losses(output, masks[mine], config, current_group())
         losses["loss"].backward()
         values = {key: value.detach() for key, value in losses.items()}
@@ -72,6 +78,7 @@ def compute(rank: int, processes: int, *, compiled: bool = False) -> dict[str, d
                 distributed.all_reduce(value)
                 value.div_(processes)
         found[name] = values
+    assert bool(counter.frame_count) == compiled
     return found
 
 
@@ -81,7 +88,8 @@ def main() -> None:
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=processes)
     assert join_objects([rank] * rank) == [other for other in range(processes) for _ in range(other)]
     for compiled in (False, True):
-        torch.save(compute(rank, processes, compiled=compiled), out / f"{rank}-{compiled}.pt")
+        found = compute(rank, processes, classes=not compiled, compiled=compiled)
+        torch.save(found, out / f"{rank}-{compiled}.pt")
     distributed.destroy_process_group()
 
 

@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 
 from tmca.config import Experiment
 from tmca.data.manifest import Manifest
 from tmca.errors import TMCAError
-from tmca.training import fit
+from tmca.losses import Group
+from tmca.training import compiling, fit
+from tmca.training.compiling import Compiled, reason_of
 from tmca.training.task import SegmentationTask
 
 FORMS = ("tmca", "mask-pooled", "ariadne", "image-only")
@@ -67,7 +69,7 @@ def test_what_cannot_be_compiled_runs_as_it_is(
     calls = []
 
     def compile_nothing(*_: Any, **options: Any) -> Any:
-        assert options == {"dynamic": False}
+        assert options == {"dynamic": False, "fullgraph": True}
 
         def fail(*_: Any, **__: Any) -> None:
             calls.append(1)
@@ -81,6 +83,40 @@ def test_what_cannot_be_compiled_runs_as_it_is(
     said = capsys.readouterr().err
     assert "note: the training step is compiled with the first batch" in said
     assert "warning: the training step cannot be compiled and runs as it is: there is no compiler\n" in said
+
+
+def test_one_of_several_processes_does_not_go_another_way(monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: Any) -> None:
+        raise BackendCompilerFailed("backend", ValueError("there is no compiler"), None)
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: fail)
+    monkeypatch.setattr(compiling, "current_group", Group)
+    with pytest.raises(TorchDynamoException) as caught:
+        Compiled(lambda: None)()
+    assert reason_of(caught.value) == "there is no compiler"
+
+
+def test_what_is_no_single_graph_runs_as_it_is_and_nothing_runs_twice(capsys: pytest.CaptureFixture[str]):
+    norm = torch.nn.BatchNorm1d(3)
+
+    def step(values: torch.Tensor) -> torch.Tensor:
+        normed = norm(values)
+        return normed[normed[:, 0] > 0].sum()
+
+    assert Compiled(step)(torch.randn(8, 3)).ndim == 0
+    assert int(norm.num_batches_tracked) == 1
+    assert "runs as it is" in capsys.readouterr().err
+
+
+def test_a_run_may_be_resumed_compiled_or_not(
+    phantoms: Manifest, tiny_experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    trainer = replace(tiny_experiment.trainer, max_epochs=1, compile=True)
+    fit(replace(tiny_experiment, trainer=trainer), phantoms, tmp_path / "run", device="cpu")
+    trainer = replace(trainer, max_epochs=2, compile=False)
+    done = fit(replace(tiny_experiment, trainer=trainer), phantoms, tmp_path / "run", device="cpu", resume=True)
+    assert done.epochs == 2
 
 
 def test_a_training_step_is_compiled_and_validation_is_not(

@@ -46,8 +46,8 @@ def script() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def joined(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, torch.Tensor]]]:
-    """Return what each of two processes found, as it is and compiled."""
+def joined(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict[str, torch.Tensor]]]:
+    """Return what each of two processes found: "rank-compiled" → case → values."""
     folder = tmp_path_factory.mktemp("joined")
     command = [sys.executable, str(JOINED)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -56,9 +56,10 @@ def joined(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str,
         for rank in range(2)
     ]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
-    return [torch.load(path, weights_only=True) for path in sorted(folder.glob("*.pt"))]
+    return {path.stem: torch.load(path, weights_only=True) for path in folder.glob("*.pt")}
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(
     "case",
     [
@@ -71,21 +72,22 @@ def joined(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str,
     ],
 )
 def test_two_processes_have_the_loss_and_the_gradients_of_one(
-    joined: list[dict[str, dict[str, torch.Tensor]]], script: ModuleType, case: str
+    joined: dict[str, dict[str, dict[str, torch.Tensor]]], script: ModuleType, case: str, compiled: bool
 ):
-    alone = script.compute(0, 1)[case]
+    alone = script.compute(0, 1, classes=not compiled)[case]
     assert bool(alone["alignment_loss"] > 0) == (case != "one sentence")
-    assert len(joined) == 4
-    for found in joined:
-        assert found[case].keys() == alone.keys()
+    for rank in range(2):
+        found = joined[f"{rank}-{compiled}"][case]
+        assert found.keys() == alone.keys()
         for name, value in alone.items():
-            torch.testing.assert_close(found[case][name], value, rtol=1e-5, atol=1e-6, msg=name)
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=name)
     assert alone["gradient of image.weight"].any() == (case != "one sentence")
 
 
 def test_the_cases_above_are_those_of_the_script(script: ModuleType):
     marks = test_two_processes_have_the_loss_and_the_gradients_of_one.pytestmark  # type: ignore[attr-defined]
-    assert set(script.CASES) == set(marks[0].args[1])
+    (cases,) = (mark.args[1] for mark in marks if mark.args[0] == "case")
+    assert set(script.CASES) == set(cases)
 
 
 # The share of a process ------------------------------------------------------------------------------------------

@@ -285,7 +285,7 @@ def _use_running_statistics(backbone: nn.Module) -> None:
 def _pad_in_convolutions(backbone: Any) -> None:  # noqa: ANN401
     """Let convolutions pad by themselves where transformers copies every map to pad it as TensorFlow does.
 
-    At stride one that padding is the same at all sides, and nothing for a 1 × 1 kernel: no value changes.
+    At stride one, an odd kernel is padded alike at opposite sides, and a 1 × 1 kernel not at all: no value changes.
     """
     if not getattr(backbone.config, "tf_padding", False):
         return

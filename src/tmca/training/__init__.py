@@ -52,6 +52,7 @@ LENGTH_FIELDS = {
     "trainer.patience",
     "trainer.max_train_seconds",
     "trainer.num_workers",
+    "trainer.compile",
 }
 """Fields that may change when a run is resumed."""
 MINIMUM_CONTRAST = 8
@@ -413,7 +414,7 @@ def _readable_failures(trainer: pl.Trainer) -> Iterator[None]:
             raise
         except torch.cuda.OutOfMemoryError as error:
             raise OutOfMemoryError("The device ran out of memory", hint="lower trainer.batch_size") from error
-        except TorchDynamoException as error:  # of the backward pass; forward, the step runs as it is
+        except TorchDynamoException as error:  # of the backward pass, or in one of several processes
             message = f"The training step cannot be compiled: {reason_of(error)}"
             raise TMCAError(message, hint="set trainer.compile=false") from error
         finally:
