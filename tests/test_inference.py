@@ -447,7 +447,7 @@ def test_picture_files_are_read_by_several_threads_and_all_keep_their_order(pred
 
     torch.set_num_threads(2)
     try:
-        with mock.patch("tmca.inference.read_frames", read):
+        with mock.patch("tmca.imaging.given.read_frames", read):
             together = list(predictor.segment(pairs, batch_size=6))
             assert [one.geometry.size[0] for one in predictor.encode(paths)] == [40, 41, 42, 43, 44, 45]
         assert read_by
@@ -458,7 +458,7 @@ def test_picture_files_are_read_by_several_threads_and_all_keep_their_order(pred
             twice = list(predictor.segment([(opened, FIRST), (opened, SECOND)] * 4, batch_size=8))
         np.testing.assert_allclose(twice[0], alone[0], atol=1e-4)
         read_by.clear()
-        with mock.patch("tmca.inference.read_frames", read):
+        with mock.patch("tmca.imaging.given.read_frames", read):
             volume = [f"{_volume(tmp_path)}#{number}" for number in range(3)]
             assert len(predictor.encode([*volume, paths[1]])) == 4
         assert threading.current_thread().name in read_by

@@ -19,17 +19,15 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 from numpy.typing import NDArray
-from PIL import Image
 
 from tmca.calibration import Calibration, read_calibration
 from tmca.checkpoints import MODEL_FILE, file_hashes, load_checkpoint, resolve_checkpoint
 from tmca.config import PreprocessingConfig
-from tmca.data.preprocessing import ImageArray, prepare_image, restore
+from tmca.data.preprocessing import prepare_image, restore
 from tmca.devices import Precision, by_threads, resolve_device, uses_bfloat16
-from tmca.errors import ConfigError, DataError, OutOfMemoryError
-from tmca.imaging.frames import Frame, Geometry
-from tmca.imaging.raster import IMAGE_SUFFIXES, rgb_from_array, rgb_from_picture
-from tmca.imaging.reading import read_frames
+from tmca.errors import ConfigError, OutOfMemoryError
+from tmca.imaging.frames import Geometry
+from tmca.imaging.given import ImageSource, frames_of
 from tmca.metrics import check_threshold
 from tmca.mirrored import MirrorAveraged
 from tmca.models import SegmentationModel
@@ -48,7 +46,6 @@ from tmca.types import ImageFeatures
 
 Mask = NDArray[np.bool_]
 Probability = NDArray[np.float32]
-ImageSource = str | Path | NDArray[np.generic] | Image.Image | Frame
 
 BATCH_SIZE = 8
 DEFAULTS = PredictionOptions()
@@ -243,7 +240,7 @@ class Predictor:
         if not images:
             return []
         started = time.perf_counter()
-        frames = _frames(images)
+        frames = frames_of(images)
         read = time.perf_counter()
         with self._computing():
             encoded = self._encode([frame.pixels for frame in frames])
@@ -400,7 +397,7 @@ class Predictor:
         remaining = iter(pairs)
         while batch := list(islice(remaining, batch_size)):
             _check_texts([text for _, text in batch])
-            arrays = [frame.pixels for frame in _frames([image for image, _ in batch])]
+            arrays = [frame.pixels for frame in frames_of([image for image, _ in batch])]
             sizes = [(array.shape[0], array.shape[1]) for array in arrays]
             with self._computing():
                 found = self._decode(self._encode(arrays), [text for _, text in batch], sizes)
@@ -502,33 +499,3 @@ def _check_texts(texts: Sequence[object]) -> None:
 def _check_batch_size(batch_size: int) -> None:
     if batch_size < 1:
         raise ConfigError(f"The batch size is {batch_size}, expected at least 1", hint=f"leave it out for {BATCH_SIZE}")
-
-
-def _frames(images: Sequence[ImageSource]) -> list[Frame]:
-    """Return images as frames, picture files read by several threads.
-
-    Not so the others: an image of Pillow may be there twice, and the images of a volume come from one decoding.
-    """
-    files = [number for number, image in enumerate(images) if _is_picture_file(image)]
-    read = dict(zip(files, by_threads(_frame, [images[number] for number in files]), strict=True))
-    return [read[number] if number in read else _frame(image) for number, image in enumerate(images)]
-
-
-def _is_picture_file(image: ImageSource) -> bool:
-    return isinstance(image, str | Path) and Path(image).suffix.lower() in IMAGE_SUFFIXES
-
-
-def _frame(image: ImageSource) -> Frame:
-    if isinstance(image, Frame):
-        return image
-    if not isinstance(image, str | Path | np.ndarray):
-        if not isinstance(image, Image.Image):
-            raise DataError(
-                f"The image is {type(image).__name__}, expected a file, an array or an image of Pillow",
-                hint="turn a tensor into an array, channels last: tensor.permute(1, 2, 0).cpu().numpy()",
-            )
-        image = rgb_from_picture(image)
-    if isinstance(image, np.ndarray):
-        pixels: ImageArray = rgb_from_array(image)
-        return Frame(pixels, Geometry((pixels.shape[0], pixels.shape[1])))
-    return next(iter(read_frames(image).only(None)))

@@ -7,7 +7,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tmca.inference import EncodedImage, ImageSource, Predictor, Question
+from tmca.imaging.given import ImageSource
+from tmca.inference import EncodedImage, Predictor, Question
 from tmca.prediction import Prediction
 
 

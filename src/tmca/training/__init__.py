@@ -330,7 +330,9 @@ def _check_resumed(experiment: Experiment, folder: Path, data: dict[str, Any]) -
         raise CheckpointError(f"{folder} holds no run to resume: {error}", hint="start it without --resume") from error
     if not (folder / "checkpoints" / "last" / TRAINER_STATE).is_file():
         raise CheckpointError(f"The run in {folder} has not finished an epoch yet", hint="start again with --overwrite")
-    changed = {name: values for name, values in differences(before, experiment).items() if name not in CHANGEABLE_FIELDS}
+    changed = {
+        name: values for name, values in differences(before, experiment).items() if name not in CHANGEABLE_FIELDS
+    }
     if changed:
         name, (old, new) = next(iter(changed.items()))
         raise ConfigError(
